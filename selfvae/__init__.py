@@ -1,0 +1,7 @@
+"""Self-supervised variational auto-encoders: likelihood, generation, enhancement and compression."""
+
+from selfvae.model import SelfVAE
+from selfvae.objective import Terms
+from selfvae.presets import ModelConfig, build
+
+__all__ = ["ModelConfig", "SelfVAE", "Terms", "build"]

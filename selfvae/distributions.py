@@ -1,0 +1,87 @@
+"""Distributions of the latents: each has log_prob(z) -> (B,) nats and sample(temperature) -> z."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["DiagonalNormal", "GaussianMixture", "soft_limit"]
+
+_LOG_2PI = math.log(2 * math.pi)
+
+
+def soft_limit(raw: Tensor, limit: float = 7.0) -> Tensor:
+    """Squash to (-limit, limit) with slope 1 at 0, so that no gradient ever vanishes at once."""
+    return limit * torch.tanh(raw / limit)
+
+
+class DiagonalNormal:
+    """N(mean, diag(exp(log_var))) over latents (B, C, h, w).
+
+    >>> DiagonalNormal(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)).mode().item()
+    0.0
+    """
+
+    def __init__(self, mean: Tensor, log_var: Tensor) -> None:
+        self.mean, self.log_var = mean.float(), log_var.float()
+
+    @classmethod
+    def from_params(cls, params: Tensor) -> DiagonalNormal:
+        """From a network's output (B, 2C, h, w): means, then raw log-variances, limited to [-7, 7]."""
+        mean, raw = params.float().chunk(2, 1)
+        return cls(mean, soft_limit(raw))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """ln N(z), nats (B,)."""
+        square = (z - self.mean) ** 2 * torch.exp(-self.log_var)
+        return -0.5 * (square + self.log_var + _LOG_2PI).flatten(1).sum(1)
+
+    def sample(self, temperature: float = 1.0) -> Tensor:
+        """A reparameterised draw (B, C, h, w); temperature scales the standard deviation."""
+        noise = torch.randn_like(self.mean)
+        return self.mean + temperature * torch.exp(0.5 * self.log_var) * noise
+
+    def mode(self) -> Tensor:
+        """The mean (B, C, h, w)."""
+        return self.mean
+
+    def repeat(self, n: int) -> DiagonalNormal:
+        """The same distribution for n copies of every image: batch B -> n * B, copies outermost."""
+        return DiagonalNormal(self.mean.repeat(n, 1, 1, 1), self.log_var.repeat(n, 1, 1, 1))
+
+
+class GaussianMixture:
+    """At every position of (B, C, h, w), a mixture of M diagonal Gaussians over the C channels.
+
+    `logits` (M,), `means` and `log_vars` (M, C) are shared by all positions, so any size is allowed.
+    """
+
+    def __init__(
+        self, logits: Tensor, means: Tensor, log_vars: Tensor, shape: tuple[int, int, int]
+    ) -> None:
+        self.logits, self.means, self.log_vars = logits, means, log_vars
+        self.shape = shape  # B, h, w
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """ln p(z), nats (B,)."""
+        z = z.float()[:, None]  # B, 1, C, h, w
+        mean, log_var = self.means[None, :, :, None, None], self.log_vars[None, :, :, None, None]
+        square = (z - mean) ** 2 * torch.exp(-log_var)
+        each = -0.5 * (square + log_var + _LOG_2PI).sum(2)
+        weight = torch.log_softmax(self.logits, 0)[None, :, None, None]
+        return torch.logsumexp(weight + each, 1).flatten(1).sum(1)
+
+    def sample(self, temperature: float = 1.0) -> Tensor:
+        """A draw (B, C, h, w); temperature scales the standard deviations."""
+        b, h, w = self.shape
+        pick = torch.multinomial(torch.softmax(self.logits, 0), b * h * w, replacement=True)
+        mean, std = self.means[pick], torch.exp(0.5 * self.log_vars[pick])
+        z = mean + temperature * std * torch.randn_like(mean)
+        return z.view(b, h, w, -1).permute(0, 3, 1, 2).contiguous()
+
+    def mode(self) -> Tensor:
+        """The most likely component's mean at every position (B, C, h, w)."""
+        b, h, w = self.shape
+        return self.means[self.logits.argmax()].view(1, -1, 1, 1).expand(b, -1, h, w).contiguous()

@@ -1,0 +1,124 @@
+"""RealNVP: an invertible map between latents and Gaussian noise, with its log-determinant.
+
+Source: Dinh et al. 2016, sections 3.1 to 3.6 (without batch normalisation: weight norm instead).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from selfvae.layers import Conv, ResidualBlock
+
+__all__ = ["Coupling", "RealNVP", "squeeze", "unsqueeze"]
+
+
+def squeeze(z: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, 4C, h/2, w/2), each 2 x 2 block to channels."""
+    return nn.functional.pixel_unshuffle(z, 2)
+
+
+def unsqueeze(z: Tensor) -> Tensor:
+    """The inverse of `squeeze`."""
+    return nn.functional.pixel_shuffle(z, 2)
+
+
+class Coupling(nn.Module):
+    """Affine coupling: the masked half stays, the other is scaled and shifted as it says.
+
+    forward: z -> (noise, ln |det d noise / d z|), shapes (B, C, h, w) and (B,); inverse: noise -> z.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        mask: Literal["checkerboard", "channel"],
+        flip: bool,
+        hidden: int,
+        blocks: int,
+    ) -> None:
+        super().__init__()
+        self.mask_kind, self.flip = mask, flip
+        core = ResidualBlock(hidden, hidden, blocks)
+        self.net = nn.Sequential(
+            Conv(channels, hidden), core, nn.ELU(), Conv(hidden, 2 * channels, init_scale=0.1)
+        )
+        self.scale = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def _mask(self, z: Tensor) -> Tensor:
+        """1 where z passes unchanged."""
+        if self.mask_kind == "checkerboard":
+            rows = torch.arange(z.shape[2], device=z.device)[:, None]
+            cols = torch.arange(z.shape[3], device=z.device)
+            mask = (rows + cols) % 2 == int(self.flip)
+            return mask.to(z.dtype)[None, None]
+        half = torch.arange(z.shape[1], device=z.device) < z.shape[1] // 2
+        return (half != self.flip).to(z.dtype).view(1, -1, 1, 1)
+
+    def _affine(self, z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale, shift = self.net(z * mask).to(z.dtype).chunk(2, 1)
+        return self.scale * torch.tanh(log_scale) * (1 - mask), shift * (1 - mask)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale, shift = self._affine(z, self._mask(z))
+        return z * torch.exp(log_scale) + shift, log_scale.flatten(1).sum(1)
+
+    def inverse(self, noise: Tensor) -> Tensor:
+        log_scale, shift = self._affine(noise, self._mask(noise))
+        return (noise - shift) * torch.exp(-log_scale)
+
+
+def _couplings(
+    channels: int, mask: Literal["checkerboard", "channel"], n: int, hidden: int, blocks: int
+) -> nn.ModuleList:
+    return nn.ModuleList(Coupling(channels, mask, i % 2 == 1, hidden, blocks) for i in range(n))
+
+
+class RealNVP(nn.Module):
+    """Two scales: 3 checkerboard couplings, squeeze, 3 channel couplings; half the channels are done,
+    the other half passes 4 more checkerboard couplings. Height and width of z must be even.
+    """
+
+    def __init__(self, channels: int, hidden: int = 64, blocks: int = 5) -> None:
+        super().__init__()
+        self.checker = _couplings(channels, "checkerboard", 3, hidden, blocks)
+        self.channel = _couplings(4 * channels, "channel", 3, hidden, blocks)
+        self.final = _couplings(2 * channels, "checkerboard", 4, hidden, blocks)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B, C, h, w) -> noise of the same shape and ln |det|, nats (B,)."""
+        if z.shape[2] % 2 or z.shape[3] % 2:
+            raise ValueError(
+                f"the RealNVP prior needs latents of even height and width; got {tuple(z.shape[2:])}: "
+                "change the image size or use prior='mog'"
+            )
+        total = torch.zeros(z.shape[0], device=z.device, dtype=z.dtype)
+        for coupling in self.checker:
+            z, log_det = coupling(z)
+            total = total + log_det
+        z = squeeze(z)
+        for coupling in self.channel:
+            z, log_det = coupling(z)
+            total = total + log_det
+        # every checkerboard position keeps its own channels: interleaved, not one phase of the blocks
+        done, z = z[:, ::2], z[:, 1::2]
+        for coupling in self.final:
+            z, log_det = coupling(z)
+            total = total + log_det
+        return unsqueeze(torch.stack([done, z], 2).flatten(1, 2)), total
+
+    def inverse(self, noise: Tensor) -> Tensor:
+        """noise -> z, both (B, C, h, w)."""
+        z = squeeze(noise)
+        done, z = z[:, ::2], z[:, 1::2]
+        for coupling in reversed(self.final):
+            z = coupling.inverse(z)  # type: ignore[operator]
+        z = torch.stack([done, z], 2).flatten(1, 2)
+        for coupling in reversed(self.channel):
+            z = coupling.inverse(z)  # type: ignore[operator]
+        z = unsqueeze(z)
+        for coupling in reversed(self.checker):
+            z = coupling.inverse(z)  # type: ignore[operator]
+        return z

@@ -1,0 +1,85 @@
+"""Models on disk: a folder with config.json and model.safetensors, nothing that is ever executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from selfvae.model import SelfVAE
+from selfvae.presets import ModelConfig, from_config
+
+__all__ = ["load", "save", "write_atomic", "write_tensors"]
+
+_FORMAT = 1
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: to a temporary file beside it, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """A safetensors file, written whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save(model: SelfVAE, folder: str | Path) -> None:
+    """Write folder/config.json and folder/model.safetensors; the model must come from `build`."""
+    if not isinstance(model.config, ModelConfig):
+        raise ValueError("only a model made by selfvae.build can be saved: this one has no config")
+    folder = Path(folder)
+    write_tensors(folder / "model.safetensors", model.state_dict())
+    config: dict[str, Any] = {"format": _FORMAT, "model": model.config.to_dict()}
+    write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def load(path: str | Path) -> SelfVAE:
+    """The model in a folder that `save` or training wrote, on the CPU, ready for use.
+
+    Raises FileNotFoundError or ValueError saying what the folder lacks.
+    """
+    folder = Path(path)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no model: {name} is missing (expected config.json and "
+                "model.safetensors, as selfvae train writes them)"
+            )
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("format") != _FORMAT:
+        raise ValueError(
+            f"{folder}/config.json has format {config.get('format')!r}; this version reads "
+            f"format {_FORMAT}: use the version of selfvae that wrote it"
+        )
+    model = from_config(ModelConfig.from_dict(config["model"]))
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.eval()

@@ -1,0 +1,194 @@
+"""Building blocks of the networks: weight-normalised convolutions, dense and residual blocks, resizing.
+
+Every block maps (B, C, h, w) to (B, out_channels, h, w) (or a resized h, w) and is fully convolutional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "BACKBONES",
+    "ChannelAttention",
+    "Conv",
+    "DenseBlock",
+    "DenseLayer",
+    "Down",
+    "ResidualBlock",
+    "Up",
+    "data_dependent_init",
+]
+
+class Conv(nn.Module):
+    """A weight-normalised convolution, w = gain * v / |v|, with data-dependent initialisation.
+
+    `stride` > 1 shrinks; `transposed` enlarges by the stride instead. Inside `data_dependent_init` the
+    first forward pass sets gain and bias so that every output channel has mean 0 and standard deviation
+    `init_scale` on that batch; the buffer `initialised` remembers it.
+
+    Source: Salimans & Kingma 2016, section 3.
+    """
+
+    initialised: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int = 3,
+        *,
+        stride: int = 1,
+        transposed: bool = False,
+        init_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        shape = (in_channels, out_channels) if transposed else (out_channels, in_channels)
+        self.direction = nn.Parameter(torch.randn(*shape, kernel, kernel) * 0.05)
+        self.gain = nn.Parameter(torch.ones(out_channels))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.register_buffer("initialised", torch.tensor(False))
+        self.stride, self.transposed, self.init_scale = stride, transposed, init_scale
+        self.padding = (kernel - 1) // 2
+        self.initialising = False
+
+    def weight(self) -> Tensor:
+        """The normalised kernel."""
+        axis = 1 if self.transposed else 0
+        others = [i for i in range(4) if i != axis]
+        norm = torch.linalg.vector_norm(self.direction, dim=others, keepdim=True)
+        shape = [-1 if i == axis else 1 for i in range(4)]
+        return self.direction * (self.gain.view(shape) / (norm + 1e-8))
+
+    def _apply_weight(self, x: Tensor) -> Tensor:
+        if self.transposed:
+            return F.conv_transpose2d(
+                x, self.weight(), self.bias, self.stride, self.padding,
+                output_padding=self.stride + 2 * self.padding - self.direction.shape[-1],
+            )  # fmt: skip
+        return F.conv2d(x, self.weight(), self.bias, self.stride, self.padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.initialising:
+            self._initialise(x)
+        return self._apply_weight(x)
+
+    @torch.no_grad()
+    def _initialise(self, x: Tensor) -> None:
+        out = self._apply_weight(x).float()
+        # a constant channel (blank input, one pixel) keeps its gain: nothing can be learnt from it
+        std, mean = torch.std_mean(out, dim=(0, 2, 3), correction=0)
+        scale = torch.where(std > 1e-6, self.init_scale / std.clamp(min=1e-6), self.init_scale)
+        self.gain.mul_(scale)
+        self.bias.copy_((self.bias - mean) * scale)
+        self.initialised.fill_(True)
+        self.initialising = False
+
+    def extra_repr(self) -> str:
+        o, i = self.direction.shape[:2]
+        return f"{o}, {i}, kernel={self.direction.shape[-1]}, stride={self.stride}"
+
+
+@contextmanager
+def data_dependent_init(module: nn.Module) -> Iterator[None]:
+    """Let every not yet initialised `Conv` below module initialise itself on the next forward pass."""
+    layers = [m for m in module.modules() if isinstance(m, Conv) and not bool(m.initialised)]
+    for layer in layers:
+        layer.initialising = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.initialising = False
+
+
+class ChannelAttention(nn.Module):
+    """Scale every channel by a gate computed from all channels' global means.
+
+    Source: Zhang et al. 2018 (RCAN), section 3.3.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(1, channels // 8)
+        self.gate = nn.Sequential(
+            Conv(channels, hidden, 1), nn.ELU(), Conv(hidden, channels, 1), nn.Sigmoid()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate: Tensor = self.gate(x.mean((2, 3), keepdim=True))
+        return x * gate
+
+
+class DenseLayer(nn.Module):
+    """1x1 conv to 4G, ELU, 3x3 conv to G, ELU, concatenate with the input, channel attention."""
+
+    def __init__(self, channels: int, growth: int) -> None:
+        super().__init__()
+        self.new = nn.Sequential(
+            Conv(channels, 4 * growth, 1), nn.ELU(), Conv(4 * growth, growth), nn.ELU()
+        )
+        self.attention = ChannelAttention(channels + growth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.attention(torch.cat([x, self.new(x)], 1))
+        return out
+
+
+class DenseBlock(nn.Sequential):
+    """`steps` dense layers, each adding `growth` channels (Huang et al. 2016)."""
+
+    def __init__(self, channels: int, growth: int, steps: int) -> None:
+        super().__init__(*(DenseLayer(channels + i * growth, growth) for i in range(steps)))
+        self.out_channels = channels + steps * growth
+
+
+class ResidualBlock(nn.Module):
+    """`steps` residual layers at a width of `growth` channels: ELU, 3x3 conv, ELU, 1x1 conv, add.
+
+    The layers' last convolutions start near zero, so that the block starts as the identity.
+    """
+
+    def __init__(self, channels: int, growth: int, steps: int) -> None:
+        super().__init__()
+        self.widen = nn.Identity() if channels == growth else Conv(channels, growth, 1)
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.ELU(), Conv(growth, growth), nn.ELU(), Conv(growth, growth, 1, init_scale=0.1)
+            )
+            for _ in range(steps)
+        )
+        self.out_channels = growth
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.widen(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+BACKBONES: dict[str, type[DenseBlock] | type[ResidualBlock]] = {
+    "dense": DenseBlock,
+    "residual": ResidualBlock,
+}
+
+
+class Down(nn.Sequential):
+    """Halve the height and width, double the channels: a strided 3x3 convolution and ELU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(Conv(channels, 2 * channels, stride=2), nn.ELU())
+        self.out_channels = 2 * channels
+
+
+class Up(nn.Sequential):
+    """Double the height and width, halve the channels: a transposed 3x3 convolution and ELU."""
+
+    def __init__(self, channels: int) -> None:
+        half = max(1, channels // 2)
+        super().__init__(Conv(channels, half, stride=2, transposed=True), nn.ELU())
+        self.out_channels = half

@@ -1,0 +1,99 @@
+"""One level of the hierarchy: it explains the image y[k] given y[k+1] = d(y[k]) with a latent z[k]."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from selfvae.distributions import DiagonalNormal
+from selfvae.pixels import PixelMixture, to_unit
+from selfvae.priors import LatentDistribution
+from selfvae.transforms import Format, Subsample, Support, Transform
+
+__all__ = ["Level"]
+
+
+class Level(nn.Module):
+    """q(z | y), p(z | y_up, z_up) and p(y | y_up, z) for images y of one format.
+
+    Arguments:
+        format: channels and levels of y.
+        transform: d, with y_up = d(y). At the top it is `Blank`: y_up tells the size and nothing else.
+        decoder: network (context, z) -> pixel parameters, at y's resolution, or at y_up's where the
+            transform keeps pixels (`Subsample`): then only the dropped ones are modelled.
+        encoder, prior: networks of the latent; both None for a level without one.
+        consistent: truncate the likelihood to the images with d(y) = y_up, where d tells them.
+        anchored: add d's plain estimate of y to every component's mean.
+        coefficients: how earlier channels shift later ones (see `PixelMixture`).
+    """
+
+    def __init__(
+        self,
+        format: Format,
+        transform: Transform,
+        decoder: nn.Module,
+        encoder: nn.Module | None = None,
+        prior: nn.Module | None = None,
+        *,
+        consistent: bool = True,
+        anchored: bool = False,
+        coefficients: Literal["raw", "residual"] = "raw",
+    ) -> None:
+        super().__init__()
+        if (encoder is None) != (prior is None):
+            raise ValueError("a latent needs both an encoder and a prior; got one of them")
+        self.format, self.transform = format, transform
+        self.encoder, self.prior_net, self.decoder = encoder, prior, decoder
+        self.consistent, self.anchored, self.coefficients = consistent, anchored, coefficients
+
+    @property
+    def has_latent(self) -> bool:
+        return self.encoder is not None
+
+    @property
+    def fills_in(self) -> bool:
+        """Whether y_up keeps pixels of y, so that the level works at y_up's resolution."""
+        return self.consistent and isinstance(self.transform, Subsample)
+
+    def context(self, y_up: Tensor) -> Tensor:
+        """What the decoder sees of y_up: float32 (B, C', h, w) in [-1, 1]; no channels at the top."""
+        if y_up.shape[1] == 0:
+            return y_up.float()
+        if self.fills_in:
+            return to_unit(y_up, self.format.levels)
+        return to_unit(self.transform.estimate(y_up, self.format), self.format.levels)
+
+    def posterior(self, y: Tensor) -> DiagonalNormal:
+        """q(z | y) for y uint8 (B, C, H, W)."""
+        assert self.encoder is not None
+        return DiagonalNormal.from_params(self.encoder(to_unit(y, self.format.levels)))
+
+    def prior(self, y_up: Tensor, z_up: Tensor | None) -> LatentDistribution:
+        """p(z | y_up, z_up)."""
+        assert self.prior_net is not None
+        if y_up.shape[1] == 0:
+            top: LatentDistribution = self.prior_net(y_up, z_up)
+            return top
+        up = self.transform.format(self.format)
+        return DiagonalNormal.from_params(self.prior_net(to_unit(y_up, up.levels), z_up))
+
+    def likelihood(self, y_up: Tensor, z: Tensor | None) -> PixelMixture:
+        """p(y | y_up, z)."""
+        support = (
+            self.transform.support(y_up, self.format)
+            if self.consistent
+            else Support(y_up, self.format)
+        )
+        params = self.decoder(self.context(y_up), z)
+        if self.fills_in:
+            b, p, h, w = params.shape
+            params = params.view(b, support.groups, p // support.groups, h, w)
+        else:
+            params = support.phases(params)
+        anchor = None
+        if self.anchored:
+            anchor = support.split(self.transform.estimate(y_up, self.format))
+        return PixelMixture(
+            params, support, self.format, anchor=anchor, coefficients=self.coefficients
+        )

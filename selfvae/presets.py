@@ -1,0 +1,305 @@
+"""The models by name and size: the papers' and ours. One configuration describes a model completely."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from selfvae.level import Level
+from selfvae.model import SelfVAE
+from selfvae.networks import Branch, Constant, Decoder, Encoder, PriorNet
+from selfvae.pixels import param_count
+from selfvae.priors import TOP_PRIORS, FlowPrior
+from selfvae.transforms import (
+    BicubicDownscale,
+    BitDepth,
+    Blank,
+    Chain,
+    Format,
+    GaussianBlur,
+    Greyscale,
+    MeanDownscale,
+    Sketch,
+    Subsample,
+    Transform,
+)
+
+__all__ = ["PRESETS", "TRANSFORMS", "ModelConfig", "build", "from_config", "transform"]
+
+TRANSFORMS: dict[str, Callable[[], Transform]] = {
+    **{f"mean{n}": lambda n=n: MeanDownscale(n) for n in (2, 3, 4)},  # type: ignore[misc]
+    "mean1x2": lambda: MeanDownscale(1, 2),
+    "mean2x1": lambda: MeanDownscale(2, 1),
+    **{f"bicubic{n}": lambda n=n: BicubicDownscale(n) for n in (2, 3, 4)},  # type: ignore[misc]
+    **{f"subsample{n}": lambda n=n: Subsample(n) for n in (2, 3, 4)},  # type: ignore[misc]
+    "columns": lambda: Subsample(1, 2),
+    "rows": lambda: Subsample(2, 1),
+    **{f"bits{n}": lambda n=n: BitDepth(n) for n in (1, 2, 3)},  # type: ignore[misc]
+    "grey": Greyscale,
+    "blur": GaussianBlur,
+    "sketch": Sketch,
+}
+
+
+def transform(name: str) -> Transform:
+    """The transform of that name; several joined by "+" are taken as one, e.g. "grey+mean2"."""
+    parts = [_choose(part, TRANSFORMS, "transform")() for part in name.split("+")]
+    return parts[0] if len(parts) == 1 else Chain(*parts)
+
+
+def _choose(name: str, table: Mapping[str, Any], kind: str) -> Any:
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(table)}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All that determines a model's structure; JSON-able.
+
+    Arguments:
+        name: preset it came from.
+        image_shape: channels, height, width in pixels. The networks take any height and width that the
+            strides divide; this size settles how often the encoders halve and how long a chain is.
+        levels: grey levels a channel of x.
+        transforms: names of d_1..d_K (see `TRANSFORMS`); "halve" alone is the chain of alternating
+            "columns" and "rows" down to 4 x 4.
+        prior: of the top latent: "normal", "mog" or "flow".
+        latents: "all" levels have one, "top" only the top one, or "none".
+        latent_channels: channels of every latent.
+        consistent: truncate each likelihood to the images that map to the level above.
+        anchored: add the transform's plain estimate to every component's mean.
+        coefficients: "raw" (PixelCNN++) or "residual" channel coefficients.
+        components: logistics in a mixture.
+        backbone: "dense" (the papers') or "residual".
+        width: factor on all growths and stems. depth: factor on all steps.
+    """
+
+    name: str = "vae"
+    image_shape: tuple[int, int, int] = (3, 32, 32)
+    levels: int = 256
+    transforms: tuple[str, ...] = ()
+    prior: Literal["normal", "mog", "flow"] = "flow"
+    latents: Literal["all", "top", "none"] = "all"
+    latent_channels: int = 16
+    consistent: bool = False
+    anchored: bool = False
+    coefficients: Literal["raw", "residual"] = "raw"
+    components: int = 10
+    backbone: Literal["dense", "residual"] = "dense"
+    width: float = 1.0
+    depth: float = 1.0
+
+    def __post_init__(self) -> None:
+        shape = tuple(int(n) for n in self.image_shape)
+        if len(shape) != 3 or not 1 <= shape[0] <= 4 or min(shape[1:]) < 4:
+            raise ValueError(
+                "image_shape must be (channels, height, width) with 1 to 4 channels and at least "
+                f"4 x 4 pixels; got {self.image_shape}"
+            )
+        object.__setattr__(self, "image_shape", shape)
+        object.__setattr__(self, "transforms", tuple(self.transforms))
+        for field, known in (
+            ("prior", TOP_PRIORS),
+            ("latents", ("all", "top", "none")),
+            ("coefficients", ("raw", "residual")),
+            ("backbone", ("dense", "residual")),
+        ):
+            if getattr(self, field) not in known:
+                raise ValueError(
+                    f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}"
+                )
+        for field in ("width", "depth", "latent_channels", "components"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} must be positive; got {getattr(self, field)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dictionary."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
+        """The inverse of `to_dict`; an unknown key is an error."""
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        for key in config:
+            _choose(key, known, "model option")
+        return cls(**config)
+
+
+_OURS: dict[str, Any] = {"consistent": True, "anchored": True, "coefficients": "residual"}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "vae-normal": {"prior": "normal"},
+    "vae-mog": {"prior": "mog"},
+    "vae": {"prior": "flow"},
+    "srvae": {"transforms": ("bicubic2",)},
+    "selfvae-sketch": {"transforms": ("sketch",)},
+    "selfvae-3lvl": {"transforms": ("bicubic2", "bicubic2")},
+    "selfvae": {"transforms": ("mean2",), **_OURS},
+    "selfvae-3": {"transforms": ("mean2", "mean2"), **_OURS},
+    "selfvae-grey": {"transforms": ("grey",), **_OURS},
+    "selfvae-bits": {"transforms": ("bits3",), **_OURS},
+    "selfvae-halve": {
+        "transforms": ("halve",),
+        "latents": "none",
+        "backbone": "residual",
+        **_OURS,
+    },
+}
+
+SIZES: dict[str, dict[str, float]] = {
+    "tiny": {"width": 0.125, "depth": 0.5},
+    "small": {"width": 0.375, "depth": 1.0},
+    "paper": {"width": 1.0, "depth": 1.0},
+}
+
+
+def build(
+    name: str,
+    size: str = "small",
+    image_shape: tuple[int, int, int] = (3, 32, 32),
+    **overrides: Any,
+) -> SelfVAE:
+    """A new model, its weights drawn from torch's global random state.
+
+    Arguments:
+        name: a preset (see `PRESETS`).
+        size: "tiny" (under 0.5 M parameters), "small" (about 5 M) or "paper".
+        image_shape: channels, height, width.
+        overrides: any field of `ModelConfig`.
+
+    Raises ValueError for an unknown name, size or option, or one that does not fit the images.
+    """
+    options = {
+        **_choose(name, PRESETS, "model"),
+        **_choose(size, SIZES, "size"),
+        **overrides,
+        "name": name,
+        "image_shape": image_shape,
+    }
+    return from_config(ModelConfig.from_dict(options))
+
+
+def _transforms(config: ModelConfig) -> list[Transform]:
+    _, h, w = config.image_shape
+    if config.transforms != ("halve",):
+        return [transform(name) for name in config.transforms]
+    steps: list[Transform] = []
+    while h > 4 or w > 4:
+        step = Subsample(1, 2) if w >= h else Subsample(2, 1)
+        h, w = step.size(h, w)
+        steps.append(step)
+    return steps
+
+
+def from_config(config: ModelConfig) -> SelfVAE:
+    """The model that a configuration describes."""
+    c, h, w = config.image_shape
+    transforms = [*_transforms(config), Blank()]
+    formats, sizes = [Format(c, config.levels)], [(h, w)]
+    for t in transforms:
+        formats.append(t.format(formats[-1]))
+        sizes.append(t.size(*sizes[-1]))
+    plan = _Plan(config, transforms, formats, sizes)
+    return SelfVAE([plan.level(k) for k in range(len(transforms))], config)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Turns a configuration into levels: the papers' growths and steps, scaled."""
+
+    config: ModelConfig
+    transforms: list[Transform]
+    formats: list[Format]
+    sizes: list[tuple[int, int]]
+
+    @property
+    def top(self) -> int:
+        return len(self.transforms) - 1
+
+    def has_latent(self, k: int) -> bool:
+        return self.config.latents == "all" or self.config.latents == "top" and k == self.top
+
+    def downs(self, k: int) -> int:
+        """How often level k's encoder halves y[k]: to 8 x 8 from 16 pixels on, three times at most."""
+        return max(1, min(3, int(math.log2(min(self.sizes[k]) / 8))))
+
+    def wide(self, channels: float) -> int:
+        """The papers' number of channels, scaled: a multiple of 4, 4 at least."""
+        return max(4, round(channels * self.config.width / 4) * 4)
+
+    def branch(
+        self, growth: float, steps: int, blocks: int, resize: Any = "flat", stem: int = 32
+    ) -> Branch:
+        steps = max(1, round(steps * self.config.depth))
+        stem = self.wide(stem) if stem else 0
+        return Branch(self.wide(growth), steps, blocks, resize, stem, self.config.backbone)
+
+    def level(self, k: int) -> Level:
+        config, format, up = self.config, self.formats[k], self.formats[k + 1]
+        t, alone, is_top = self.transforms[k], self.top == 0, k == self.top
+        fills_in = config.consistent and isinstance(t, Subsample)
+        scale = t.scale if fills_in else (1, 1)
+        groups = scale[0] * scale[1] - 1 if fills_in else 1
+        params = param_count(format.channels, config.components) * groups
+        latent = config.latent_channels if self.has_latent(k) else 0
+        downs = self.downs(k) if latent else 0
+
+        encoder: nn.Module | None = None
+        prior: nn.Module | None = None
+        z_branch: Branch | None = None
+        if latent:
+            # halvings beyond the papers' double the channels once more each: they halve the growth
+            usual = 1 if is_top and not alone else 2
+            deep = 0.5 ** max(0, downs - usual)
+            growth, steps = (16, 8) if alone else (64, 3) if is_top else (16, 4)
+            encoder = Encoder(
+                format.channels, latent, self.branch(growth * deep, steps, downs, "down", stem=64)
+            )
+            ups = downs - round(math.log2(min(scale)))
+            growth, steps = (128, 6) if alone else (128, 4) if is_top else (64, 8)
+            stem = 128 if is_top else 64
+            z_branch = self.branch(growth * deep, steps, ups, "up", stem=stem)
+            prior = self._prior(k, latent, downs)
+        context = 0 if is_top else up.channels if fills_in else format.channels
+        decoder: nn.Module
+        if is_top and not latent:
+            decoder = Constant(params)
+        else:
+            joint = None
+            if not is_top:
+                joint = self.branch(64, 5, 3, stem=0 if latent else 64)
+                if config.backbone == "residual":
+                    # the finest levels hold most of the bits: each level above has 1/sqrt(2) of the layers
+                    joint = self.branch(256, round(12 * 0.5 ** (k / 2)), 1, stem=256)
+            decoder = Decoder(context, latent, params, z_branch, joint)
+        return Level(
+            format, t, decoder, encoder, prior,
+            consistent=config.consistent, anchored=config.anchored, coefficients=config.coefficients,
+        )  # fmt: skip
+
+    def _prior(self, k: int, latent: int, downs: int) -> nn.Module:
+        if k == self.top:
+            if self.config.prior == "flow":
+                return FlowPrior(latent, 2**downs, self.wide(64), max(1, round(5 * self.config.depth)))
+            return TOP_PRIORS[self.config.prior](latent, 2**downs)
+        above = any(self.has_latent(j) for j in range(k + 1, self.top + 1))
+        rows, cols = self.transforms[k].scale
+        halvings = downs - round(math.log2(max(rows, cols)))
+        return PriorNet(
+            self.formats[k + 1].channels,
+            self.config.latent_channels if above else 0,
+            latent,
+            y=self.branch(32 * 0.5 ** max(0, halvings - 1), 5, halvings, "down", stem=32),
+            z=self.branch(64, 3, 3, stem=64),
+            joint=self.branch(64, 3, 3, stem=0),
+            ratio=(rows / 2**downs, cols / 2**downs),
+        )

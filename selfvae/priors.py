@@ -1,0 +1,99 @@
+"""Priors p(z[k] | y_up, z_up): modules whose forward returns a distribution.
+
+The top level's context is blank (an image without channels that only tells the size), and its priors
+look at nothing else; the conditional prior looks at the image and the latent above.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from selfvae.distributions import DiagonalNormal, GaussianMixture, soft_limit
+from selfvae.flows import RealNVP
+
+__all__ = ["TOP_PRIORS", "FlowPrior", "LatentDistribution", "MixturePrior", "NormalPrior"]
+
+
+class LatentDistribution(Protocol):
+    """What a prior returns."""
+
+    def log_prob(self, z: Tensor) -> Tensor: ...
+    def sample(self, temperature: float = 1.0) -> Tensor: ...
+    def mode(self) -> Tensor: ...
+
+
+class _TopPrior(nn.Module):
+    """`stride` pixels of the top image, in height and width, share one position of the latent."""
+
+    def __init__(self, latent: int, stride: int) -> None:
+        super().__init__()
+        self.latent, self.stride = latent, stride
+
+    def shape(self, y: Tensor) -> tuple[int, int, int, int]:
+        b, _, h, w = y.shape
+        if h % self.stride or w % self.stride:
+            raise ValueError(
+                f"the top image's height and width must be divisible by {self.stride}; got {h} x {w}: "
+                "pad or crop the image"
+            )
+        return b, self.latent, h // self.stride, w // self.stride
+
+
+class NormalPrior(_TopPrior):
+    """The standard normal."""
+
+    def forward(self, y: Tensor, z: Tensor | None) -> LatentDistribution:
+        zeros = torch.zeros(self.shape(y), device=y.device)
+        return DiagonalNormal(zeros, zeros)
+
+
+class MixturePrior(_TopPrior):
+    """A learnt mixture of diagonal Gaussians over the channels of every position."""
+
+    def __init__(self, latent: int, stride: int, components: int = 10) -> None:
+        super().__init__(latent, stride)
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.means = nn.Parameter(torch.randn(components, latent))
+        self.raw_log_vars = nn.Parameter(torch.zeros(components, latent))
+
+    def forward(self, y: Tensor, z: Tensor | None) -> LatentDistribution:
+        b, _, h, w = self.shape(y)
+        return GaussianMixture(self.logits, self.means, soft_limit(self.raw_log_vars), (b, h, w))
+
+
+class _FlowDistribution:
+    def __init__(self, flow: RealNVP, shape: tuple[int, int, int, int], like: Tensor) -> None:
+        self.flow, self.shape, self.device = flow, shape, like.device
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        noise, log_det = self.flow(z.float())
+        zeros = torch.zeros_like(noise)
+        return DiagonalNormal(zeros, zeros).log_prob(noise) + log_det
+
+    def sample(self, temperature: float = 1.0) -> Tensor:
+        return self.flow.inverse(temperature * torch.randn(self.shape, device=self.device))
+
+    def mode(self) -> Tensor:
+        """The image of the noise's mode, not in general the density's."""
+        return self.flow.inverse(torch.zeros(self.shape, device=self.device))
+
+
+class FlowPrior(_TopPrior):
+    """RealNVP over Gaussian noise."""
+
+    def __init__(self, latent: int, stride: int, hidden: int = 64, blocks: int = 5) -> None:
+        super().__init__(latent, stride)
+        self.flow = RealNVP(latent, hidden, blocks)
+
+    def forward(self, y: Tensor, z: Tensor | None) -> LatentDistribution:
+        return _FlowDistribution(self.flow, self.shape(y), y)
+
+
+TOP_PRIORS: dict[str, type[NormalPrior] | type[MixturePrior] | type[FlowPrior]] = {
+    "normal": NormalPrior,
+    "mog": MixturePrior,
+    "flow": FlowPrior,
+}

@@ -1,0 +1,412 @@
+"""One training loop: any model, any device, resumable to the bit.
+
+Everything random in step t follows from (seed, t, rank) alone, so a run that is killed and resumed makes
+the same steps as one that is not.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import io
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from torch import Tensor
+
+from selfvae import hub
+from selfvae.data import Dataset, augment, batch_indices
+from selfvae.evaluate import evaluate
+from selfvae.model import SelfVAE
+from selfvae.objective import Terms, bits_per_dim
+from selfvae.plots import save_grid
+from selfvae.presets import ModelConfig, from_config
+
+__all__ = ["TrainConfig", "train"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained; the defaults are the papers' with EMA and clipping added.
+
+    Arguments:
+        steps: optimizer steps in all.
+        batch_size: images a step, over all devices and accumulated parts.
+        optimizer: "adamax" or "adamw".
+        lr: learning rate at the start. lr_floor: and at the least.
+        schedule: "exponential" decays by lr_decay a step; "cosine" reaches lr_floor at the last step.
+        warmup: steps over which the rate rises from 0.
+        kl_warmup: steps over which the weight of the KL terms rises from 0 to 1.
+        free_bits: bits/dim (of x) that every latent's KL, averaged over the batch, may cost for free.
+        clip: largest gradient norm; gradients are of the loss in bits/dim.
+        skip: a gradient larger than `skip` times the usual norm is dropped.
+        ema: decay of the weights' moving average, which is what gets saved and scored.
+        flip: random horizontal flips. translate: random shifts by up to so many pixels.
+        accumulate: parts that a batch is split into to save memory.
+        precision: "32-true" or "bf16-mixed" (likelihoods stay in float32).
+        channels_last: memory layout of the networks.
+        seed: of the weights, the data order and all noise.
+        log_every, eval_every, checkpoint_every: in steps.
+        eval_images: validation images scored at every evaluation.
+        patience: stop after so many evaluations without a better validation score; 0: never.
+    """
+
+    steps: int = 100_000
+    batch_size: int = 32
+    optimizer: Literal["adamax", "adamw"] = "adamax"
+    lr: float = 0.002
+    lr_floor: float = 0.0001
+    lr_decay: float = 0.999999
+    schedule: Literal["exponential", "cosine"] = "exponential"
+    warmup: int = 0
+    kl_warmup: int = 0
+    free_bits: float = 0.0
+    clip: float = 1.0
+    skip: float = 30.0
+    ema: float = 0.9999
+    flip: bool = True
+    translate: int = 2
+    accumulate: int = 1
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    channels_last: bool = True
+    seed: int = 0
+    log_every: int = 50
+    eval_every: int = 1000
+    checkpoint_every: int = 1000
+    eval_images: int = 512
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch_size", "lr", "clip", "skip", "accumulate", "log_every",
+                      "eval_every", "checkpoint_every", "eval_images"):  # fmt: skip
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} must be positive; got {getattr(self, field)}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size must be a multiple of accumulate; got {self.batch_size} and "
+                f"{self.accumulate}"
+            )
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be at least 0 and below 1; got {self.ema}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step (from 0)."""
+        if self.schedule == "cosine":
+            part = min(1.0, step / self.steps)
+            rate = self.lr_floor + (self.lr - self.lr_floor) * (1 + math.cos(math.pi * part)) / 2
+        else:
+            rate = max(self.lr_floor, self.lr * self.lr_decay**step)
+        return rate * min(1.0, (step + 1) / self.warmup) if self.warmup else rate
+
+
+class Guard:
+    """Drops outlier gradients by a rule that cannot lock up, without waiting for the device.
+
+    A gradient is kept if its norm is finite and below `skip` times the usual one, a running geometric
+    mean. A dropped finite one raises that mean by a fixed factor, so if gradients really grow the limit
+    follows within some hundred steps. A dropped gradient counts as zero.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.clip, self.log_skip = config.clip, math.log(config.skip)
+        self.log_usual = torch.full((), torch.nan, device=device)
+        self.dropped = torch.zeros((), device=device)
+        self.dropped_in_a_row = torch.zeros((), device=device)
+
+    def __call__(self, grads: list[Tensor]) -> Tensor:
+        """Clip or zero the gradients in place; the norm they had."""
+        norm = torch.nn.utils.get_total_norm(grads)
+        log_norm = torch.log(norm.clamp(min=1e-12))
+        finite = torch.isfinite(norm)
+        usual = torch.where(self.log_usual.isnan(), log_norm, self.log_usual)
+        keep = finite & (log_norm < usual + self.log_skip)
+        moved = usual + 0.02 * (torch.minimum(log_norm, usual + self.log_skip) - usual)
+        self.log_usual = torch.where(finite, moved, self.log_usual)
+        self.dropped = self.dropped + ~keep
+        self.dropped_in_a_row = torch.where(keep, 0.0, self.dropped_in_a_row + 1)
+        factor = torch.where(keep, (self.clip / norm.clamp(min=1e-12)).clamp(max=1.0), 0.0)
+        for grad in grads:
+            grad.nan_to_num_(0.0, 0.0, 0.0).mul_(factor)
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        names = ("log_usual", "dropped", "dropped_in_a_row")
+        return {f"guard.{name}": getattr(self, name) for name in names}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        for key in self.state():
+            setattr(self, key.removeprefix("guard."), tensors[key].to(self.log_usual.device))
+
+
+class Log:
+    """A CSV file with one row a logged step; a resumed run drops the rows after its checkpoint."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        if step and path.exists():
+            with path.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        out = io.StringIO()
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        writer = csv.DictWriter(out, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        hub.write_atomic(self.path, out.getvalue().encode())
+
+
+@dataclass
+class State:
+    """All that changes during training."""
+
+    model: SelfVAE
+    ema: SelfVAE
+    optimizer: torch.optim.Optimizer
+    guard: Guard
+    step: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    best: float = math.inf
+    since_best: int = 0
+
+    _numbers = ("step", "seconds", "cpu_seconds", "best", "since_best")
+
+    def save(self, path: Path, config: TrainConfig) -> None:
+        """Everything needed to go on, in one file, written whole or not at all."""
+        tensors: dict[str, Tensor] = dict(self.guard.state())
+        for prefix, model in (("model", self.model), ("ema", self.ema)):
+            tensors |= {f"{prefix}.{k}": v for k, v in model.state_dict().items()}
+        for i, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in values.items()}
+        numbers = {name: getattr(self, name) for name in self._numbers}
+        metadata = {"train": json.dumps(dataclasses.asdict(config)), "state": json.dumps(numbers)}
+        hub.write_tensors(path, tensors, metadata)
+
+    def restore(self, path: Path) -> None:
+        tensors: dict[str, Tensor] = {}
+        with safe_open(path, framework="pt") as file:
+            numbers = json.loads(file.metadata()["state"])
+            for key in file.keys():  # noqa: SIM118 (not a dictionary)
+                tensors[key] = file.get_tensor(key)
+        for prefix, model in (("model.", self.model), ("ema.", self.ema)):
+            part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            model.load_state_dict(part)
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, i, name = key.split(".", 2)
+                state.setdefault(int(i), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.guard.restore(tensors)
+        for name in self._numbers:
+            setattr(self, name, numbers[name])
+
+
+def _seed(*parts: int) -> None:
+    torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1))
+
+
+def _loss(terms: Terms, dims: int, config: TrainConfig, step: int) -> Tensor:
+    """The training objective in bits/dim: the bound, with KL warm-up and free bits if asked for."""
+    loss = torch.stack([term.mean() for term in terms.re]).sum()
+    weight = min(1.0, (step + 1) / config.kl_warmup) if config.kl_warmup else 1.0
+    free = config.free_bits * math.log(2) * dims
+    for term in terms.kl:
+        kl = term.mean()
+        loss = loss + weight * (kl.clamp(min=free) if free else kl)
+    return bits_per_dim(loss, dims)
+
+
+@torch.no_grad()
+def _update_ema(ema: SelfVAE, model: SelfVAE, config: TrainConfig, step: int) -> None:
+    decay = min(config.ema, (step + 1) / (step + 10))
+    for average, value in zip(ema.parameters(), model.parameters(), strict=True):
+        average.lerp_(value, 1 - decay)
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM end the loop after the step in hand; the list holds what came."""
+    came: list[int] = []
+    kept = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            kept[number] = signal.signal(number, lambda n, _: came.append(n))
+    except ValueError:  # not the main thread
+        pass
+    try:
+        yield came
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def _term_columns(terms: Terms) -> dict[str, Tensor]:
+    out = {}
+    for k, (re, kl) in enumerate(zip(terms.re, terms.kl, strict=True)):
+        out[f"re{k}"], out[f"kl{k}"] = re.detach().mean(), kl.detach().mean()
+    return out
+
+
+def train(
+    model_config: ModelConfig,
+    data: Dataset,
+    out: str | Path,
+    config: TrainConfig = TrainConfig(),  # noqa: B008 (frozen)
+    *,
+    resume: bool = False,
+    max_seconds: float | None = None,
+    fabric: Fabric | None = None,
+    quiet: bool = False,
+) -> SelfVAE:
+    """Train and return the averaged model; leave model, checkpoint, curve and samples in `out`.
+
+    Writes out/config.json and model.safetensors (the averaged weights, see `hub.load`),
+    checkpoint.safetensors (to resume from), log.csv and samples/*.png. Interrupted by Ctrl-C it saves
+    and returns. `max_seconds` ends the run early by the clock.
+
+    Raises FileExistsError if `out` holds a run and resume is False, FileNotFoundError the other way.
+    """
+    out = Path(out)
+    checkpoint = out / "checkpoint.safetensors"
+    if checkpoint.exists() and not resume:
+        raise FileExistsError(f"{out} holds a run already: pass --resume to go on, or another --out")
+    if resume and not checkpoint.exists():
+        raise FileNotFoundError(f"nothing to resume: {checkpoint} does not exist")
+    fabric = fabric or Fabric(devices=1, precision=config.precision)
+    fabric.launch()
+    rank, world = fabric.global_rank, fabric.world_size
+    part = config.batch_size // (world * config.accumulate)
+    if part * world * config.accumulate != config.batch_size:
+        raise ValueError(
+            f"batch_size must be a multiple of devices x accumulate = {world * config.accumulate}; "
+            f"got {config.batch_size}"
+        )
+
+    def batch(step: int) -> Tensor:
+        chosen = batch_indices(len(data.train), config.batch_size, step, config.seed)
+        x = data.train.take(chosen[rank::world]).to(fabric.device, non_blocking=True)
+        return augment(x, flip=config.flip, translate=config.translate)
+
+    _seed(config.seed, 2**32 - 1)
+    bare = from_config(model_config).to(fabric.device)
+    state = State(bare, bare, torch.optim.SGD(bare.parameters()), Guard(config, fabric.device))
+    if not resume:
+        # every process initialises on the whole first batch, so all start alike
+        chosen = batch_indices(len(data.train), config.batch_size, 0, config.seed)
+        bare.initialise(data.train.take(chosen).to(fabric.device))
+    if config.channels_last:
+        bare.to(memory_format=torch.channels_last)
+    state.ema = copy.deepcopy(bare).eval().requires_grad_(False)
+    kind = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}[config.optimizer]
+    model, state.optimizer = fabric.setup(bare, kind(bare.parameters(), lr=config.lr))
+    if resume:
+        state.restore(checkpoint)
+    parameters = [p for p in bare.parameters() if p.requires_grad]
+    dims = math.prod(model_config.image_shape)
+    log = Log(out / "log.csv", state.step)
+    evaluation: dict[str, Any] = {}
+
+    def keep() -> None:
+        if rank == 0:
+            state.save(checkpoint, config)
+            hub.save(state.ema, out)
+
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        disable=quiet or rank > 0,
+    )  # fmt: skip
+    task = progress.add_task("training", total=config.steps, completed=state.step)
+    began, cpu_began, done_before = time.monotonic(), time.process_time(), state.step
+    seconds_before, cpu_before = state.seconds, state.cpu_seconds
+    with progress, _interruptible() as came:
+        while state.step < config.steps:
+            step = state.step
+            for group in state.optimizer.param_groups:
+                group["lr"] = config.rate(step)
+            _seed(config.seed, step, rank)
+            x = batch(step)
+            terms = None
+            for i, piece in enumerate(x.split(part)):
+                last = (i + 1) * part >= len(x)
+                with fabric.no_backward_sync(model, enabled=not last):
+                    terms = model(piece)
+                    fabric.backward(_loss(terms, dims, config, step) / config.accumulate)
+            assert terms is not None
+            norm = state.guard([p.grad for p in parameters if p.grad is not None])
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+            _update_ema(state.ema, bare, config, step)
+            state.step = step + 1
+            state.seconds = seconds_before + time.monotonic() - began
+            state.cpu_seconds = cpu_before + time.process_time() - cpu_began
+
+            ends = state.step == config.steps or bool(came)
+            ends = ends or (max_seconds is not None and state.seconds >= max_seconds)
+            if state.step % config.eval_every == 0 or ends:
+                _seed(config.seed, step, 2**31)
+                scores = evaluate(state.ema, data.validation, limit=config.eval_images, batch_size=64)
+                evaluation = {"val_bits_per_dim": round(scores["bits_per_dim"], 5)}
+                better = scores["bits_per_dim"] < state.best
+                state.best = min(state.best, scores["bits_per_dim"])
+                state.since_best = 0 if better else state.since_best + 1
+                if rank == 0:
+                    save_grid(_samples(state.ema, model_config), out / f"samples/{state.step:07d}.png")
+                ends = ends or (0 < config.patience <= state.since_best)
+            if state.step % config.log_every == 0 or ends:
+                values = {k: v.item() for k, v in _term_columns(terms).items()}
+                loss = sum(values.values()) / (math.log(2) * dims)
+                row = {
+                    "step": state.step,
+                    "seconds": round(state.seconds, 1),
+                    "cpu_seconds": round(state.cpu_seconds, 1),
+                    "bits_per_dim": round(loss, 5),
+                    **{k: round(v, 2) for k, v in values.items()},
+                    "grad_norm": round(norm.item(), 5),
+                    "dropped": int(state.guard.dropped.item()),
+                    **(evaluation or {"val_bits_per_dim": ""}),
+                }
+                evaluation = {}
+                if rank == 0:
+                    log.write(row)
+                elapsed = max(1e-9, time.monotonic() - began)
+                rate = (state.step - done_before) * config.batch_size / elapsed
+                text = f"{loss:.3f} bits/dim, best val {state.best:.3f}, {rate:.0f} images/s"
+                if row["dropped"]:
+                    text += f", {row['dropped']} gradients dropped"
+                progress.update(task, description=text)
+                if state.guard.dropped_in_a_row.item() >= 1000:
+                    keep()
+                    raise FloatingPointError(
+                        "the last 1000 gradients were all dropped as outliers or not finite: the "
+                        "weights are as before; lower --lr, or use --precision 32-true"
+                    )
+            progress.update(task, completed=state.step)
+            if state.step % config.checkpoint_every == 0 or ends:
+                keep()
+            if ends:
+                break
+    return state.ema
+
+
+@torch.no_grad()
+def _samples(model: SelfVAE, config: ModelConfig, n: int = 16) -> Tensor:
+    height, width = config.image_shape[1:]
+    return model.walk(lambda _, p: p.sample(), model.blank(n, height, width))

@@ -1,0 +1,523 @@
+"""The deterministic maps d_k that compute y[k+1] = d(y[k]), and what each still allows y[k] to be.
+
+Every transform takes and returns uint8 images (B, C, H, W), runs batched on the image's own device and
+gives the same bytes on every device and for every batch size: it uses integer arithmetic, or float64
+products of integers below 2**53, which are exact in any order of summation.
+
+A level models y[k] given y[k+1] through a `Support`: the same numbers in coding order, group after
+group and channel after channel, with the interval of values that each entry can still take.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "BicubicDownscale",
+    "BitDepth",
+    "Blank",
+    "Chain",
+    "Format",
+    "GaussianBlur",
+    "Greyscale",
+    "MeanDownscale",
+    "Sketch",
+    "Subsample",
+    "Support",
+    "Transform",
+    "check_image",
+]
+
+
+@dataclass(frozen=True)
+class Format:
+    """What an image is: its number of channels and of grey levels (values are 0..levels-1)."""
+
+    channels: int
+    levels: int = 256
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.channels <= 4:
+            raise ValueError(f"an image has 1 to 4 channels; got {self.channels}")
+        if not 2 <= self.levels <= 256:
+            raise ValueError(f"an image has 2 to 256 levels a channel; got {self.levels}")
+
+    @property
+    def top(self) -> int:
+        """The largest value."""
+        return self.levels - 1
+
+
+def check_image(x: Tensor, channels: int | None = None, name: str = "x") -> None:
+    """Raise a `TypeError` or `ValueError` unless x is uint8 (B, C, H, W) with the given channels."""
+    c = "C" if channels is None else channels
+    if x.dtype != torch.uint8 or x.ndim != 4 or (channels is not None and x.shape[1] != channels):
+        kind = TypeError if x.dtype != torch.uint8 else ValueError
+        hint = ": convert with data.to_uint8" if x.dtype != torch.uint8 else ""
+        got = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+        raise kind(f"{name} must be uint8 (B, {c}, H, W); got {got}{hint}")
+
+
+class Support:
+    """What y = d(x) leaves open of x, in coding order.
+
+    `split` lays x out as entries v of shape (B, G, C, h, w): G groups (the phases of a block, coded one
+    after the other) of C channels (coded in `order`); pixels that y already holds are left out. `merge`
+    is its inverse. `bounds` gives each entry's interval of possible values, and looks only at entries
+    coded earlier, so it serves scoring (all entries known) and sampling (filled step by step) alike.
+    This class is the support of a transform that restricts nothing.
+    """
+
+    groups = 1
+    restricts = False  # some x are ruled out
+    truncates = False  # `bounds` are narrower than 0..levels-1
+
+    def __init__(self, y: Tensor, format: Format) -> None:
+        self.y = y
+        self.top = format.top
+        self.order: tuple[int, ...] = tuple(range(format.channels))
+
+    def phases(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, G, C, h, w), channels untouched: also lays out a network's parameters."""
+        return x[:, None]
+
+    def unphase(self, v: Tensor) -> Tensor:
+        """(B, G, C, h, w) -> (B, C, H, W), the inverse of `phases`."""
+        return v[:, 0]
+
+    def split(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> entries v (B, G, C, h, w) in coding order, any dtype."""
+        return self.phases(x)[:, :, list(self.order)]
+
+    def merge(self, v: Tensor) -> Tensor:
+        """Entries v (B, G, C, h, w) in coding order -> x (B, C, H, W)."""
+        return self.unphase(v[:, :, [self.order.index(c) for c in range(len(self.order))]])
+
+    def bounds(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Entries v, int64 (B, G, C, h, w) -> inclusive (lo, hi), int64 of v's shape."""
+        return torch.zeros_like(v), torch.full_like(v, self.top)
+
+    def allows(self, x: Tensor) -> Tensor:
+        """Whether x (B, C, H, W) maps to y: bool (B,)."""
+        v = self.split(x).long()
+        lo, hi = self.bounds(v)
+        return ((lo <= v) & (v <= hi)).flatten(1).all(1)
+
+
+class Transform(nn.Module):
+    """A deterministic map d: uint8 (B, C, H, W) -> uint8 (B, c, h, w), without parameters.
+
+    `support(y, format)` tells what y = d(x) leaves open of an x of that format. A transform without a
+    support of its own leaves everything open: the likelihood is then the unrestricted one.
+    """
+
+    scale: tuple[int, int] = (1, 1)  # rows and columns of x for one of y
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise TypeError("use a concrete transform")
+
+    def format(self, x: Format) -> Format:
+        """The format of d(x) for x of the given format."""
+        return x
+
+    def support(self, y: Tensor, format: Format) -> Support:
+        """What y (B, c, h, w) leaves open of x, whose format is given."""
+        return Support(y, format)
+
+    def estimate(self, y: Tensor, format: Format) -> Tensor:
+        """A plain guess at x from y alone: float32 (B, C, H, W) on x's scale of 0..levels-1."""
+        return y.float()
+
+    def size(self, h: int, w: int) -> tuple[int, int]:
+        """The height and width of d(x) for x of height h and width w, in pixels."""
+        rows, cols = self.scale
+        if h % rows or w % cols:
+            raise ValueError(
+                f"{self} needs a height divisible by {rows} and a width divisible by {cols}; "
+                f"got {h} x {w}: pad or crop the image"
+            )
+        return h // rows, w // cols
+
+
+class Blank(Transform):
+    """Forget everything but the size: d(x) has no channels. It is the context of the top level."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_image(x)
+        return x[:, :0]
+
+    def format(self, x: Format) -> Format:
+        return Format(0, x.levels)
+
+    def estimate(self, y: Tensor, format: Format) -> Tensor:
+        b, _, h, w = y.shape
+        return torch.full((b, format.channels, h, w), format.top / 2, device=y.device)
+
+
+# --- downscaling -----------------------------------------------------------------------------------
+
+
+class _Blocks(Support):
+    """A support whose groups are the phases of n x m blocks, row by row."""
+
+    def __init__(self, y: Tensor, format: Format, scale: tuple[int, int]) -> None:
+        super().__init__(y, format)
+        self.scale = scale
+        self.groups = scale[0] * scale[1]
+
+    def phases(self, x: Tensor) -> Tensor:
+        (n, m), (b, c, h, w) = self.scale, x.shape
+        x = x.reshape(b, c, h // n, n, w // m, m)
+        return x.permute(0, 3, 5, 1, 2, 4).reshape(b, n * m, c, h // n, w // m)
+
+    def unphase(self, v: Tensor) -> Tensor:
+        (n, m), (b, _, c, h, w) = self.scale, v.shape
+        v = v.reshape(b, n, m, c, h, w).permute(0, 3, 4, 1, 5, 2)
+        return v.reshape(b, c, h * n, w * m)
+
+
+class _MeanSupport(_Blocks):
+    """The block's sum is known up to rounding: a phase may take what the later ones can still complete."""
+
+    restricts = truncates = True
+
+    def bounds(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        n = self.groups
+        total = n * self.y.long()[:, None]
+        left = torch.arange(n - 1, -1, -1, device=v.device).view(1, n, 1, 1, 1) * self.top
+        known = v.cumsum(1) - v
+        lo = (total - n // 2 - known - left).clamp(min=0)
+        hi = (total + (n + 1) // 2 - 1 - known).clamp(max=self.top)
+        return lo, hi
+
+
+class MeanDownscale(Transform):
+    """The mean of every block of `rows` x `cols` pixels, rounded half up.
+
+    >>> MeanDownscale(2, 2)(torch.tensor([[[[1, 2], [2, 1]]]], dtype=torch.uint8)).item()
+    2
+    """
+
+    def __init__(self, rows: int = 2, cols: int | None = None) -> None:
+        super().__init__()
+        self.scale = (rows, rows if cols is None else cols)
+        if min(self.scale) < 1 or self.scale == (1, 1):
+            raise ValueError(f"a block has at least 2 pixels; got {self.scale[0]} x {self.scale[1]}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_image(x)
+        (b, c, h, w), (n, m) = x.shape, self.scale
+        self.size(h, w)
+        total = x.reshape(b, c, h // n, n, w // m, m).int().sum((3, 5))
+        return ((total + n * m // 2) // (n * m)).to(torch.uint8)
+
+    def support(self, y: Tensor, format: Format) -> Support:
+        return _MeanSupport(y, format, self.scale)
+
+    def estimate(self, y: Tensor, format: Format) -> Tensor:
+        size = (y.shape[2] * self.scale[0], y.shape[3] * self.scale[1])
+        return F.interpolate(y.float(), size, mode="bilinear", align_corners=False)
+
+    def extra_repr(self) -> str:
+        return f"{self.scale[0]}, {self.scale[1]}"
+
+
+class _SubsampleSupport(_Blocks):
+    """The first phase of every block is y itself; the others are free."""
+
+    restricts = True
+
+    def __init__(self, y: Tensor, format: Format, scale: tuple[int, int]) -> None:
+        super().__init__(y, format, scale)
+        self.groups -= 1
+
+    def phases(self, x: Tensor) -> Tensor:
+        return super().phases(x)[:, 1:]
+
+    def unphase(self, v: Tensor) -> Tensor:
+        return super().unphase(torch.cat([self.y[:, None].to(v.dtype), v], 1))
+
+    def allows(self, x: Tensor) -> Tensor:
+        n, m = self.scale
+        return (x[:, :, ::n, ::m] == self.y).flatten(1).all(1)
+
+
+class Subsample(Transform):
+    """Keep the first of every `rows` rows and of every `cols` columns; the rest is what a level models."""
+
+    def __init__(self, rows: int = 2, cols: int | None = None) -> None:
+        super().__init__()
+        self.scale = (rows, rows if cols is None else cols)
+        if min(self.scale) < 1 or self.scale == (1, 1):
+            raise ValueError(f"at least every second row or column is dropped; got {self.scale}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_image(x)
+        self.size(*x.shape[2:])
+        n, m = self.scale
+        return x[:, :, ::n, ::m].contiguous()
+
+    def support(self, y: Tensor, format: Format) -> Support:
+        return _SubsampleSupport(y, format, self.scale)
+
+    def estimate(self, y: Tensor, format: Format) -> Tensor:
+        """Linear interpolation between the kept pixels; past the last one it is repeated."""
+        out = y.float()
+        for dim, n in zip((2, 3), self.scale, strict=True):
+            after = torch.cat([out.narrow(dim, 1, out.shape[dim] - 1), out.narrow(dim, -1, 1)], dim)
+            steps = [out + (after - out) * (i / n) for i in range(n)]
+            out = torch.stack(steps, dim + 1).flatten(dim, dim + 1)
+        return out
+
+    def extra_repr(self) -> str:
+        return f"{self.scale[0]}, {self.scale[1]}"
+
+
+_BITS = 22  # of the fixed-point filter weights: 2**22 * 255 * taps stays far below float64's 2**53
+
+
+def _filter(x: Tensor, weights: Tensor) -> Tensor:
+    """Integer filter along the last axis: float64 x (..., n), fixed-point weights (m, n) -> (..., m)."""
+    out = torch.floor((x @ weights.T + 2 ** (_BITS - 1)) / 2**_BITS)
+    return out.clamp(0, 255)
+
+
+def _separable(x: Tensor, weights: Callable[[int], Tensor]) -> Tensor:
+    """Filter the columns, then the rows; each pass rounds half up to a uint8 value."""
+    h, w = x.shape[2:]
+    across = _filter(x.double(), weights(w).to(x.device))
+    down = _filter(across.transpose(2, 3), weights(h).to(x.device)).transpose(2, 3)
+    return down.to(torch.uint8).contiguous()
+
+
+def _fixed_point(rows: list[dict[int, float]], n: int) -> Tensor:
+    """Rows of {index: weight} -> normalised fixed-point weights, float64 (len(rows), n)."""
+    out = torch.zeros(len(rows), n, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        total = math.fsum(row.values())
+        for j, weight in row.items():
+            out[i, j] = math.floor(weight / total * 2**_BITS + 0.5)
+    return out
+
+
+def _cubic(t: float, a: float = -0.5) -> float:
+    t = abs(t)
+    if t < 1:
+        return ((a + 2) * t - (a + 3)) * t * t + 1
+    return (((t - 5) * t + 8) * t - 4) * a if t < 2 else 0.0
+
+
+class BicubicDownscale(Transform):
+    """Antialiased bicubic downscaling by an integer factor (Keys' kernel, a = -1/2).
+
+    The arithmetic is Pillow's (`Image.resize(..., BICUBIC)`): 22-bit weights, the columns first, each
+    pass rounded to uint8. The bytes are the same.
+    """
+
+    def __init__(self, factor: int = 2) -> None:
+        super().__init__()
+        if factor < 2:
+            raise ValueError(f"factor must be at least 2; got {factor}")
+        self.scale = (factor, factor)
+
+    def _weights(self, n: int) -> Tensor:
+        factor, rows = self.scale[0], []
+        for i in range(n // factor):
+            centre, reach = (i + 0.5) * factor, 2.0 * factor
+            first, last = max(0, int(centre - reach + 0.5)), min(n, int(centre + reach + 0.5))
+            rows.append({j: _cubic((j + 0.5 - centre) / factor) for j in range(first, last)})
+        return _fixed_point(rows, n)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_image(x)
+        self.size(*x.shape[2:])
+        return _separable(x, self._weights)
+
+    def estimate(self, y: Tensor, format: Format) -> Tensor:
+        size = (y.shape[2] * self.scale[0], y.shape[3] * self.scale[1])
+        out = F.interpolate(y.float(), size, mode="bicubic", align_corners=False)
+        return out.clamp(0, format.top)
+
+    def extra_repr(self) -> str:
+        return f"{self.scale[0]}"
+
+
+# --- fewer levels, less colour, less detail ---------------------------------------------------------
+
+
+class _BitSupport(Support):
+    restricts = truncates = True
+
+    def __init__(self, y: Tensor, format: Format, shift: int) -> None:
+        super().__init__(y, format)
+        self.shift = shift
+
+    def bounds(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        lo = self.y.long()[:, None] << self.shift
+        return lo, lo + ((1 << self.shift) - 1)
+
+
+class BitDepth(Transform):
+    """Keep the `bits` high bits of every 8-bit value: x >> (8 - bits), an image of 2**bits levels."""
+
+    def __init__(self, bits: int = 3) -> None:
+        super().__init__()
+        if not 1 <= bits <= 7:
+            raise ValueError(f"bits must be 1 to 7; got {bits}")
+        self.bits = bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_image(x)
+        return x >> (8 - self.bits)
+
+    def format(self, x: Format) -> Format:
+        if x.levels != 256:
+            raise ValueError(f"BitDepth takes 256 levels; got {x.levels}: put it before other bit depths")
+        return Format(x.channels, 1 << self.bits)
+
+    def support(self, y: Tensor, format: Format) -> Support:
+        return _BitSupport(y, format, 8 - self.bits)
+
+    def estimate(self, y: Tensor, format: Format) -> Tensor:
+        step = 1 << (8 - self.bits)
+        return y.float() * step + (step - 1) / 2
+
+    def extra_repr(self) -> str:
+        return f"{self.bits}"
+
+
+_LUMA = (299, 587, 114)  # thousandths of red, green, blue (ITU-R BT.601)
+
+
+def _luma(x: Tensor) -> Tensor:
+    red, green, blue = x.long().unbind(1)
+    return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue)[:, None]
+
+
+class _GreySupport(Support):
+    """Blue, then red, then green: the last one, of the largest weight, has at most 2 values left."""
+
+    restricts = truncates = True
+
+    def __init__(self, y: Tensor, format: Format) -> None:
+        super().__init__(y, format)
+        self.order = (2, 0, 1)
+
+    def bounds(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        weight = torch.tensor([_LUMA[c] for c in self.order], device=v.device).view(1, 1, 3, 1, 1)
+        # luma rounds half up, so the weighted sum lies in [rest, rest + 999] less what is known
+        spent = (weight * v).cumsum(2) - weight * v
+        rest = 1000 * self.y.long()[:, None] - 500 - spent
+        later = self.top * (weight.flip(2).cumsum(2).flip(2) - weight)
+        lo = -((later - rest) // weight)  # ceil((rest - later) / weight)
+        hi = (rest + 999) // weight
+        return lo.clamp(min=0), hi.clamp(max=self.top)
+
+
+class Greyscale(Transform):
+    """Integer luma of an RGB image: (299 r + 587 g + 114 b + 500) // 1000 (ITU-R BT.601 weights)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_image(x, 3)
+        return ((_luma(x) + 500) // 1000).to(torch.uint8)
+
+    def format(self, x: Format) -> Format:
+        if x.channels != 3:
+            raise ValueError(f"{type(self).__name__} takes 3 channels (RGB); got {x.channels}")
+        return Format(1, x.levels)
+
+    def support(self, y: Tensor, format: Format) -> Support:
+        return _GreySupport(y, format)
+
+    def estimate(self, y: Tensor, format: Format) -> Tensor:
+        return y.float().expand(-1, format.channels, -1, -1)
+
+
+class GaussianBlur(Transform):
+    """Gaussian blur of standard deviation `sigma` pixels, cut at 3 sigma, edge pixels repeated."""
+
+    def __init__(self, sigma: float = 1.0) -> None:
+        super().__init__()
+        if not sigma > 0:
+            raise ValueError(f"sigma must be positive (pixels); got {sigma}")
+        self.sigma = sigma
+
+    def _weights(self, n: int) -> Tensor:
+        reach, rows = math.ceil(3 * self.sigma), []
+        kernel = {d: math.exp(-0.5 * (d / self.sigma) ** 2) for d in range(-reach, reach + 1)}
+        for i in range(n):
+            row: dict[int, float] = {}
+            for d, weight in kernel.items():
+                j = min(max(i + d, 0), n - 1)
+                row[j] = row.get(j, 0.0) + weight
+            rows.append(row)
+        return _fixed_point(rows, n)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_image(x)
+        return _separable(x, self._weights)
+
+    def extra_repr(self) -> str:
+        return f"{self.sigma}"
+
+
+class Sketch(Greyscale):
+    """A pencil sketch: the grey image dodged by its blurred inverse.
+
+    grey * 255 // (255 - blur(255 - grey)), clipped to 255; white where the divisor is 0.
+    """
+
+    def __init__(self, sigma: float = 2.0) -> None:
+        super().__init__()
+        self.blur = GaussianBlur(sigma)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grey = super().forward(x)
+        divisor = 255 - self.blur(255 - grey).int()
+        dodged = grey.int() * 255 // divisor.clamp(min=1)
+        return torch.where(divisor == 0, 255, dodged.clamp(max=255)).to(torch.uint8)
+
+    def support(self, y: Tensor, format: Format) -> Support:
+        return Support(y, format)
+
+
+class Chain(Transform):
+    """Several transforms, one after the other, taken as one. Its likelihood is the unrestricted one."""
+
+    def __init__(self, *transforms: Transform) -> None:
+        super().__init__()
+        if not transforms:
+            raise ValueError("a chain has at least one transform; got none")
+        self.transforms = nn.ModuleList(transforms)
+        self.scale = (
+            math.prod(t.scale[0] for t in transforms),
+            math.prod(t.scale[1] for t in transforms),
+        )
+
+    def _steps(self) -> list[Transform]:
+        return [t for t in self.transforms if isinstance(t, Transform)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for transform in self._steps():
+            x = transform(x)
+        return x
+
+    def format(self, x: Format) -> Format:
+        for transform in self._steps():
+            x = transform.format(x)
+        return x
+
+    def estimate(self, y: Tensor, format: Format) -> Tensor:
+        formats = [format]
+        for transform in self._steps():
+            formats.append(transform.format(formats[-1]))
+        out = y
+        for transform, f in zip(reversed(self._steps()), reversed(formats[:-1]), strict=True):
+            out = transform.estimate(out, f)
+        return out

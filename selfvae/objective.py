@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -15,8 +15,7 @@ def bits_per_dim(nats: Tensor, dims: int) -> Tensor:
     return nats / (math.log(2) * dims)
 
 
-@dataclass(frozen=True)
-class Terms:
+class Terms(NamedTuple):
     """The terms of the bound, per image (B,), in nats.
 
     re[k] = -ln p(y[k] | y[k+1], z[k]) and kl[k] = ln q(z[k] | y[k]) - ln p(z[k] | y[k+1], z[k+1]) at one

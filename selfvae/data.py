@@ -1,15 +1,26 @@
-"""Data: every source becomes memory-mapped uint8 arrays N x C x H x W, prepared once and cached."""
+"""Data: every source becomes memory-mapped uint8 arrays N x C x H x W, prepared once and cached.
+
+`load` takes a name (`SOURCES`) or a path. Prepared arrays lie in $SELFVAE_CACHE, by default
+~/.cache/selfvae; delete a folder there to prepare its source again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-__all__ = ["Dataset", "Images", "augment", "batch_indices"]
+__all__ = ["Dataset", "HubSource", "Images", "augment", "batch_indices", "load", "to_uint8"]
 
 _HELD_OUT = 0.15  # of the training images, for validation, where a source has no such split
 
@@ -76,3 +87,312 @@ def augment(x: Tensor, *, flip: bool = False, translate: int = 0) -> Tensor:
         return x
     images = torch.arange(b, device=x.device)[:, None, None]
     return x.permute(0, 2, 3, 1)[images, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Floats in [0, 1], any shape -> uint8, rounded; raises ValueError for values outside."""
+    if x.dtype == torch.uint8:
+        return x
+    if not x.is_floating_point() or x.min() < 0 or x.max() > 1:
+        raise ValueError(
+            f"to_uint8 takes floats in [0, 1]; got {str(x.dtype).removeprefix('torch.')} in "
+            f"[{x.min().item():g}, {x.max().item():g}]: scale the values first"
+        )
+    return (x * 255).round().to(torch.uint8)
+
+
+# --- sources ----------------------------------------------------------------------------------------
+
+Splits = dict[str, np.ndarray]  # "train", "validation", "test": uint8 (N, C, H, W)
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def _square(picture: Image.Image, size: int, channels: int = 3) -> np.ndarray:
+    """The centre square, resized (antialiased bicubic) to size x size: uint8 (C, size, size)."""
+    picture = picture.convert(_MODES[channels])
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    picture = picture.crop((left, top, left + side, top + side))
+    if side != size:
+        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(picture).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def _photos(size: int) -> Splits:
+    """Random crops of the colour photographs inside scikit-image, halved to hide their JPEG traces.
+
+    Whole photographs are held out: "rocket" to choose by, "chelsea" and "coffee" for final figures.
+    """
+    from skimage import data as skimage_data
+
+    def photo(name: str) -> np.ndarray:
+        picture = getattr(skimage_data, name)()
+        picture = np.asarray(picture[0] if isinstance(picture, tuple) else picture)[..., :3]
+        h, w = picture.shape[0] // 2 * 2, picture.shape[1] // 2 * 2
+        blocks = picture[:h, :w].reshape(h // 2, 2, w // 2, 2, 3).astype(np.int32).sum((1, 3))
+        return ((blocks + 2) // 4).astype(np.uint8).transpose(2, 0, 1)
+
+    def crops(names: Sequence[str], n: int, seed: int) -> np.ndarray:
+        random = np.random.default_rng(seed)
+        pictures = [photo(name) for name in names]
+        for name, picture in zip(names, pictures, strict=True):
+            if min(picture.shape[1:]) < size:
+                raise ValueError(
+                    f"photos: the smallest photograph ({name}) has {picture.shape[1]} x "
+                    f"{picture.shape[2]} pixels; got size {size}: choose a smaller one"
+                )
+        area = np.array([p.shape[1] * p.shape[2] for p in pictures], dtype=float)
+        out = np.empty((n, 3, size, size), np.uint8)
+        for i, which in enumerate(random.choice(len(pictures), n, p=area / area.sum())):
+            _, h, w = pictures[which].shape
+            top, left = random.integers(0, h - size + 1), random.integers(0, w - size + 1)
+            out[i] = pictures[which][:, top : top + size, left : left + size]
+        return out
+
+    train = ("astronaut", "stereo_motorcycle", "retina", "hubble_deep_field", "immunohistochemistry")
+    return {
+        "train": crops(train, 16384, 0),
+        "validation": crops(("rocket",), 512, 1),
+        "test": crops(("chelsea", "coffee"), 1024, 2),
+    }
+
+
+def _split(images: np.ndarray, parts: Iterable[str]) -> Splits:
+    """Hold out a fixed random 15% for every part beyond "train"."""
+    out: Splits = {}
+    for part in parts:
+        if part != "train":
+            kept, held = hold_out(len(images))
+            out[part], images = images[held], images[kept]
+    return {"train": images, **out}
+
+
+def _read_folder(folder: Path, size: int) -> np.ndarray:
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _ENDINGS)
+    if not files:
+        raise ValueError(
+            f"{folder} holds no images: expected files ending in {', '.join(_ENDINGS)} (or train.npy)"
+        )
+    out = np.empty((len(files), 3, size, size), np.uint8)
+    for i, file in enumerate(files):
+        try:
+            with Image.open(file) as picture:
+                if picture.mode.startswith(("I", "F")):
+                    raise ValueError(
+                        f"{file} has mode {picture.mode} (more than 8 bits a channel): convert it to 8"
+                    )
+                out[i] = _square(picture, size)
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{file} cannot be read as an image ({error}): remove or repair it") from None
+    return out
+
+
+def _folder(folder: Path, size: int) -> Splits:
+    """A folder of images; sub-folders train, validation, test are taken as the splits."""
+    names = {"train": ["train"], "validation": ["validation", "valid", "val"], "test": ["test"]}
+    given = {
+        split: next((folder / n for n in known if (folder / n).is_dir()), None)
+        for split, known in names.items()
+    }
+    if given["train"] is None:
+        images = _read_folder(folder, size)
+        if len(images) < 3:
+            raise ValueError(f"{folder} holds {len(images)} image(s); at least 3 are needed to split")
+        return _split(images, ["train", "test", "validation"])
+    found = {split: _read_folder(path, size) for split, path in given.items() if path is not None}
+    missing = [split for split in ("test", "validation") if split not in found]
+    return {**found, **_split(found["train"], ["train", *missing])}
+
+
+def _open_array(path: Path, size: int | None) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a .npy array ({error})") from None
+    hint = ""
+    if array.ndim == 4 and array.shape[3] <= 4 < array.shape[1]:
+        hint = ": transpose it with array.transpose(0, 3, 1, 2)"
+    elif array.dtype != np.uint8:
+        hint = ": store the values 0..255 as uint8"
+    if array.dtype != np.uint8 or array.ndim != 4 or not 1 <= array.shape[1] <= 4 or not len(array):
+        raise ValueError(
+            f"{path} must be uint8 (N, C, H, W) with 1 to 4 channels; got {array.dtype} "
+            f"{array.shape}{hint}"
+        )
+    if size is not None and array.shape[2:] != (size, size):
+        raise ValueError(
+            f"{path} holds images of {array.shape[2]} x {array.shape[3]} pixels; {size} x {size} was "
+            "asked for: leave the size out, or prepare another array"
+        )
+    return array
+
+
+def _arrays(path: Path, size: int | None) -> Dataset:
+    """An .npy file, or a folder with train.npy and, if there, validation.npy and test.npy."""
+    name = path.stem if path.is_file() else path.name
+    names = ("train", "validation", "test")
+    files = {n: path / f"{n}.npy" for n in names} if path.is_dir() else {"train": path}
+    arrays = {n: _open_array(f, size) for n, f in files.items() if f.exists()}
+    shapes = {n: a.shape[1:] for n, a in arrays.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"{path}: all arrays must hold images of one shape; got {shapes}")
+    images = {n: Images(a) for n, a in arrays.items()}
+    index = np.arange(len(arrays["train"]))
+    for part in ("test", "validation"):
+        if part not in images:
+            if len(index) < 2:
+                raise ValueError(f"{path} holds too few images to hold some out for {part}")
+            kept, held = hold_out(len(index))
+            images[part], index = Images(arrays["train"], index[held]), index[kept]
+    if len(index) < len(arrays["train"]):
+        images["train"] = Images(arrays["train"], index)
+    return Dataset(name, images["train"], images["validation"], images["test"])
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A data set on the hub, read with the package `datasets`.
+
+    repo: name on the hub, or a local folder of the same layout. column: of the images. splits: its names
+    for train, validation and test; None: hold out 15% of train. box: left, top, right, bottom of a crop
+    before the resize, in pixels.
+    """
+
+    repo: str
+    column: str
+    splits: tuple[str, str | None, str]
+    size: int
+    config: str | None = None
+    revision: str | None = None
+    box: tuple[int, int, int, int] | None = None
+    note: str = ""
+
+    def read(self, size: int) -> Splits:
+        """All images as uint8 arrays (N, 3, size, size) by split."""
+        try:
+            import datasets
+        except ImportError:
+            raise ImportError(
+                f"{self.repo} is read with the package datasets: pip install 'selfvae[hub]'"
+            ) from None
+        out: Splits = {}
+        for ours, theirs in zip(("train", "validation", "test"), self.splits, strict=True):
+            if theirs is None:
+                continue
+            try:
+                rows = datasets.load_dataset(
+                    self.repo, self.config, split=theirs, revision=self.revision
+                )
+            except Exception as error:
+                raise OSError(
+                    f"{self.repo} (split {theirs}) could not be loaded: {error}. It is fetched from the "
+                    "hub: check the network, or give --data a folder or .npy file"
+                ) from error
+            if self.column not in rows.column_names:
+                raise ValueError(
+                    f"{self.repo} has no column {self.column!r}; it has {', '.join(rows.column_names)}"
+                )
+            images = np.empty((len(rows), 3, size, size), np.uint8)
+            for i, picture in enumerate(self._pictures(rows)):
+                images[i] = _square(picture, size)
+            out[ours] = images
+        if "validation" not in out:
+            out |= _split(out["train"], ["train", "validation"])
+        return out
+
+    def _pictures(self, rows: Any) -> Iterator[Image.Image]:
+        for row in rows.select_columns([self.column]):
+            picture: Image.Image = row[self.column]
+            yield picture.crop(self.box) if self.box else picture
+
+
+_CELEBA_BOX = (15, 40, 15 + 148, 40 + 148)
+
+HUB: dict[str, HubSource] = {
+    "cifar10": HubSource("uoft-cs/cifar10", "img", ("train", None, "test"), 32),
+    "imagenet32": HubSource(
+        "benjamin-paine/imagenet-1k-32x32", "image", ("train", None, "validation"), 32,
+        note="box-downsampled by Chrabaszcz et al. 2017, not van den Oord's version",
+    ),
+    "imagenet64": HubSource(
+        "benjamin-paine/imagenet-1k-64x64", "image", ("train", None, "validation"), 64,
+        note="box-downsampled by Chrabaszcz et al. 2017, not van den Oord's version",
+    ),
+    "imagenette": HubSource(
+        "frgfm/imagenette", "image", ("train", None, "validation"), 64,
+        config="full_size", revision="refs/convert/parquet",
+    ),
+    "celeba": HubSource(
+        "flwrlabs/celeba", "image", ("train", "valid", "test"), 64, box=_CELEBA_BOX
+    ),
+}  # fmt: skip
+
+SOURCES = ("photos", *HUB)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("SELFVAE_CACHE") or Path.home() / ".cache" / "selfvae")
+
+
+def _prepare(name: str, key: str, read: Callable[[], Splits]) -> Dataset:
+    """Arrays from the cache; made and renamed into place as a whole if they are not there."""
+    folder = _cache() / key
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{key}."))
+        try:
+            for split, images in read().items():
+                np.save(temporary / f"{split}.npy", images)
+            temporary.replace(folder)
+        except OSError:
+            if not folder.is_dir():  # another process may have been first
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    dataset = _arrays(folder, None)
+    return Dataset(name, dataset.train, dataset.validation, dataset.test)
+
+
+def _fingerprint(folder: Path) -> str:
+    """Changes whenever a file below the folder is added, removed or rewritten."""
+    state = hashlib.sha256(str(folder.resolve()).encode())
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            stat = file.stat()
+            state.update(f"{file.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return state.hexdigest()[:16]
+
+
+def load(source: str | Path, size: int | None = None) -> Dataset:
+    """Images from a name or a path, as memory-mapped uint8 arrays in three splits.
+
+    Arguments:
+        source: one of `SOURCES`, an .npy file (N, C, H, W), a folder with train.npy (and validation.npy,
+            test.npy), or a folder of image files (with sub-folders train, validation, test, or split at
+            random). What is missing is held out of the training images, 15% each, at random but fixed.
+        size: height and width in pixels; by default the source's own, 32 for photos and folders.
+
+    Raises ValueError or FileNotFoundError that names the file and what was expected.
+    """
+    name = str(source)
+    if name == "photos":
+        n = size or 32
+        return _prepare(name, f"photos-{n}", lambda: _photos(n))
+    if name in HUB:
+        hub_source = HUB[name]
+        n = size or hub_source.size
+        return _prepare(name, f"{name}-{n}", lambda: hub_source.read(n))
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no data at {path}: expected a file or folder, or one of {', '.join(SOURCES)}"
+        )
+    if path.is_file():
+        if path.suffix != ".npy":
+            raise ValueError(f"{path} must be an .npy array or a folder; got a {path.suffix} file")
+        return _arrays(path, size)
+    if (path / "train.npy").exists():
+        return _arrays(path, size)
+    n = size or 32
+    return _prepare(path.name, f"folder-{n}-{_fingerprint(path)}", lambda: _folder(path, n))

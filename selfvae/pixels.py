@@ -21,6 +21,10 @@ __all__ = ["PixelMixture", "param_count", "to_unit"]
 
 _LOG_SCALE_FLOOR = -7.0  # on the [-1, 1] scale: a bin may hold 0.998 of the mass
 _LOG_SCALE_TOP = 7.0  # beyond it a logistic is flat for every purpose
+# what a network's zero output stands for, and how far an output of one moves a mean: around an anchor
+# the residuals are small
+_LOG_SCALE_START, _LOG_SCALE_START_ANCHORED = -1.5, -3.5
+_REACH, _REACH_ANCHORED = 1.0, 0.1
 
 
 def to_unit(x: Tensor, levels: int) -> Tensor:
@@ -128,7 +132,12 @@ class PixelMixture:
         )
         half = format.top / 2
         self.logits = torch.log_softmax(logits[:, :, 0], 2)  # B, G, M, h, w
-        self.means = (means + 1.0) * half if anchor is None else means * half + anchor[:, :, :, None]
+        if anchor is None:
+            self.means = (means * _REACH + 1.0) * half
+            scales = scales + _LOG_SCALE_START
+        else:
+            self.means = means * (_REACH_ANCHORED * half) + anchor[:, :, :, None]
+            scales = scales + _LOG_SCALE_START_ANCHORED
         log_scale = _LOG_SCALE_FLOOR + F.softplus(scales - _LOG_SCALE_FLOOR)
         self.inverse_scales = torch.exp(-log_scale.clamp(max=_LOG_SCALE_TOP)) / half
         self.coefs = torch.tanh(coefs)

@@ -283,7 +283,8 @@ class _Plan:
             decoder = Decoder(context, latent, params, z_branch, joint)
         return Level(
             format, t, decoder, encoder, prior,
-            consistent=config.consistent, anchored=config.anchored, coefficients=config.coefficients,
+            consistent=config.consistent, anchored=config.anchored and not is_top,
+            coefficients=config.coefficients,
         )  # fmt: skip
 
     def _prior(self, k: int, latent: int, downs: int) -> nn.Module:

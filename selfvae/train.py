@@ -51,8 +51,8 @@ class TrainConfig:
         warmup: steps over which the rate rises from 0.
         kl_warmup: steps over which the weight of the KL terms rises from 0 to 1.
         free_bits: bits/dim (of x) that every latent's KL, averaged over the batch, may cost for free.
-        clip: largest gradient norm; gradients are of the loss in bits/dim.
-        skip: a gradient larger than `skip` times the usual norm is dropped.
+        clip: a gradient longer than `clip` times the usual norm is shortened to that.
+        skip: one longer than `skip` times the usual norm is dropped.
         ema: decay of the weights' moving average, which is what gets saved and scored.
         flip: random horizontal flips. translate: random shifts by up to so many pixels.
         accumulate: parts that a batch is split into to save memory.
@@ -71,11 +71,11 @@ class TrainConfig:
     lr_floor: float = 0.0001
     lr_decay: float = 0.999999
     schedule: Literal["exponential", "cosine"] = "exponential"
-    warmup: int = 0
+    warmup: int = 100
     kl_warmup: int = 0
     free_bits: float = 0.0
-    clip: float = 1.0
-    skip: float = 30.0
+    clip: float = 2.0
+    skip: float = 20.0
     ema: float = 0.9999
     flip: bool = True
     translate: int = 2
@@ -113,31 +113,33 @@ class TrainConfig:
 
 
 class Guard:
-    """Drops outlier gradients by a rule that cannot lock up, without waiting for the device.
+    """Clips large gradients and drops outliers, relative to the usual norm, by a rule that cannot lock up.
 
-    A gradient is kept if its norm is finite and below `skip` times the usual one, a running geometric
-    mean. A dropped finite one raises that mean by a fixed factor, so if gradients really grow the limit
-    follows within some hundred steps. A dropped gradient counts as zero.
+    The usual norm is a running geometric mean. A gradient above `clip` times it is shortened to that; one
+    above `skip` times it, or one that is not finite, is dropped: it counts as zero. A dropped finite one
+    still raises the usual norm by a fixed factor, so where gradients really grow the limit follows within
+    some dozen steps. Nothing here waits for the device.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        self.clip, self.log_skip = config.clip, math.log(config.skip)
+        self.log_clip, self.log_skip = math.log(config.clip), math.log(config.skip)
         self.log_usual = torch.full((), torch.nan, device=device)
         self.dropped = torch.zeros((), device=device)
         self.dropped_in_a_row = torch.zeros((), device=device)
 
     def __call__(self, grads: list[Tensor]) -> Tensor:
-        """Clip or zero the gradients in place; the norm they had."""
+        """Shorten or zero the gradients in place; the norm they had."""
         norm = torch.nn.utils.get_total_norm(grads)
-        log_norm = torch.log(norm.clamp(min=1e-12))
         finite = torch.isfinite(norm)
+        log_norm = torch.log(norm.clamp(min=1e-12))
         usual = torch.where(self.log_usual.isnan(), log_norm, self.log_usual)
         keep = finite & (log_norm < usual + self.log_skip)
-        moved = usual + 0.02 * (torch.minimum(log_norm, usual + self.log_skip) - usual)
+        moved = usual + 0.05 * (torch.minimum(log_norm, usual + self.log_skip) - usual)
         self.log_usual = torch.where(finite, moved, self.log_usual)
         self.dropped = self.dropped + ~keep
         self.dropped_in_a_row = torch.where(keep, 0.0, self.dropped_in_a_row + 1)
-        factor = torch.where(keep, (self.clip / norm.clamp(min=1e-12)).clamp(max=1.0), 0.0)
+        shorten = torch.exp((usual + self.log_clip - log_norm).clamp(max=0.0))
+        factor = torch.where(keep, shorten, 0.0)
         for grad in grads:
             grad.nan_to_num_(0.0, 0.0, 0.0).mul_(factor)
         return norm

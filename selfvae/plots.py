@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-__all__ = ["grid", "save_grid", "to_rgb"]
+__all__ = ["grid", "save_figure", "save_grid", "to_rgb"]
 
 
 def to_rgb(x: Tensor, levels: int = 256) -> Tensor:
@@ -32,11 +33,37 @@ def grid(x: Tensor, columns: int | None = None, zoom: int = 1, gap: int = 2) -> 
     return out
 
 
-def save_grid(x: Tensor, path: str | Path, columns: int | None = None, zoom: int = 2) -> None:
-    """Write `grid` as a picture file; the ending of `path` says which format."""
-    path = Path(path)
+def _array(picture: Tensor) -> np.ndarray:
+    """(3, h, w) -> (h, w, 3)."""
+    return picture.permute(1, 2, 0).contiguous().numpy()
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    """Write whole or not at all; the ending of `path` says which format, PNG if it says none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    picture = Image.fromarray(grid(x.cpu(), columns, zoom).permute(1, 2, 0).numpy())
     picture.save(temporary, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"))
     temporary.replace(path)
+
+
+def save_grid(x: Tensor, path: str | Path, columns: int | None = None, zoom: int = 2) -> None:
+    """Write `grid` of uint8 (B, C, H, W) as a picture file."""
+    _save(Image.fromarray(_array(grid(x.cpu(), columns, zoom))), Path(path))
+
+
+def save_figure(rows: list[tuple[str, Tensor]], path: str | Path, cell: int = 96) -> None:
+    """Titled rows of images, every image enlarged (nearest neighbour) to `cell` pixels of height."""
+    gap, head = 4, 22
+    strips = []
+    for title, x in rows:
+        zoom = max(1, cell // x.shape[2])
+        strips.append((title, Image.fromarray(_array(grid(x.cpu(), len(x), zoom, gap)))))
+    width = max(strip.width for _, strip in strips) + 2 * gap
+    height = sum(strip.height + head for _, strip in strips) + gap
+    figure = Image.new("RGB", (width, height), "white")
+    draw, font, top = ImageDraw.Draw(figure), ImageFont.load_default(14), 0
+    for title, strip in strips:
+        draw.text((gap, top + 3), title, fill="black", font=font)
+        figure.paste(strip, (gap, top + head))
+        top += head + strip.height
+    _save(figure, Path(path))

@@ -80,7 +80,8 @@ class ModelConfig:
         coefficients: "raw" (PixelCNN++) or "residual" channel coefficients.
         components: logistics in a mixture.
         backbone: "dense" (the papers') or "residual".
-        width: factor on all growths and stems. depth: factor on all steps.
+        width: factor on all growths and stems.
+        depth: factor on all steps.
     """
 
     name: str = "vae"

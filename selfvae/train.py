@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from torch import Tensor
@@ -46,7 +47,9 @@ class TrainConfig:
         steps: optimizer steps in all.
         batch_size: images a step, over all devices and accumulated parts.
         optimizer: "adamax" or "adamw".
-        lr: learning rate at the start. lr_floor: and at the least.
+        lr: learning rate at the start.
+        lr_floor: the least learning rate.
+        lr_decay: factor a step of the exponential schedule.
         schedule: "exponential" decays by lr_decay a step; "cosine" reaches lr_floor at the last step.
         warmup: steps over which the rate rises from 0.
         kl_warmup: steps over which the weight of the KL terms rises from 0 to 1.
@@ -54,13 +57,18 @@ class TrainConfig:
         clip: a gradient longer than `clip` times the usual norm is shortened to that.
         skip: one longer than `skip` times the usual norm is dropped.
         ema: decay of the weights' moving average, which is what gets saved and scored.
-        flip: random horizontal flips. translate: random shifts by up to so many pixels.
+        flip: random horizontal flips.
+        translate: random shifts by up to so many pixels, edges repeated.
         accumulate: parts that a batch is split into to save memory.
         precision: "32-true" or "bf16-mixed" (likelihoods stay in float32).
         channels_last: memory layout of the networks.
         seed: of the weights, the data order and all noise.
-        log_every, eval_every, checkpoint_every: in steps.
+        log_every: steps between rows of log.csv.
+        eval_every: steps between validations (and sample grids).
+        checkpoint_every: steps between checkpoints.
         eval_images: validation images scored at every evaluation.
+        max_seconds: end by the clock if that comes before the last step; "cosine" then follows the clock
+            and the run no longer depends on the seed alone. 0: no limit.
         patience: stop after so many evaluations without a better validation score; 0: never.
     """
 
@@ -87,6 +95,7 @@ class TrainConfig:
     eval_every: int = 1000
     checkpoint_every: int = 1000
     eval_images: int = 512
+    max_seconds: float = 0.0
     patience: int = 0
 
     def __post_init__(self) -> None:
@@ -102,10 +111,11 @@ class TrainConfig:
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be at least 0 and below 1; got {self.ema}")
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step (from 0)."""
+    def rate(self, step: int, seconds: float = 0.0) -> float:
+        """The learning rate of a step (from 0), begun after so many seconds of training."""
         if self.schedule == "cosine":
-            part = min(1.0, step / self.steps)
+            by_clock = seconds / self.max_seconds if self.max_seconds else 0.0
+            part = min(1.0, max(step / self.steps, by_clock))
             rate = self.lr_floor + (self.lr - self.lr_floor) * (1 + math.cos(math.pi * part)) / 2
         else:
             rate = max(self.lr_floor, self.lr * self.lr_decay**step)
@@ -274,7 +284,6 @@ def train(
     config: TrainConfig = TrainConfig(),  # noqa: B008 (frozen)
     *,
     resume: bool = False,
-    max_seconds: float | None = None,
     fabric: Fabric | None = None,
     quiet: bool = False,
 ) -> SelfVAE:
@@ -282,7 +291,7 @@ def train(
 
     Writes out/config.json and model.safetensors (the averaged weights, see `hub.load`),
     checkpoint.safetensors (to resume from), log.csv and samples/*.png. Interrupted by Ctrl-C it saves
-    and returns. `max_seconds` ends the run early by the clock.
+    and returns.
 
     Raises FileExistsError if `out` holds a run and resume is False, FileNotFoundError the other way.
     """
@@ -333,16 +342,16 @@ def train(
 
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        disable=quiet or rank > 0,
+        disable=quiet or rank > 0, console=Console(stderr=True),
     )  # fmt: skip
-    task = progress.add_task("training", total=config.steps, completed=state.step)
+    task = progress.add_task(model_config.name, total=config.steps, completed=state.step)
     began, cpu_began, done_before = time.monotonic(), time.process_time(), state.step
     seconds_before, cpu_before = state.seconds, state.cpu_seconds
     with progress, _interruptible() as came:
         while state.step < config.steps:
             step = state.step
             for group in state.optimizer.param_groups:
-                group["lr"] = config.rate(step)
+                group["lr"] = config.rate(step, state.seconds)
             _seed(config.seed, step, rank)
             x = batch(step)
             terms = None
@@ -361,7 +370,7 @@ def train(
             state.cpu_seconds = cpu_before + time.process_time() - cpu_began
 
             ends = state.step == config.steps or bool(came)
-            ends = ends or (max_seconds is not None and state.seconds >= max_seconds)
+            ends = ends or 0 < config.max_seconds <= state.seconds
             if state.step % config.eval_every == 0 or ends:
                 _seed(config.seed, step, 2**31)
                 scores = evaluate(state.ema, data.validation, limit=config.eval_images, batch_size=64)
@@ -390,7 +399,9 @@ def train(
                     log.write(row)
                 elapsed = max(1e-9, time.monotonic() - began)
                 rate = (state.step - done_before) * config.batch_size / elapsed
-                text = f"{loss:.3f} bits/dim, best val {state.best:.3f}, {rate:.0f} images/s"
+                text = f"{model_config.name} {loss:.3f} bits/dim, {rate:.0f} images/s"
+                if math.isfinite(state.best):
+                    text += f", best validation {state.best:.3f}"
                 if row["dropped"]:
                     text += f", {row['dropped']} gradients dropped"
                 progress.update(task, description=text)
@@ -400,7 +411,10 @@ def train(
                         "the last 1000 gradients were all dropped as outliers or not finite: the "
                         "weights are as before; lower --lr, or use --precision 32-true"
                     )
-            progress.update(task, completed=state.step)
+            done, total = state.step, config.steps
+            if config.max_seconds:  # whichever limit comes first
+                total = min(total, round(done * max(1.0, config.max_seconds / state.seconds)))
+            progress.update(task, completed=done, total=total)
             if state.step % config.checkpoint_every == 0 or ends:
                 keep()
             if ends:

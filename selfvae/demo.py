@@ -1,0 +1,90 @@
+"""The first run: train on photographs for a few minutes, score against PNG and WebP, draw a picture."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfvae import data, hub
+from selfvae.baselines import lossless_bits_per_dim
+from selfvae.evaluate import evaluate
+from selfvae.model import SelfVAE
+from selfvae.plots import save_figure
+from selfvae.presets import ModelConfig, build
+from selfvae.tasks import enhance, generate, reconstruct
+from selfvae.train import TrainConfig, train
+
+__all__ = ["demo"]
+
+# the model with the best likelihood in the time, and one with latents beside it; seconds of training
+_CHAIN: dict[str, Any] = {"name": "selfvae-halve", "size": "small", "width": 0.25, "depth": 0.5}
+_LATENT: dict[str, Any] = {
+    "name": "selfvae", "size": "tiny", "width": 0.25, "backbone": "residual"
+}  # fmt: skip
+_SECONDS, _FAST_SECONDS = (105.0, 75.0), (18.0, 12.0)
+
+
+def demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, Any]:
+    """Train, score and draw; writes figure.png, result.json and both models to `out`.
+
+    Returns result.json's content: bits_per_dim of the better model on held-out crops (the ELBO),
+    png_bits_per_dim and webp_bits_per_dim of the same crops, seconds, parameters, and the latent model's.
+    """
+    began, out = time.monotonic(), Path(out)
+    photos = data.load("photos", 32)
+    models: list[SelfVAE] = []
+    scores: list[dict[str, Any]] = []
+    test = photos.test.take(range(128 if fast else 512))
+    for options, seconds in zip((_CHAIN, _LATENT), _FAST_SECONDS if fast else _SECONDS, strict=True):
+        model_config = build(**options).config
+        assert isinstance(model_config, ModelConfig)
+        folder = out / options["name"]
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        config = TrainConfig(
+            steps=1_000_000, max_seconds=seconds, schedule="cosine", lr=0.004, lr_floor=0.0002,
+            warmup=50, ema=0.99, translate=0, log_every=10, eval_every=1_000_000,
+            checkpoint_every=1_000_000, eval_images=64, seed=seed, precision="bf16-mixed",
+        )  # fmt: skip
+        model = train(model_config, photos, folder, config)
+        models.append(model)
+        scores.append(evaluate(model, data.Images(test.numpy()), iw=0))
+    result = {
+        "model": _CHAIN["name"],
+        "bits_per_dim": round(scores[0]["bits_per_dim"], 4),
+        "png_bits_per_dim": round(lossless_bits_per_dim(test, "PNG"), 4),
+        "webp_bits_per_dim": round(lossless_bits_per_dim(test, "WebP"), 4),
+        "crops": len(test),
+        "parameters": sum(p.numel() for p in models[0].parameters()),
+        "latent_model": _LATENT["name"],
+        "latent_bits_per_dim": round(scores[1]["bits_per_dim"], 4),
+        "latent_parameters": sum(p.numel() for p in models[1].parameters()),
+    }
+    save_figure(_rows(models[0], models[1], test[_spread(len(test))], seed), out / "figure.png")
+    result["seconds"] = round(time.monotonic() - began, 1)
+    hub.write_atomic(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    return result
+
+
+def _spread(n: int, count: int = 10) -> Tensor:
+    return torch.linspace(0, n - 1, count).long()
+
+
+def _rows(chain: SelfVAE, latent: SelfVAE, x: Tensor, seed: int) -> list[tuple[str, Tensor]]:
+    """The figure's rows: title and images uint8 (B, 3, h, w)."""
+    halved, mean = chain.pyramid(x)[2], latent.pyramid(x)[1]
+    n, _, h, w = x.shape
+    return [
+        ("held-out photographs", x),
+        ("every second row and column kept", halved),
+        ("the rest drawn (selfvae-halve)", enhance(chain, halved, 2, seed=seed)),
+        ("2 x 2 means", mean),
+        ("enhanced from these alone (selfvae)", enhance(latent, mean, 1, temperature=0.7, seed=seed)),
+        ("reconstructed from the latents (selfvae)", reconstruct(latent, x, seed=seed)),
+        ("generated from nothing (selfvae-halve)", generate(chain, n, h, w, seed=seed)),
+        ("generated from nothing (selfvae)", generate(latent, n, h, w, seed=seed)),
+    ]

@@ -1,0 +1,185 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from selfvae.presets import TRANSFORMS, transform
+from selfvae.transforms import (
+    BicubicDownscale,
+    BitDepth,
+    Blank,
+    Chain,
+    Format,
+    GaussianBlur,
+    Greyscale,
+    MeanDownscale,
+    Sketch,
+    Subsample,
+    Support,
+    check_image,
+)
+
+RGB = Format(3)
+NAMES = [*TRANSFORMS, "grey+mean2", "mean2+bits3"]
+RESTRICTING = [n for n in TRANSFORMS if n.startswith(("mean", "subsample", "bits"))]
+RESTRICTING += ["grey", "rows", "columns"]
+
+
+def noise(b: int = 5, c: int = 3, h: int = 12, w: int = 24) -> torch.Tensor:
+    return torch.randint(0, 256, (b, c, h, w), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_bytes_for_any_batch_size(name: str) -> None:
+    d, x = transform(name), noise()
+    y = d(x)
+    assert y.dtype == torch.uint8
+    assert y.shape == (5, d.format(RGB).channels, *d.size(12, 24))
+    assert torch.equal(y, torch.cat([d(one[None]) for one in x]))
+    assert y.max() < d.format(RGB).levels
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_estimate_has_the_images_shape(name: str) -> None:
+    d, x = transform(name), noise()
+    guess = d.estimate(d(x), RGB)
+    assert guess.shape == x.shape and guess.dtype == torch.float32
+    assert -1 <= guess.min() and guess.max() <= 256
+
+
+@pytest.mark.parametrize("name", RESTRICTING)
+def test_support_is_a_bijection_and_holds_the_image(name: str) -> None:
+    d, x = transform(name), noise()
+    support = d.support(d(x), RGB)
+    v = support.split(x)
+    assert torch.equal(support.merge(v), x)
+    lo, hi = support.bounds(v.long())
+    assert bool(((lo <= v) & (v <= hi)).all())
+    assert bool(support.allows(x).all())
+    other = x.clone()
+    other[:, 0, 0, 0] ^= 128
+    assert not bool(support.allows(other).any())
+
+
+@pytest.mark.parametrize("name", RESTRICTING)
+@pytest.mark.parametrize("end", ["lo", "hi", "random"])
+def test_every_way_to_fill_the_bounds_gives_y(name: str, end: str) -> None:
+    d, x = transform(name), noise()
+    x[0], x[1] = 0, 255
+    y = d(x)
+    support = d.support(y, RGB)
+    v = torch.zeros_like(support.split(x).long())
+    for g, c in itertools.product(range(v.shape[1]), range(v.shape[2])):
+        lo, hi = (edge[:, g, c] for edge in support.bounds(v))
+        assert bool((lo <= hi).all())
+        spread = (torch.rand(lo.shape) * (hi - lo + 1)).long().clamp(max=255)
+        v[:, g, c] = {"lo": lo, "hi": hi, "random": torch.minimum(lo + spread, hi)}[end]
+    assert torch.equal(d(support.merge(v).to(torch.uint8)), y)
+
+
+@pytest.mark.parametrize("name", RESTRICTING)
+def test_bounds_look_only_at_earlier_entries(name: str) -> None:
+    d, x = transform(name), noise(b=2)
+    support = d.support(d(x), RGB)
+    v = support.split(x).long()
+    for g, c in itertools.product(range(v.shape[1]), range(v.shape[2])):
+        later = v.clone()
+        later[:, g, c:] = 7
+        later[:, g + 1 :] = 7
+        for one, other in zip(support.bounds(v), support.bounds(later), strict=True):
+            assert torch.equal(one[:, g, c], other[:, g, c])
+
+
+def test_bounds_are_tight() -> None:
+    """Exhaustively on few levels: a value is in the interval iff it can be completed to d(x) = y."""
+    levels = 5
+    every = torch.tensor(list(itertools.product(range(levels), repeat=4)), dtype=torch.uint8)
+    x = every.view(-1, 1, 2, 2)
+    d = MeanDownscale(2)
+    for y in range(levels):
+        possible = every[d(x).flatten() == y]
+        support = d.support(torch.tensor([[[[y]]]], dtype=torch.uint8), Format(1, levels))
+        for prefix in {tuple(row[:3].tolist()) for row in possible}:
+            v = torch.tensor([*prefix, 0]).view(1, 4, 1, 1, 1)
+            lo, hi = (edge.flatten()[3].item() for edge in support.bounds(v))
+            last = {int(row[3]) for row in possible if tuple(row[:3].tolist()) == prefix}
+            assert last == set(range(int(lo), int(hi) + 1))
+
+
+def test_grey_leaves_two_greens_at_most() -> None:
+    x = noise(h=32, w=32)
+    support = Greyscale().support(Greyscale()(x), RGB)
+    lo, hi = support.bounds(support.split(x).long())
+    assert support.order == (2, 0, 1)
+    assert (hi - lo)[:, :, 2].max() <= 1
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_bicubic_is_pillows(factor: int) -> None:
+    x = noise(b=1, h=24, w=36)
+    picture = Image.fromarray(x[0].permute(1, 2, 0).numpy())
+    small = picture.resize((36 // factor, 24 // factor), Image.Resampling.BICUBIC)
+    ours = BicubicDownscale(factor)(x)[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(ours, np.asarray(small))
+
+
+def test_values() -> None:
+    x = torch.tensor([[[[10, 11], [12, 14]]]], dtype=torch.uint8)
+    assert MeanDownscale(2)(x).item() == 12  # 47 / 4 = 11.75
+    assert MeanDownscale(1, 2)(x).flatten().tolist() == [11, 13]  # 10.5 and 13 round half up
+    assert Subsample(1, 2)(x).flatten().tolist() == [10, 12]
+    assert BitDepth(3)(torch.full_like(x, 255)).unique().tolist() == [7]
+    white = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
+    for d in (Greyscale(), Sketch(), GaussianBlur(2.0)):
+        assert d(white).unique().tolist() == [255]
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1)
+    assert Greyscale()(red).item() == 76
+    assert Chain(Greyscale(), MeanDownscale(2))(white).shape == (1, 1, 4, 4)
+    assert Blank()(white).shape == (1, 0, 8, 8)
+
+
+def test_blur_is_a_gaussian_and_keeps_the_mean() -> None:
+    x = torch.zeros(1, 1, 33, 33, dtype=torch.uint8)
+    x[..., 16, 16] = 255
+    y = GaussianBlur(1.0)(x).double()
+    expected = 255 * torch.exp(-0.5 * (torch.arange(33) - 16.0) ** 2) / np.sqrt(2 * np.pi)
+    assert (y[0, 0, 16] - expected / np.sqrt(2 * np.pi)).abs().max() < 1.5
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(2, 256), st.integers(0, 10**6))
+def test_mean_of_any_block_and_levels(rows: int, cols: int, levels: int, seed: int) -> None:
+    if rows * cols == 1:
+        return
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, levels, (2, 1, rows * 2, cols * 3), generator=random).to(torch.uint8)
+    d = MeanDownscale(rows, cols)
+    support = d.support(d(x), Format(1, levels))
+    assert bool(support.allows(x).all())
+
+
+def test_errors_say_what_came() -> None:
+    with pytest.raises(TypeError, match=r"x must be uint8 \(B, C, H, W\); got float32 .*to_uint8"):
+        check_image(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"divisible by 2 .* got 7 x 8"):
+        MeanDownscale(2)(noise(h=7, w=8))
+    with pytest.raises(ValueError, match="3 channels"):
+        Greyscale().format(Format(1))
+    with pytest.raises(ValueError, match="did you mean 'mean2'"):
+        transform("maen2")
+    with pytest.raises(ValueError, match="256 levels"):
+        BitDepth(2).format(Format(3, 8))
+    for wrong in (lambda: MeanDownscale(1, 1), lambda: BitDepth(8), lambda: GaussianBlur(0), Chain):
+        with pytest.raises(ValueError, match="got"):
+            wrong()
+
+
+def test_unrestricted_support() -> None:
+    x = noise()
+    support = Support(x[:, :0], RGB)
+    assert torch.equal(support.merge(support.split(x)), x)
+    assert bool(support.allows(x).all())

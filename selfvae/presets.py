@@ -157,7 +157,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 SIZES: dict[str, dict[str, float]] = {
-    "tiny": {"width": 0.125, "depth": 0.5},
+    "tiny": {"width": 0.1, "depth": 0.5},
     "small": {"width": 0.375, "depth": 1.0},
     "paper": {"width": 1.0, "depth": 1.0},
 }
@@ -237,12 +237,17 @@ class _Plan:
         """The papers' number of channels, scaled: a multiple of 4, 4 at least."""
         return max(4, round(channels * self.config.width / 4) * 4)
 
+    @property
+    def share(self) -> float:
+        """Of the growth: the papers' models of three levels have hardly more parameters than of two."""
+        return 0.75 if self.top > 1 and self.config.backbone == "dense" else 1.0
+
     def branch(
         self, growth: float, steps: int, blocks: int, resize: Any = "flat", stem: int = 32
     ) -> Branch:
         steps = max(1, round(steps * self.config.depth))
         stem = self.wide(stem) if stem else 0
-        return Branch(self.wide(growth), steps, blocks, resize, stem, self.config.backbone)
+        return Branch(self.wide(growth * self.share), steps, blocks, resize, stem, self.config.backbone)
 
     def level(self, k: int) -> Level:
         config, format, up = self.config, self.formats[k], self.formats[k + 1]
@@ -302,6 +307,6 @@ class _Plan:
             latent,
             y=self.branch(32 * 0.5 ** max(0, halvings - 1), 5, halvings, "down", stem=32),
             z=self.branch(64, 3, 3, stem=64),
-            joint=self.branch(64, 3, 3, stem=0),
+            joint=self.branch(64, 3, 3, stem=64),
             ratio=(rows / 2**downs, cols / 2**downs),
         )

@@ -40,7 +40,7 @@ def test_same_bytes_for_any_batch_size(name: str) -> None:
     assert y.dtype == torch.uint8
     assert y.shape == (5, d.format(RGB).channels, *d.size(12, 24))
     assert torch.equal(y, torch.cat([d(one[None]) for one in x]))
-    assert y.max() < d.format(RGB).levels
+    assert y.max().item() < d.format(RGB).levels
 
 
 @pytest.mark.parametrize("name", NAMES)

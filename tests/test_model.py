@@ -1,0 +1,213 @@
+import math
+
+import pytest
+import torch
+
+import selfvae
+from selfvae.distributions import DiagonalNormal
+from selfvae.evaluate import iwae
+from selfvae.level import Level
+from selfvae.model import SelfVAE
+from selfvae.objective import Terms, bits_per_dim
+from selfvae.presets import PRESETS
+from selfvae.tasks import complete, enhance, generate, reconstruct
+from selfvae.transforms import Blank, Format
+
+TINY = {"size": "tiny", "width": 0.06, "components": 2}
+
+
+def build(name: str, images: torch.Tensor, **overrides: object) -> SelfVAE:
+    model = selfvae.build(name, image_shape=tuple(images.shape[1:]), **{**TINY, **overrides})  # type: ignore[arg-type]
+    model.initialise(images)
+    return model
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_every_preset_scores_learns_and_samples(name: str, images: torch.Tensor) -> None:
+    model = build(name, images)
+    terms = model(images)
+    levels = len(model.levels)
+    assert isinstance(terms, Terms) and len(terms.re) == len(terms.kl) == levels
+    assert terms.elbo.shape == (4,) and terms.elbo.isfinite().all()
+    assert torch.allclose(-terms.elbo, sum(terms.re) + sum(terms.kl))
+    terms.elbo.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    drawn = generate(model, 3, 16, 16, seed=1)
+    assert drawn.shape == (3, 3, 16, 16) and drawn.dtype == torch.uint8
+    assert torch.equal(drawn, generate(model, 3, 16, 16, seed=1))
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_all_given_returns_the_image(name: str, images: torch.Tensor) -> None:
+    model = build(name, images)
+    ys = model.pyramid(images)
+    given = {f"y{k}": y for k, y in enumerate(ys)}
+    assert torch.equal(complete(model, given, (4, 16, 16))["y0"], images)
+    assert torch.equal(reconstruct(model, images, {"y0"}), images)
+
+
+@pytest.mark.parametrize("name", ["selfvae", "selfvae-3", "selfvae-grey", "selfvae-bits", "selfvae-halve"])
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_enhancements_agree_with_what_was_given(
+    name: str, temperature: float, images: torch.Tensor
+) -> None:
+    model = build(name, images)
+    for k in range(1, len(model.levels)):
+        y = model.pyramid(images)[k]
+        x = enhance(model, y, k, temperature=temperature, seed=0)
+        assert torch.equal(model.pyramid(x)[k], y)
+
+
+@pytest.mark.parametrize("latents", ["all", "top", "none"])
+@pytest.mark.parametrize("name", ["selfvae-halve", "selfvae-3", "srvae"])
+def test_latents_are_optional(name: str, latents: str, images: torch.Tensor) -> None:
+    model = build(name, images, latents=latents)
+    have = [level.has_latent for level in model.levels]
+    assert have == [latents == "all" or (latents == "top" and k == len(have) - 1) for k in range(len(have))]
+    terms = model(images)
+    for has, kl in zip(have, terms.kl, strict=True):
+        assert bool((kl != 0).all()) == has
+    generate(model, 2, 16, 16)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_any_channels(channels: int) -> None:
+    x = torch.randint(0, 256, (2, channels, 8, 12), dtype=torch.uint8)
+    model = build("selfvae", x, prior="mog")
+    assert generate(model, 2, 8, 12).shape == x.shape
+    assert model(x).elbo.isfinite().all()
+
+
+def test_other_sizes_than_built_for(images: torch.Tensor) -> None:
+    model = build("selfvae", images)
+    wide = images.repeat(1, 1, 2, 3)
+    assert model(wide).elbo.isfinite().all()
+    assert generate(model, 1, 32, 48).shape == (1, 3, 32, 48)
+    with pytest.raises(ValueError, match="divisible by 2"):
+        model(images[:, :, :15])
+
+
+def test_a_plain_vae_written_by_hand(images: torch.Tensor) -> None:
+    """K = 0 with a normal prior is -ln p(x|z) + KL, as one writes it."""
+    model = build("vae-normal", images)
+    level: Level = model.levels[0]
+    torch.manual_seed(3)
+    terms = model(images)
+    torch.manual_seed(3)
+    assert level.encoder is not None
+    mean, raw = level.encoder(images.float() / 127.5 - 1).chunk(2, 1)
+    log_var = 7 * torch.tanh(raw / 7)
+    z = mean + torch.exp(log_var / 2) * torch.randn_like(mean)
+    q = torch.distributions.Normal(mean, torch.exp(log_var / 2)).log_prob(z).sum((1, 2, 3))
+    p = torch.distributions.Normal(0, 1).log_prob(z).sum((1, 2, 3))
+    likelihood = level.likelihood(images[:, :0], z).log_prob(images)
+    assert torch.allclose(terms.kl[0], q - p, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(terms.elbo, likelihood - (q - p), rtol=1e-4)
+
+
+class _LinearGaussian(Level):
+    """x = W z + noise, with the exact posterior: the bound is ln p(x) at every draw."""
+
+    def __init__(self, weight: torch.Tensor, noise: float) -> None:
+        super().__init__(Format(1), Blank(), torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity())
+        self.weight, self.noise = torch.nn.Parameter(weight), noise
+
+    def prior(self, y_up, z_up):  # type: ignore[no-untyped-def]
+        zeros = torch.zeros(y_up.shape[0], self.weight.shape[1], 1, 1)
+        return DiagonalNormal(zeros, zeros)
+
+    def likelihood(self, y_up, z):  # type: ignore[no-untyped-def]
+        mean = (z.flatten(1) @ self.weight.T)[:, :, None, None]
+        return DiagonalNormal(mean, torch.full_like(mean, math.log(self.noise**2)))
+
+
+def test_the_bound_of_a_linear_gaussian_model_is_exact() -> None:
+    weight, noise = torch.linalg.qr(torch.randn(5, 2)).Q * torch.tensor([2.0, 0.5]), 0.3
+    model = SelfVAE([_LinearGaussian(weight, noise)])
+    x = torch.randn(6, 5)
+    # orthogonal columns: the posterior is diagonal
+    precision = 1 + weight.square().sum(0) / noise**2
+    mean = (x @ weight) / noise**2 / precision
+    q = DiagonalNormal(mean[:, :, None, None], -torch.log(precision).expand(6, 2)[:, :, None, None])
+    covariance = weight @ weight.T + noise**2 * torch.eye(5)
+    exact = torch.distributions.MultivariateNormal(torch.zeros(5), covariance).log_prob(x)
+    terms = model.score([x[:, :, None, None]], {"z0": q})
+    assert torch.allclose(terms.elbo, exact, atol=1e-3)
+    wrong = DiagonalNormal(q.mean + 0.3, q.log_var)
+    assert (model.score([x[:, :, None, None]], {"z0": wrong}).elbo.mean() < exact.mean() - 0.01).item()
+
+
+@pytest.mark.parametrize("name", ["vae-normal", "srvae", "selfvae-3"])
+def test_iwae_grows_with_the_draws(name: str, images: torch.Tensor) -> None:
+    model = build(name, images[:2])
+    for level in model.levels:  # posteriors as far from the truth as the prior, so that there is a gap
+        torch.nn.init.normal_(level.encoder.head.direction, std=2.0)
+    torch.manual_seed(0)
+    x = images[:2]
+    elbo = torch.stack([model(x).elbo.detach() for _ in range(60)])
+    ten = torch.stack([iwae(model, x, 10) for _ in range(12)])
+    fifty = torch.stack([iwae(model, x, 50, chunk=16) for _ in range(4)])
+    assert elbo.mean() < ten.mean() < fifty.mean()
+    assert iwae(model, x, 1).shape == (2,)
+    with pytest.raises(ValueError, match="at least 1; got 0"):
+        iwae(model, x, 0)
+
+
+def test_iwae_is_the_mean_weight_per_image(images: torch.Tensor) -> None:
+    """Against a plain loop over draws and images."""
+    model = build("srvae", images)
+    ys = model.pyramid(images)
+    posteriors = model.posteriors(ys)
+    torch.manual_seed(5)
+    weights = torch.stack([model.score(ys, posteriors).elbo for _ in range(6)])
+    torch.manual_seed(5)
+    bound = iwae(model, images, 6, chunk=1)
+    assert torch.allclose(bound, torch.log(torch.exp((weights - weights.max(0).values).double()).mean(0)).float()
+                          + weights.max(0).values, rtol=1e-5)  # fmt: skip
+
+
+def test_a_chain_without_latents_is_exact(images: torch.Tensor) -> None:
+    model = build("selfvae-halve", images)
+    assert torch.equal(model(images).elbo, model(images).elbo)
+    assert torch.equal(iwae(model, images, 64), model(images).elbo)
+    assert [tuple(y.shape[2:]) for y in model.pyramid(images)] == [(16, 16), (16, 8), (8, 8), (8, 4), (4, 4)]
+
+
+def test_terms_in_bits() -> None:
+    terms = Terms((torch.tensor([6.0]), torch.tensor([1.0])), (torch.tensor([1.0]), torch.tensor([0.0])))
+    assert terms.bits_per_dim(8).item() == pytest.approx(1 / math.log(2))
+    assert bits_per_dim(torch.tensor(math.log(2)), 1).item() == pytest.approx(1.0)
+
+
+def test_parameter_counts() -> None:
+    """Near the papers' at size paper; tiny stays tiny."""
+
+    def millions(name: str, size: str, side: int) -> float:
+        return sum(p.numel() for p in selfvae.build(name, size, (3, side, side)).parameters()) / 1e6
+
+    assert 29 < millions("vae", "paper", 32) < 35.5
+    assert 34 < millions("srvae", "paper", 32) < 45
+    assert 39 < millions("selfvae-sketch", "paper", 64) < 51
+    assert 39 < millions("selfvae-3lvl", "paper", 64) < 51
+    for name in PRESETS:
+        assert millions(name, "tiny", 32) < 0.5
+
+
+def test_errors(images: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="did you mean 'selfvae-grey'"):
+        selfvae.build("selfvae-gray")
+    with pytest.raises(ValueError, match="unknown size 'huge'"):
+        selfvae.build("vae", "huge")
+    with pytest.raises(ValueError, match="unknown model option 'widht'"):
+        selfvae.build("vae", widht=2)
+    with pytest.raises(ValueError, match="prior must be one of"):
+        selfvae.build("vae", prior="flat")
+    with pytest.raises(ValueError, match="image_shape must be"):
+        selfvae.build("vae", image_shape=(5, 32, 32))
+    model = build("selfvae", images)
+    with pytest.raises(ValueError, match=r"uint8 \(B, 3, H, W\); got uint8 \(4, 1, 16, 16\)"):
+        model(images[:, :1])
+    with pytest.raises(ValueError, match="unknown variable 'u'"):
+        complete(model, {"u": images}, (4, 16, 16))
+    with pytest.raises(ValueError, match="transform is Blank"):
+        SelfVAE([])

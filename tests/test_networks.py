@@ -1,0 +1,166 @@
+"""Layers, flows, priors and latents' distributions."""
+
+import pytest
+import torch
+from torch import nn
+
+from selfvae.distributions import DiagonalNormal, GaussianMixture, soft_limit
+from selfvae.flows import Coupling, RealNVP, squeeze, unsqueeze
+from selfvae.layers import (
+    BACKBONES,
+    ChannelAttention,
+    Conv,
+    DenseBlock,
+    Down,
+    Up,
+    data_dependent_init,
+)
+from selfvae.networks import Branch, Constant, Decoder, Encoder
+from selfvae.priors import TOP_PRIORS
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_data_dependent_init_normalises_once(transposed: bool) -> None:
+    conv = Conv(5, 7, stride=2, transposed=transposed)
+    x = 3 + 2 * torch.randn(8, 5, 6, 6)
+    assert not bool(conv.initialised)
+    with data_dependent_init(conv):
+        conv(x)
+    out = conv(x)
+    assert out.shape == (8, 7, 12, 12) if transposed else (8, 7, 3, 3)
+    assert out.mean((0, 2, 3)).abs().max() < 1e-4
+    assert (out.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-3
+    before = conv.gain.clone()
+    assert bool(conv.initialised)
+    with data_dependent_init(conv):
+        conv(5 * x)
+    assert torch.equal(conv.gain, before)
+
+
+def test_initialisation_survives_saving() -> None:
+    conv, other = Conv(2, 3), Conv(2, 3)
+    with data_dependent_init(conv):
+        conv(torch.randn(4, 2, 5, 5))
+    other.load_state_dict(conv.state_dict())
+    assert bool(other.initialised)
+
+
+def test_a_constant_input_does_not_break_the_initialisation() -> None:
+    conv = Conv(2, 3)
+    with data_dependent_init(conv):
+        conv(torch.ones(4, 2, 1, 1))
+    assert conv.gain.isfinite().all() and conv.bias.isfinite().all()
+
+
+def test_weight_norm() -> None:
+    conv = Conv(4, 6)
+    with torch.no_grad():
+        conv.gain.copy_(torch.arange(1.0, 7.0))
+    norm = torch.linalg.vector_norm(conv.weight(), dim=(1, 2, 3))
+    assert torch.allclose(norm, torch.arange(1.0, 7.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(BACKBONES))
+def test_blocks_say_their_channels(name: str) -> None:
+    block = BACKBONES[name](6, 8, 3)
+    assert block(torch.randn(2, 6, 5, 4)).shape == (2, block.out_channels, 5, 4)
+
+
+def test_dense_block_concatenates_and_resizing_halves_and_doubles() -> None:
+    assert DenseBlock(6, 4, 3).out_channels == 6 + 3 * 4
+    x = torch.randn(2, 6, 8, 6)
+    assert Down(6)(x).shape == (2, 12, 4, 3)
+    assert Up(6)(x).shape == (2, 3, 16, 12)
+    gate = ChannelAttention(6)(x) / x
+    assert torch.allclose(gate, gate[:, :, :1, :1].expand_as(gate), rtol=1e-3)
+
+
+def test_no_convolution_follows_another_without_elu() -> None:
+    branch = Branch(8, 2, 2, "down").build(3)
+    modules = [m for m in branch.modules() if not list(m.children())]
+    for one, other in zip(modules, modules[1:], strict=False):
+        assert not (isinstance(one, Conv) and isinstance(other, Conv))
+    assert any(isinstance(m, nn.ELU) for m in modules)
+
+
+def test_networks_have_the_asked_shapes() -> None:
+    encoder = Encoder(3, 5, Branch(4, 1, 2, "down", 8))
+    assert encoder(torch.randn(2, 3, 16, 12)).shape == (2, 10, 4, 3)
+    decoder = Decoder(3, 5, 20, Branch(4, 1, 2, "up", 8), Branch(4, 1, 1, stem=0))
+    assert decoder(torch.randn(2, 3, 16, 12), torch.randn(2, 5, 4, 3)).shape == (2, 20, 16, 12)
+    assert Constant(20)(torch.zeros(2, 0, 4, 4), None).shape == (2, 20, 4, 4)
+
+
+def test_squeeze_is_invertible() -> None:
+    z = torch.randn(2, 3, 4, 6)
+    assert torch.equal(unsqueeze(squeeze(z)), z)
+
+
+def _wake(module: nn.Module) -> None:
+    """Weights that make the couplings far from the identity."""
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.3)
+
+
+@pytest.mark.parametrize("mask", ["checkerboard", "channel"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_coupling_log_det_is_autograds(mask: str, flip: bool) -> None:
+    coupling = Coupling(2, mask, flip, 4, 1).double()  # type: ignore[arg-type]
+    _wake(coupling)
+    z = torch.randn(1, 2, 2, 2, dtype=torch.float64)
+    noise, log_det = coupling(z)
+    jacobian = torch.autograd.functional.jacobian(lambda t: coupling(t)[0], z).view(8, 8)
+    assert torch.allclose(log_det, torch.linalg.slogdet(jacobian).logabsdet, atol=1e-9)
+    assert torch.allclose(coupling.inverse(noise), z, atol=1e-9)
+    assert not torch.allclose(noise, z)
+
+
+def test_realnvp_inverse_and_log_det() -> None:
+    flow = RealNVP(2, hidden=4, blocks=1).double()
+    _wake(flow)
+    z = torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    noise, log_det = flow(z)
+    jacobian = torch.autograd.functional.jacobian(lambda t: flow(t)[0], z).view(32, 32)
+    assert torch.allclose(log_det, torch.linalg.slogdet(jacobian).logabsdet, atol=1e-8)
+    assert torch.allclose(flow.inverse(noise), z, atol=1e-6)
+    assert (jacobian.abs() > 1e-12).any(0).all()  # every input reaches the noise
+    with pytest.raises(ValueError, match="even height and width; got"):
+        flow(torch.randn(1, 2, 3, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", list(TOP_PRIORS))
+def test_priors_integrate_to_one(name: str) -> None:
+    """Importance sampling from a wide normal: the mean weight is 1."""
+    prior = TOP_PRIORS[name](1, 2)
+    n = 20_000
+    p = prior(torch.zeros(n, 0, 4, 4), None)
+    q = DiagonalNormal(torch.zeros(n, 1, 2, 2), torch.full((n, 1, 2, 2), 1.0))
+    with torch.no_grad():
+        z = q.sample()
+        weight = torch.exp(p.log_prob(z) - q.log_prob(z))
+        assert p.sample().shape == p.mode().shape == (n, 1, 2, 2)
+    assert abs(weight.mean() - 1) < 5 * weight.std() / n**0.5
+    with pytest.raises(ValueError, match="divisible by 2; got 5 x 4"):
+        prior(torch.zeros(1, 0, 5, 4), None)
+
+
+def test_diagonal_normal_is_torchs() -> None:
+    q = DiagonalNormal.from_params(torch.randn(3, 8, 2, 2))
+    z = q.sample()
+    reference = torch.distributions.Normal(q.mean, torch.exp(0.5 * q.log_var))
+    assert torch.allclose(q.log_prob(z), reference.log_prob(z).sum((1, 2, 3)), rtol=1e-5)
+    assert q.repeat(2).mean.shape == (6, 4, 2, 2)
+    assert torch.equal(q.sample(0.0), q.mode())
+
+
+def test_mixture_draws_follow_its_density() -> None:
+    means = torch.tensor([[-4.0], [4.0]])
+    p = GaussianMixture(torch.tensor([0.0, 1.0]), means, torch.zeros(2, 1), (20_000, 1, 1))
+    right = (p.sample() > 0).float().mean()
+    assert abs(right - torch.sigmoid(torch.tensor(1.0))) < 0.02
+    assert p.mode().unique().tolist() == [4.0]
+
+
+def test_soft_limit() -> None:
+    raw = torch.tensor([-1e6, -0.01, 0.0, 0.01, 1e6])
+    assert torch.allclose(soft_limit(raw), torch.tensor([-7.0, -0.01, 0.0, 0.01, 7.0]), atol=1e-4)

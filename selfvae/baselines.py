@@ -8,7 +8,6 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-
 __all__ = ["lossless_bits_per_dim"]
 
 # bytes of every file that do not depend on the picture and are not counted

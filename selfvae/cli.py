@@ -232,7 +232,13 @@ def _expand(argv: list[str]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0, or 2 with a message on standard error for bad input."""
-    commands = {"train": train, "eval": evaluate, "sample": sample, "info": info, "demo": demo}
+    commands: dict[str, Any] = {
+        "train": train,
+        "eval": evaluate,
+        "sample": sample,
+        "info": info,
+        "demo": demo,
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands,

@@ -217,8 +217,7 @@ def _open_array(path: Path, size: int | None) -> np.ndarray:
         hint = ": store the values 0..255 as uint8"
     if array.dtype != np.uint8 or array.ndim != 4 or not 1 <= array.shape[1] <= 4 or not len(array):
         raise ValueError(
-            f"{path} must be uint8 (N, C, H, W) with 1 to 4 channels; got {array.dtype} "
-            f"{array.shape}{hint}"
+            f"{path} must be uint8 (N, C, H, W) with 1 to 4 channels; got {array.dtype} {array.shape}{hint}"
         )
     if size is not None and array.shape[2:] != (size, size):
         raise ValueError(
@@ -281,9 +280,7 @@ class HubSource:
             if theirs is None:
                 continue
             try:
-                rows = datasets.load_dataset(
-                    self.repo, self.config, split=theirs, revision=self.revision
-                )
+                rows = datasets.load_dataset(self.repo, self.config, split=theirs, revision=self.revision)
             except Exception as error:
                 raise OSError(
                     f"{self.repo} (split {theirs}) could not be loaded: {error}. It is fetched from the "

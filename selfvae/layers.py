@@ -24,6 +24,7 @@ __all__ = [
     "data_dependent_init",
 ]
 
+
 class Conv(nn.Module):
     """A weight-normalised convolution, w = gain * v / |v|, with data-dependent initialisation.
 
@@ -157,9 +158,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.widen = nn.Identity() if channels == growth else Conv(channels, growth, 1)
         self.layers = nn.ModuleList(
-            nn.Sequential(
-                nn.ELU(), Conv(growth, growth), nn.ELU(), Conv(growth, growth, 1, init_scale=0.1)
-            )
+            nn.Sequential(nn.ELU(), Conv(growth, growth), nn.ELU(), Conv(growth, growth, 1, init_scale=0.1))
             for _ in range(steps)
         )
         self.out_channels = growth

@@ -81,9 +81,7 @@ class Level(nn.Module):
     def likelihood(self, y_up: Tensor, z: Tensor | None) -> PixelMixture:
         """p(y | y_up, z)."""
         support = (
-            self.transform.support(y_up, self.format)
-            if self.consistent
-            else Support(y_up, self.format)
+            self.transform.support(y_up, self.format) if self.consistent else Support(y_up, self.format)
         )
         params = self.decoder(self.context(y_up), z)
         if self.fills_in:
@@ -94,6 +92,4 @@ class Level(nn.Module):
         anchor = None
         if self.anchored:
             anchor = support.split(self.transform.estimate(y_up, self.format))
-        return PixelMixture(
-            params, support, self.format, anchor=anchor, coefficients=self.coefficients
-        )
+        return PixelMixture(params, support, self.format, anchor=anchor, coefficients=self.coefficients)

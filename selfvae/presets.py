@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -115,9 +115,7 @@ class ModelConfig:
             ("backbone", ("dense", "residual")),
         ):
             if getattr(self, field) not in known:
-                raise ValueError(
-                    f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}"
-                )
+                raise ValueError(f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}")
         for field in ("width", "depth", "latent_channels", "components"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be positive; got {getattr(self, field)}")
@@ -227,7 +225,7 @@ class _Plan:
         return len(self.transforms) - 1
 
     def has_latent(self, k: int) -> bool:
-        return self.config.latents == "all" or self.config.latents == "top" and k == self.top
+        return self.config.latents == "all" or (self.config.latents == "top" and k == self.top)
 
     def downs(self, k: int) -> int:
         """How often level k's encoder halves y[k]: to 8 x 8 from 16 pixels on, three times at most."""

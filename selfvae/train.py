@@ -105,8 +105,7 @@ class TrainConfig:
                 raise ValueError(f"{field} must be positive; got {getattr(self, field)}")
         if self.batch_size % self.accumulate:
             raise ValueError(
-                f"batch_size must be a multiple of accumulate; got {self.batch_size} and "
-                f"{self.accumulate}"
+                f"batch_size must be a multiple of accumulate; got {self.batch_size} and {self.accumulate}"
             )
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be at least 0 and below 1; got {self.ema}")
@@ -281,7 +280,7 @@ def train(
     model_config: ModelConfig,
     data: Dataset,
     out: str | Path,
-    config: TrainConfig = TrainConfig(),  # noqa: B008 (frozen)
+    config: TrainConfig = TrainConfig(),
     *,
     resume: bool = False,
     fabric: Fabric | None = None,
@@ -324,7 +323,7 @@ def train(
         chosen = batch_indices(len(data.train), config.batch_size, 0, config.seed)
         bare.initialise(data.train.take(chosen).to(fabric.device))
     if config.channels_last:
-        bare.to(memory_format=torch.channels_last)
+        bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     state.ema = copy.deepcopy(bare).eval().requires_grad_(False)
     kind = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}[config.optimizer]
     model, state.optimizer = fabric.setup(bare, kind(bare.parameters(), lr=config.lr))

@@ -1,5 +1,7 @@
 """Layers, flows, priors and latents' distributions."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -78,7 +80,7 @@ def test_dense_block_concatenates_and_resizing_halves_and_doubles() -> None:
 def test_no_convolution_follows_another_without_elu() -> None:
     branch = Branch(8, 2, 2, "down").build(3)
     modules = [m for m in branch.modules() if not list(m.children())]
-    for one, other in zip(modules, modules[1:], strict=False):
+    for one, other in itertools.pairwise(modules):
         assert not (isinstance(one, Conv) and isinstance(other, Conv))
     assert any(isinstance(m, nn.ELU) for m in modules)
 

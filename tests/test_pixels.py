@@ -115,7 +115,7 @@ def test_agrees_with_the_difference_of_sigmoids_in_float64() -> None:
 
 
 def test_what_y_tells_costs_nothing() -> None:
-    """Of a grey image known to be 0, only a sum of 0 or 1 is possible; of a white one nothing is free."""
+    """Of a white image's grey version hardly anything is open; kept pixels are not modelled at all."""
     x = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
     d = transform("grey")
     white = 255 - x
@@ -149,7 +149,9 @@ def test_impossible_images_have_no_mass() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_finite(name: str, scale: float) -> None:
     p, x = make(name)
-    params = (scale * torch.randn(*p.means.shape[:2], param_count(3, 4), *p.means.shape[4:])).requires_grad_()
+    params = (
+        scale * torch.randn(*p.means.shape[:2], param_count(3, 4), *p.means.shape[4:])
+    ).requires_grad_()
     PixelMixture(params, p.support, p.format, coefficients="residual").log_prob(x).sum().backward()
     assert params.grad is not None and params.grad.isfinite().all()
 

@@ -48,7 +48,7 @@ def test_estimate_has_the_images_shape(name: str) -> None:
     d, x = transform(name), noise()
     guess = d.estimate(d(x), RGB)
     assert guess.shape == x.shape and guess.dtype == torch.float32
-    assert -1 <= guess.min() and guess.max() <= 256
+    assert guess.min() >= -1 and guess.max() <= 256
 
 
 @pytest.mark.parametrize("name", RESTRICTING)

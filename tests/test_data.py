@@ -1,0 +1,178 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from selfvae import data
+from selfvae.baselines import lossless_bits_per_dim
+
+
+def pictures(folder: Path, n: int, size: tuple[int, int] = (20, 14)) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    for i in range(n):
+        Image.fromarray(random.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(
+            folder / f"{i:03}.png"
+        )
+
+
+def test_photos_are_prepared_once_and_held_out_by_photograph() -> None:
+    first = data.load("photos", 16)
+    assert isinstance(first.train.array, np.memmap) and first.train.array.dtype == np.uint8
+    assert first.train.shape[1:] == first.test.shape[1:] == (3, 16, 16)
+    before = sorted((f, f.stat().st_mtime_ns) for f in data._cache().rglob("*"))
+    second = data.load("photos", 16)
+    assert torch.equal(first.train.take([0, 5]), second.train.take([0, 5]))
+    assert before == sorted((f, f.stat().st_mtime_ns) for f in data._cache().rglob("*"))
+    with pytest.raises(ValueError, match="smallest photograph .* got size 999"):
+        data.load("photos", 999)
+
+
+def test_folder_of_images(tmp_path: Path) -> None:
+    pictures(tmp_path / "mine", 20)
+    images = data.load(tmp_path / "mine", 8)
+    assert len(images.train) + len(images.validation) + len(images.test) == 20
+    assert images.train.shape[1:] == (3, 8, 8)
+    pictures(tmp_path / "mine", 21)  # a new file: prepared anew
+    again = data.load(tmp_path / "mine", 8)
+    assert len(again.train) + len(again.validation) + len(again.test) == 21
+
+
+def test_folder_with_splits_keeps_them(tmp_path: Path) -> None:
+    pictures(tmp_path / "train", 20)
+    pictures(tmp_path / "val", 4)
+    pictures(tmp_path / "test", 3)
+    images = data.load(tmp_path, 8)
+    assert [len(i) for i in (images.train, images.validation, images.test)] == [20, 4, 3]
+
+
+def test_resizing_takes_the_centre_square(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (24, 8), "red")
+    picture.paste("blue", (8, 0, 16, 8))
+    assert data._square(picture, 8)[2].min() == 255
+
+
+def test_array_file_and_folder(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "all.npy", array)
+    images = data.load(tmp_path / "all.npy")
+    parts = [images.train, images.validation, images.test]
+    assert sum(map(len, parts)) == 40
+    seen = np.concatenate([p.take(range(len(p))).numpy() for p in parts])
+    assert {a.tobytes() for a in seen} == {a.tobytes() for a in array}
+    np.save(tmp_path / "train.npy", array)
+    np.save(tmp_path / "test.npy", array[:7])
+    images = data.load(tmp_path)
+    assert [len(i) for i in (images.train, images.validation, images.test)] == [34, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((4, 3, 8, 8), np.float32), r"must be uint8 .* got float32 .*0\.\.255"),
+        (np.zeros((4, 8, 8, 3), np.uint8), "transpose"),
+        (np.zeros((4, 8, 8), np.uint8), "got uint8"),
+        (np.zeros((0, 3, 8, 8), np.uint8), "got uint8"),
+    ],
+)
+def test_wrong_arrays_are_named(tmp_path: Path, array: np.ndarray, message: str) -> None:
+    np.save(tmp_path / "odd.npy", array)
+    with pytest.raises(ValueError, match=message) as caught:
+        data.load(tmp_path / "odd.npy")
+    assert "odd.npy" in str(caught.value)
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere.*photos, cifar10"):
+        data.load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no images"):
+        data.load(tmp_path / "empty")
+    pictures(tmp_path / "broken", 5)
+    (tmp_path / "broken" / "002.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"002\.png cannot be read as an image"):
+        data.load(tmp_path / "broken")
+    assert not list(data._cache().glob(".folder*"))  # nothing half prepared is left
+    (tmp_path / "a.npy").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"a\.npy cannot be read"):
+        data.load(tmp_path / "a.npy")
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"got a \.txt file"):
+        data.load(tmp_path / "a.txt")
+    np.save(tmp_path / "b.npy", np.zeros((4, 3, 8, 8), np.uint8))
+    with pytest.raises(ValueError, match=r"8 x 8 pixels; 16 x 16 was asked for"):
+        data.load(tmp_path / "b.npy", 16)
+    (tmp_path / "sixteen").mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "sixteen" / "deep.png")
+    with pytest.raises(ValueError, match=r"deep\.png has mode I;16"):
+        data.load(tmp_path / "sixteen", 8)
+
+
+@pytest.mark.parametrize("name", list(data.HUB))
+def test_hub_sources_on_a_local_data_set_of_the_same_schema(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    import dataclasses
+
+    source = data.HUB[name]
+    side = (178, 218) if name == "celeba" else (source.size, source.size)
+    random = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    for split in filter(None, source.splits):
+        rows = [
+            Image.fromarray(random.integers(0, 256, (*side[::-1], 3), dtype=np.uint8)) for _ in range(8)
+        ]
+        table = datasets.Dataset.from_dict({source.column: rows, "label": [0] * 8})
+        table = table.cast_column(source.column, datasets.Image())
+        table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    local = dataclasses.replace(source, repo=str(tmp_path), config=None, revision=None)
+    monkeypatch.setitem(data.HUB, name, local)
+    images = data.load(name)
+    assert images.train.shape[1:] == (3, source.size, source.size)
+    assert len(images.test) == 8
+    assert len(images.train) + len(images.validation) == (16 if source.splits[1] else 8)
+    if name == "celeba":
+        assert local.box == (15, 40, 163, 188)  # row 40, column 15, 148 x 148
+
+
+def test_hub_source_that_cannot_be_reached(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    source = data.HubSource(str(tmp_path / "none"), "image", ("train", None, "test"), 8)
+    with pytest.raises(OSError, match="could not be loaded"):
+        source.read(8)
+
+
+def test_batches_visit_every_image_once_an_epoch() -> None:
+    steps = [data.batch_indices(10, 4, step, seed=3) for step in range(5)]
+    epochs = np.concatenate(steps).reshape(2, 10)
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs.tolist())
+    assert epochs[0].tolist() != epochs[1].tolist()
+    assert np.array_equal(steps[2], data.batch_indices(10, 4, 2, seed=3))
+
+
+def test_augment_flips_and_shifts_whole_images() -> None:
+    x = torch.arange(8, dtype=torch.uint8).expand(64, 3, 8, 8).contiguous()
+    out = data.augment(x, flip=True)
+    mirrored = (out[:, 0, 0, 0] == 7).sum().item()
+    assert 10 < mirrored < 54
+    assert all(torch.equal(o, x[0]) or torch.equal(o, x[0].flip(2)) for o in out)
+    shifted = data.augment(x, translate=2)
+    assert set(shifted[:, 0, 0, 3].tolist()) == {1, 2, 3, 4, 5}
+    assert torch.equal(data.augment(x), x)
+
+
+def test_to_uint8() -> None:
+    assert data.to_uint8(torch.tensor([0.0, 0.5, 1.0])).tolist() == [0, 128, 255]
+    with pytest.raises(ValueError, match="floats in"):
+        data.to_uint8(torch.tensor([2.0]))
+
+
+def test_lossless_formats_count_the_payload() -> None:
+    noise = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    assert 8 < lossless_bits_per_dim(noise, "PNG") < 8.5
+    flat = torch.full((3, 3, 32, 32), 9, dtype=torch.uint8)
+    assert lossless_bits_per_dim(flat, "WebP") < lossless_bits_per_dim(noise, "WebP") / 10

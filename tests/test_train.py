@@ -1,0 +1,296 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import selfvae
+from selfvae import data, hub, presets
+from selfvae.cli import main
+from selfvae.train import Guard, TrainConfig, _loss, train
+
+CONFIG = selfvae.ModelConfig(
+    name="selfvae", image_shape=(3, 8, 8), transforms=("mean2",), prior="mog", consistent=True,
+    components=2, latent_channels=2, width=0.05, depth=0.3,
+)  # fmt: skip
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> data.Dataset:
+    coarse = torch.rand(60, 3, 2, 2)
+    smooth = torch.nn.functional.interpolate(coarse, 8, mode="bilinear")
+    np.save(tmp_path / "smooth.npy", (255 * smooth).to(torch.uint8).numpy())
+    return data.load(tmp_path / "smooth.npy")
+
+
+def settings(**changes: object) -> TrainConfig:
+    base = {"steps": 8, "batch_size": 8, "log_every": 2, "eval_every": 4, "checkpoint_every": 4,
+            "eval_images": 4, "warmup": 2}  # fmt: skip
+    return TrainConfig(**{**base, **changes})  # type: ignore[arg-type]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = load_file(one / "checkpoint.safetensors"), load_file(other / "checkpoint.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_training_lowers_the_bound_and_writes_everything(tmp_path: Path, images: data.Dataset) -> None:
+    out = tmp_path / "run"
+    model = train(CONFIG, images, out, settings(steps=60, lr=0.01), quiet=True)
+    rows = list(csv.DictReader((out / "log.csv").open()))
+    assert [int(row["step"]) for row in rows] == list(range(2, 61, 2))
+    assert float(rows[-1]["bits_per_dim"]) < float(rows[0]["bits_per_dim"]) - 0.5
+    assert rows[1]["val_bits_per_dim"] and not rows[0]["val_bits_per_dim"]
+    assert {"re0", "kl0", "re1", "kl1", "seconds", "grad_norm"} <= set(rows[0])
+    assert (out / "samples" / "0000060.png").exists()
+    saved = selfvae.load(out)
+    assert all(torch.equal(v, saved.state_dict()[k]) for k, v in model.state_dict().items())
+    with pytest.raises(FileExistsError, match="--resume"):
+        train(CONFIG, images, out, settings(), quiet=True)
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        train(CONFIG, images, tmp_path / "none", settings(), resume=True, quiet=True)
+
+
+def test_resuming_makes_the_same_steps(tmp_path: Path, images: data.Dataset) -> None:
+    train(CONFIG, images, tmp_path / "straight", settings(steps=8), quiet=True)
+    train(CONFIG, images, tmp_path / "twice", settings(steps=4), quiet=True)
+    train(CONFIG, images, tmp_path / "twice", settings(steps=8), resume=True, quiet=True)
+    assert same_weights(tmp_path / "straight", tmp_path / "twice")
+
+
+def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path: Path) -> None:
+    """100 steps straight against about 50, kill -9, resume to 100, by the command line."""
+    random = np.random.default_rng(0)
+    np.save(tmp_path / "x.npy", random.integers(0, 256, (64, 3, 8, 8), dtype=np.uint8))
+    command = [
+        sys.executable, "-m", "selfvae.cli", "train", "--model", "selfvae", "--size", "tiny",
+        "--options", "width=0.05", "depth=0.3", "components=2", "prior=mog", "--steps", "100",
+        "--data", str(tmp_path / "x.npy"), "--batch-size", "4", "--checkpoint-every", "25",
+        "--eval-every", "50", "--eval-images", "4",
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    subprocess.run([*command, "--out", straight], env=env, check=True, capture_output=True)
+    running = subprocess.Popen(
+        [*command, "--out", killed], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    log = killed / "log.csv"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (log.exists() and "\n50," in log.read_text()):
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL  # it had not ended yet
+    subprocess.run(
+        [sys.executable, "-m", "selfvae.cli", "train", "--resume", "--out", killed],
+        env=env, check=True, capture_output=True,
+    )  # fmt: skip
+    one, other = (
+        load_file(straight / "checkpoint.safetensors"),
+        load_file(killed / "checkpoint.safetensors"),
+    )
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    steps = [row["step"] for row in csv.DictReader(log.open())]
+    assert steps == ["50", "100"]
+
+
+def test_interrupt_saves(tmp_path: Path, images: data.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Guard.__call__
+    calls = []
+
+    def interrupted(self, grads):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, grads)
+
+    monkeypatch.setattr(Guard, "__call__", interrupted)
+    train(CONFIG, images, tmp_path / "a", settings(), quiet=True)
+    assert len(calls) == 3
+    train(CONFIG, images, tmp_path / "a", settings(), resume=True, quiet=True)
+    monkeypatch.setattr(Guard, "__call__", step)
+    train(CONFIG, images, tmp_path / "b", settings(), quiet=True)
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_nan_gradient_changes_little_and_is_counted(
+    tmp_path: Path, images: data.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Guard.__call__
+    calls = []
+
+    def broken(self, grads):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        if len(calls) in (3, 4):
+            grads[0].fill_(float("nan"))
+        return step(self, grads)
+
+    monkeypatch.setattr(Guard, "__call__", broken)
+    model = train(CONFIG, images, tmp_path / "a", settings(), quiet=True)
+    assert all(p.isfinite().all() for p in model.parameters())
+    last = list(csv.DictReader((tmp_path / "a" / "log.csv").open()))[-1]
+    assert last["dropped"] == "2"
+
+
+def test_the_guard_cannot_lock_up() -> None:
+    guard = Guard(TrainConfig(clip=2.0, skip=20.0), torch.device("cpu"))
+
+    def norm_after(norm: float) -> float:
+        grad = torch.full((4,), norm / 2)
+        guard([grad])
+        return grad.norm().item()
+
+    for _ in range(50):
+        assert norm_after(1.0) == pytest.approx(1.0)
+    assert norm_after(5.0) == pytest.approx(2.0, rel=1e-3)  # shortened
+    assert norm_after(1e6) == 0.0  # dropped
+    assert norm_after(float("inf")) == norm_after(float("nan")) == 0.0
+    accepted = [norm_after(1e6) > 0 for _ in range(200)]
+    assert not accepted[0] and accepted[-1]
+    assert guard.dropped_in_a_row.item() == 0
+
+
+def test_hopeless_runs_end_with_a_message(
+    tmp_path: Path, images: data.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hopeless(self, grads):  # type: ignore[no-untyped-def]
+        self.dropped_in_a_row.fill_(1000)
+        return torch.tensor(float("nan"))
+
+    monkeypatch.setattr(Guard, "__call__", hopeless)
+    with pytest.raises(FloatingPointError, match="lower --lr"):
+        train(CONFIG, images, tmp_path / "a", settings(), quiet=True)
+    assert (tmp_path / "a" / "checkpoint.safetensors").exists()
+
+
+def test_accumulation_gives_the_whole_batchs_gradient(tmp_path: Path, images: data.Dataset) -> None:
+    halve = presets.build("selfvae-halve", "tiny", (3, 8, 8), width=0.05).config  # no noise in it
+    for parts in (1, 4):
+        config = settings(accumulate=parts, steps=3, flip=False, translate=0, optimizer="adamw")
+        train(halve, images, tmp_path / str(parts), config, quiet=True)
+    one, four = (load_file(tmp_path / p / "model.safetensors") for p in "14")
+    assert all(torch.allclose(one[k].float(), four[k].float(), atol=2e-4) for k in one)
+
+
+def test_patience_and_the_clock_end_a_run(tmp_path: Path, images: data.Dataset) -> None:
+    still = settings(steps=400, lr=1e-9, lr_floor=1e-9, eval_every=1, patience=2)
+    train(CONFIG, images, tmp_path / "a", still, quiet=True)
+    assert _state(tmp_path / "a")["step"] < 400
+    train(CONFIG, images, tmp_path / "b", settings(steps=10**6, max_seconds=0.5), quiet=True)
+    assert _state(tmp_path / "b")["seconds"] >= 0.5
+
+
+def _state(out: Path) -> dict[str, float]:
+    from safetensors import safe_open
+
+    with safe_open(out / "checkpoint.safetensors", "pt") as file:
+        return json.loads(file.metadata()["state"])  # type: ignore[no-any-return]
+
+
+def test_learning_rates() -> None:
+    papers = TrainConfig(warmup=0)
+    assert papers.rate(0) == 0.002 and papers.rate(10**9) == 0.0001
+    cosine = TrainConfig(schedule="cosine", steps=100, warmup=10)
+    assert cosine.rate(0) == pytest.approx(0.0002) and cosine.rate(100) == pytest.approx(0.0001)
+    clock = TrainConfig(schedule="cosine", steps=10**6, max_seconds=10, warmup=0)
+    assert clock.rate(5, 10.0) == pytest.approx(0.0001)
+
+
+def test_kl_weight_and_free_bits() -> None:
+    terms = selfvae.Terms((torch.tensor([10.0]),), (torch.tensor([4.0]),))
+    bit = float(np.log(2))
+    assert _loss(terms, 1, TrainConfig(), 0).item() == pytest.approx(14 / bit)
+    assert _loss(terms, 1, TrainConfig(kl_warmup=4), 0).item() == pytest.approx(11 / bit)
+    assert _loss(terms, 1, TrainConfig(free_bits=10 / bit), 0).item() == pytest.approx(20 / bit)
+
+
+def test_wrong_settings() -> None:
+    for wrong in ({"steps": 0}, {"ema": 1.0}, {"accumulate": 3}):
+        with pytest.raises(ValueError, match="got"):
+            TrainConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_save_and_load_give_identical_bytes(tmp_path: Path) -> None:
+    model = selfvae.build("srvae", "tiny", (3, 16, 16), width=0.06)
+    model.initialise(torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8))
+    selfvae.save(model, tmp_path / "a")
+    selfvae.save(selfvae.load(tmp_path / "a"), tmp_path / "b")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_loading_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        selfvae.load(tmp_path)
+    model = selfvae.build("vae-normal", "tiny", (3, 16, 16), width=0.06)
+    selfvae.save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "format": 99}))
+    with pytest.raises(ValueError, match="format 99"):
+        selfvae.load(tmp_path)
+
+
+def test_nothing_is_half_written(tmp_path: Path) -> None:
+    hub.write_atomic(tmp_path / "a", b"old")
+    with pytest.raises(TypeError):
+        hub.write_atomic(tmp_path / "a", "not bytes")  # type: ignore[arg-type]
+    assert (tmp_path / "a").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_commands(tmp_path: Path, images: data.Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(tmp_path / "run")
+    flags = [
+        "--steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--eval-images",
+        "4",
+        "--options",
+        "width=0.05",
+        "depth=0.3",
+    ]
+    source = str(tmp_path / "smooth.npy")
+    assert (
+        main(["train", "--out", run, "--model", "srvae", "--size", "tiny", "--data", source, *flags]) == 0
+    )
+    assert main(["train", "--out", run, "--resume", "--steps", "4"]) == 0
+    assert _state(Path(run))["step"] == 4
+    capsys.readouterr()
+    assert main(["eval", run, "--data", source, "--iw", "3", "--limit", "5", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["images"] == 5 and scores["iwae_draws"] == 3 and len(scores["re_nats"]) == 2
+    total = -(sum(scores["re_nats"]) + sum(scores["kl_nats"]))
+    assert scores["elbo_nats"] == pytest.approx(total, rel=1e-5)
+    assert scores["bits_per_dim"] == pytest.approx(-total / np.log(2) / 192, rel=1e-5)
+    assert main(["sample", run, "--n", "4", "--out", str(tmp_path / "grid.png")]) == 0
+    assert (tmp_path / "grid.png").stat().st_size > 100
+    capsys.readouterr()
+    assert main(["info", run, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["transforms"] == ["bicubic2"]
+
+
+def test_yaml_settings_and_flags_over_them(tmp_path: Path, images: data.Dataset) -> None:
+    (tmp_path / "run.yaml").write_text(
+        f"model: vae-normal\nsize: tiny\ndata: {tmp_path / 'smooth.npy'}\nsteps: 50\nbatch_size: 4\n"
+        "options: [width=0.05]\neval_images: 2\nflip: false\n"
+    )
+    out = tmp_path / "run"
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "--out", str(out), "--steps", "2"]) == 0
+    assert _state(out)["step"] == 2
+    assert "flip: false" in (out / "train.yaml").read_text()
+
+
+def test_command_errors_are_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(tmp_path)]) == 2
+    assert main(["train", "--out", str(tmp_path / "x"), "--model", "srvea"]) == 2
+    error = capsys.readouterr().err
+    assert "config.json is missing" in error and "did you mean 'srvae'" in error
+    assert not (tmp_path / "x").exists()

@@ -46,6 +46,7 @@ def write_tensors(
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, metadata)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

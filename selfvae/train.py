@@ -368,8 +368,11 @@ def train(
             state.seconds = seconds_before + time.monotonic() - began
             state.cpu_seconds = cpu_before + time.process_time() - cpu_began
 
-            ends = state.step == config.steps or bool(came)
-            ends = ends or 0 < config.max_seconds <= state.seconds
+            stop = bool(came) or 0 < config.max_seconds <= state.seconds
+            if world > 1:  # all processes must end together: they agree now and then
+                agree = state.step % config.log_every == 0
+                stop = agree and bool(fabric.all_reduce(torch.tensor(float(stop)), reduce_op="sum"))
+            ends = stop or state.step == config.steps
             if state.step % config.eval_every == 0 or ends:
                 _seed(config.seed, step, 2**31)
                 scores = evaluate(state.ema, data.validation, limit=config.eval_images, batch_size=64)

@@ -179,6 +179,21 @@ def test_accumulation_gives_the_whole_batchs_gradient(tmp_path: Path, images: da
     assert all(torch.allclose(one[k].float(), four[k].float(), atol=2e-4) for k in one)
 
 
+def test_two_processes_make_the_steps_of_one(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    np.save(tmp_path / "x.npy", random.integers(0, 256, (64, 3, 8, 8), dtype=np.uint8))
+    for devices in ("1", "2"):
+        subprocess.run(
+            [sys.executable, "-m", "selfvae.cli", "train", "--model", "selfvae-halve", "--size", "tiny",
+             "--options", "width=0.05", "--steps", "4", "--data", tmp_path / "x.npy", "--batch-size", "8",
+             "--no-flip", "--translate", "0", "--optimizer", "adamw", "--eval-images", "4",
+             "--devices", devices, "--out", tmp_path / devices],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300,
+        )  # fmt: skip
+    one, two = (load_file(tmp_path / d / "model.safetensors") for d in "12")
+    assert all(torch.allclose(one[k].float(), two[k].float(), atol=2e-4) for k in one)
+
+
 def test_patience_and_the_clock_end_a_run(tmp_path: Path, images: data.Dataset) -> None:
     still = settings(steps=400, lr=1e-9, lr_floor=1e-9, eval_every=1, patience=2)
     train(CONFIG, images, tmp_path / "a", still, quiet=True)

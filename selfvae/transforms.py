@@ -10,6 +10,7 @@ group and channel after channel, with the interval of values that each entry can
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -313,6 +314,16 @@ def _cubic(t: float, a: float = -0.5) -> float:
     return (((t - 5) * t + 8) * t - 4) * a if t < 2 else 0.0
 
 
+@functools.cache
+def _bicubic_weights(factor: int, n: int) -> Tensor:
+    rows = []
+    for i in range(n // factor):
+        centre, reach = (i + 0.5) * factor, 2.0 * factor
+        first, last = max(0, int(centre - reach + 0.5)), min(n, int(centre + reach + 0.5))
+        rows.append({j: _cubic((j + 0.5 - centre) / factor) for j in range(first, last)})
+    return _fixed_point(rows, n)
+
+
 class BicubicDownscale(Transform):
     """Antialiased bicubic downscaling by an integer factor (Keys' kernel, a = -1/2).
 
@@ -326,18 +337,10 @@ class BicubicDownscale(Transform):
             raise ValueError(f"factor must be at least 2; got {factor}")
         self.scale = (factor, factor)
 
-    def _weights(self, n: int) -> Tensor:
-        factor, rows = self.scale[0], []
-        for i in range(n // factor):
-            centre, reach = (i + 0.5) * factor, 2.0 * factor
-            first, last = max(0, int(centre - reach + 0.5)), min(n, int(centre + reach + 0.5))
-            rows.append({j: _cubic((j + 0.5 - centre) / factor) for j in range(first, last)})
-        return _fixed_point(rows, n)
-
     def forward(self, x: Tensor) -> Tensor:
         check_image(x)
         self.size(*x.shape[2:])
-        return _separable(x, self._weights)
+        return _separable(x, functools.partial(_bicubic_weights, self.scale[0]))
 
     def estimate(self, y: Tensor, format: Format) -> Tensor:
         size = (y.shape[2] * self.scale[0], y.shape[3] * self.scale[1])
@@ -439,6 +442,19 @@ class Greyscale(Transform):
         return y.float().expand(-1, format.channels, -1, -1)
 
 
+@functools.cache
+def _blur_weights(sigma: float, n: int) -> Tensor:
+    reach, rows = math.ceil(3 * sigma), []
+    kernel = {d: math.exp(-0.5 * (d / sigma) ** 2) for d in range(-reach, reach + 1)}
+    for i in range(n):
+        row: dict[int, float] = {}
+        for d, weight in kernel.items():
+            j = min(max(i + d, 0), n - 1)
+            row[j] = row.get(j, 0.0) + weight
+        rows.append(row)
+    return _fixed_point(rows, n)
+
+
 class GaussianBlur(Transform):
     """Gaussian blur of standard deviation `sigma` pixels, cut at 3 sigma, edge pixels repeated."""
 
@@ -448,20 +464,9 @@ class GaussianBlur(Transform):
             raise ValueError(f"sigma must be positive (pixels); got {sigma}")
         self.sigma = sigma
 
-    def _weights(self, n: int) -> Tensor:
-        reach, rows = math.ceil(3 * self.sigma), []
-        kernel = {d: math.exp(-0.5 * (d / self.sigma) ** 2) for d in range(-reach, reach + 1)}
-        for i in range(n):
-            row: dict[int, float] = {}
-            for d, weight in kernel.items():
-                j = min(max(i + d, 0), n - 1)
-                row[j] = row.get(j, 0.0) + weight
-            rows.append(row)
-        return _fixed_point(rows, n)
-
     def forward(self, x: Tensor) -> Tensor:
         check_image(x)
-        return _separable(x, self._weights)
+        return _separable(x, functools.partial(_blur_weights, self.sigma))
 
     def extra_repr(self) -> str:
         return f"{self.sigma}"

@@ -62,12 +62,14 @@ def train(
     from selfvae import hub, presets
     from selfvae import train as loop
 
+    if not resume:
+        loop.check_free(out)
     dataset = sources.load(data, image_size)
-    overrides = {k: yaml.safe_load(v) for k, _, v in (option.partition("=") for option in options)}
+    overrides = dict(map(_option, options))
     _, c, h, w = dataset.train.shape
     config = presets.build(model, size, (c, h, w), **overrides).config
     assert isinstance(config, presets.ModelConfig)
-    if not resume and not (out / "checkpoint.safetensors").exists():
+    if not resume:
         flags = {
             "model": model, "size": size, "data": data, "image-size": image_size,
             "options": list(options), "devices": devices, "nodes": nodes,
@@ -108,12 +110,26 @@ def evaluate(
     from selfvae import evaluate as scoring
     from selfvae import hub
 
-    net = hub.load(model)
-    assert net.config is not None
+    net = hub.load(model).to(_device())
     dataset = sources.load(data, net.config.image_shape[1] if _resizable(data) else None)
     torch.manual_seed(seed)
     images = getattr(dataset, split)
     _show(scoring.evaluate(net, images, iw=iw, limit=limit, batch_size=batch_size), json)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """A model option KEY=VALUE."""
+    key, given, value = text.partition("=")
+    if not given or key in ("name", "size", "image_shape"):
+        raise ValueError(f"--options takes fields of the model as KEY=VALUE, e.g. width=0.25; got {text!r}")
+    return key, yaml.safe_load(value)
+
+
+def _device() -> str:
+    """Where to score and draw: the GPU if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _resizable(data: str) -> bool:
@@ -142,7 +158,7 @@ def sample(
     """
     from selfvae import hub, plots, tasks
 
-    net = hub.load(model)
+    net = hub.load(model).to(_device())
     _, height, width = net.config.image_shape
     images = tasks.generate(net, n, height, width, temperature=temperature, seed=seed)
     plots.save_grid(images, out, zoom=zoom)
@@ -201,7 +217,7 @@ def demo(out: Path = Path("demo"), fast: bool = False, seed: int = 0, json: bool
 def _expand(argv: list[str]) -> list[str]:
     """Replace --config FILE, and --resume's saved settings, by the flags they stand for, put first."""
     settings: list[Path] = []
-    argv = list(argv)
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
     if "--config" in argv:
         at = argv.index("--config")
         if at + 1 == len(argv):
@@ -214,7 +230,10 @@ def _expand(argv: list[str]) -> list[str]:
             settings.append(saved)
     flags: list[str] = []
     for path in settings:
-        values = yaml.safe_load(path.read_text())
+        try:
+            values = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path} must map flags to values, e.g. 'steps: 1000'")
         for key, value in values.items():
@@ -246,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
             prog="selfvae",
             description="Self-supervised variational auto-encoders.",
         )
-    except (ValueError, OSError, TypeError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"selfvae: {error}", file=sys.stderr)
         return 2
     return 0

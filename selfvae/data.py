@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -61,13 +62,18 @@ def hold_out(n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[held:]), np.sort(order[:held])
 
 
+@functools.lru_cache(maxsize=2)
+def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     """The images of a step: a new permutation of all n every epoch, a function of (seed, step) alone."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs = positions // n
     out = np.empty(batch_size, dtype=np.int64)
     for epoch in np.unique(epochs):
-        order = np.random.default_rng([seed, int(epoch)]).permutation(n)
+        order = _epoch_order(n, seed, int(epoch))
         out[epochs == epoch] = order[positions[epochs == epoch] % n]
     return out
 
@@ -104,19 +110,18 @@ def to_uint8(x: Tensor) -> Tensor:
 # --- sources ----------------------------------------------------------------------------------------
 
 Splits = dict[str, np.ndarray]  # "train", "validation", "test": uint8 (N, C, H, W)
-_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def _square(picture: Image.Image, size: int, channels: int = 3) -> np.ndarray:
-    """The centre square, resized (antialiased bicubic) to size x size: uint8 (C, size, size)."""
-    picture = picture.convert(_MODES[channels])
+def _square(picture: Image.Image, size: int) -> np.ndarray:
+    """The centre square, resized (antialiased bicubic) to size x size: RGB uint8 (3, size, size)."""
+    picture = picture.convert("RGB")
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     picture = picture.crop((left, top, left + side, top + side))
     if side != size:
         picture = picture.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(picture).reshape(size, size, channels).transpose(2, 0, 1)
+    return np.asarray(picture).transpose(2, 0, 1)
 
 
 _PHOTOS = {
@@ -382,6 +387,8 @@ def load(source: str | Path, size: int | None = None) -> Dataset:
     Raises ValueError or FileNotFoundError that names the file and what was expected.
     """
     name = str(source)
+    if size is not None and size < 1:
+        raise ValueError(f"size must be at least 1 pixel; got {size}")
     if name == "photos":
         n = size or 32
         return _prepare(name, f"photos-{n}", lambda: _photos(n))

@@ -45,7 +45,7 @@ def demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, Any]:
         model_config = build(**options).config
         assert isinstance(model_config, ModelConfig)
         folder = out / options["name"]
-        if (folder / "checkpoint.safetensors").exists():  # of an earlier demo
+        if folder.exists() and (out / "result.json").exists():  # of an earlier demo
             shutil.rmtree(folder)
         config = TrainConfig(
             steps=1_000_000, max_seconds=seconds, schedule="cosine", lr=0.004, lr_floor=0.0002,

@@ -12,7 +12,7 @@ from selfvae.data import Images
 from selfvae.model import SelfVAE
 from selfvae.objective import bits_per_dim
 
-__all__ = ["evaluate", "iwae"]
+__all__ = ["check_levels", "evaluate", "iwae"]
 
 
 @torch.no_grad()
@@ -37,6 +37,16 @@ def iwae(model: SelfVAE, x: Tensor, draws: int = 64, chunk: int = 8) -> Tensor:
     return torch.logsumexp(torch.cat(log_weights), 0) - math.log(draws)
 
 
+def check_levels(model: SelfVAE, images: Images) -> None:
+    """Raise ValueError if images hold values that the model gives no probability to."""
+    top = int(images.take(range(min(64, len(images)))).max())
+    if top >= model.format.levels:
+        raise ValueError(
+            f"the images hold values up to {top}; the model has {model.format.levels} levels "
+            f"(0 to {model.format.top}): build it with levels=256, or reduce the images"
+        )
+
+
 @torch.no_grad()
 def evaluate(
     model: SelfVAE,
@@ -52,8 +62,9 @@ def evaluate(
     and kl (lists over levels, nats), images, and with iw > 0 iwae_bits_per_dim and iwae_draws.
     """
     n = len(images) if limit is None else min(limit, len(images))
-    if n == 0:
-        raise ValueError("no images to score")
+    if n < 1 or batch_size < 1:
+        raise ValueError(f"limit and batch_size must be at least 1; got {n} and {batch_size}")
+    check_levels(model, images)
     parts: dict[str, list[Tensor]] = {"elbo": [], "iwae": []}
     re: list[Tensor] = []
     kl: list[Tensor] = []
@@ -66,17 +77,17 @@ def evaluate(
         if iw:
             parts["iwae"].append(iwae(model, x, iw))
     dims = math.prod(images.shape[1:])
-    bits = bits_per_dim(-torch.cat(parts["elbo"]).double(), dims)
+    bits = bits_per_dim(-torch.cat(parts["elbo"]).cpu().double(), dims)
     out: dict[str, Any] = {
         "images": n,
         "bits_per_dim": bits.mean().item(),
         "bits_per_dim_stderr": bits.std(correction=1).item() / math.sqrt(n) if n > 1 else 0.0,
-        "elbo_nats": torch.cat(parts["elbo"]).double().mean().item(),
-        "re_nats": torch.cat(re, 1).double().mean(1).tolist(),
-        "kl_nats": torch.cat(kl, 1).double().mean(1).tolist(),
+        "elbo_nats": torch.cat(parts["elbo"]).cpu().double().mean().item(),
+        "re_nats": torch.cat(re, 1).cpu().double().mean(1).tolist(),
+        "kl_nats": torch.cat(kl, 1).cpu().double().mean(1).tolist(),
     }
     if iw:
-        bound = torch.cat(parts["iwae"]).double()
+        bound = torch.cat(parts["iwae"]).cpu().double()
         out["iwae_draws"] = iw
         out["iwae_bits_per_dim"] = bits_per_dim(-bound, dims).mean().item()
     return out

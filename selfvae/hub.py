@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -76,11 +77,16 @@ def load(path: str | Path) -> SelfVAE:
                 "model.safetensors, as selfvae train writes them)"
             )
     config = json.loads((folder / "config.json").read_text())
-    if config.get("format") != _FORMAT:
+    if not isinstance(config, dict) or "model" not in config or config.get("format") != _FORMAT:
         raise ValueError(
-            f"{folder}/config.json has format {config.get('format')!r}; this version reads "
-            f"format {_FORMAT}: use the version of selfvae that wrote it"
+            f"{folder}/config.json must be {{'format': {_FORMAT}, 'model': ...}}; got {str(config)[:50]}: "
+            "use the version of selfvae that wrote it"
         )
     model = from_config(ModelConfig.from_dict(config["model"]))
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder}/model.safetensors is damaged or not of the model in config.json: {error}"
+        ) from None
     return model.eval()

@@ -81,7 +81,7 @@ class Conv(nn.Module):
     @torch.no_grad()
     def _initialise(self, x: Tensor) -> None:
         out = self._apply_weight(x).float()
-        # a constant channel (blank input, one pixel) keeps its gain: nothing can be learnt from it
+        # a constant channel (one pixel, say) has no spread to normalise
         std, mean = torch.std_mean(out, dim=(0, 2, 3), correction=0)
         scale = torch.where(std > 1e-6, self.init_scale / std.clamp(min=1e-6), self.init_scale)
         self.gain.mul_(scale)

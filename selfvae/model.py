@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -118,7 +117,3 @@ class SelfVAE(nn.Module):
         """Data-dependent initialisation on a batch x; layers that had theirs are left alone."""
         with data_dependent_init(self):
             self(x)
-
-    def dims(self, x: Tensor) -> int:
-        """The number of dimensions of one image of x."""
-        return math.prod(x.shape[1:])

@@ -19,7 +19,7 @@ from selfvae.transforms import Format, Support
 
 __all__ = ["PixelMixture", "param_count", "to_unit"]
 
-_LOG_SCALE_FLOOR = -7.0  # on the [-1, 1] scale: a bin may hold 0.998 of the mass
+_LOG_SCALE_FLOOR = -7.0  # on the [-1, 1] scale: a bin may hold 0.973 of the mass
 _LOG_SCALE_TOP = 7.0  # beyond it a logistic is flat for every purpose
 # what a network's zero output stands for, and how far an output of one moves a mean: around an anchor
 # the residuals are small

@@ -13,10 +13,8 @@ from torch import Tensor
 __all__ = ["grid", "save_figure", "save_grid", "to_rgb"]
 
 
-def to_rgb(x: Tensor, levels: int = 256) -> Tensor:
-    """uint8 (B, C, H, W) with C = 1, 3 or 4 and any number of levels -> RGB uint8 (B, 3, H, W)."""
-    if levels != 256:
-        x = (x.int() * 255 // (levels - 1)).to(torch.uint8)
+def to_rgb(x: Tensor) -> Tensor:
+    """uint8 (B, C, H, W), 1 or 2 channels grey (and alpha), 3 or 4 colour -> RGB uint8 (B, 3, H, W)."""
     return x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
 
 
@@ -24,6 +22,8 @@ def grid(x: Tensor, columns: int | None = None, zoom: int = 1, gap: int = 2) -> 
     """uint8 (B, C, H, W) -> one RGB picture (3, h, w), row by row, white gaps of `gap` pixels."""
     x = to_rgb(x).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     n, _, h, w = x.shape
+    if n == 0:
+        raise ValueError("no images to draw: ask for at least one")
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     out = torch.full((3, rows * (h + gap) - gap, columns * (w + gap) - gap), 255, dtype=torch.uint8)

@@ -107,7 +107,8 @@ class ModelConfig:
                 f"4 x 4 pixels; got {self.image_shape}"
             )
         object.__setattr__(self, "image_shape", shape)
-        object.__setattr__(self, "transforms", tuple(self.transforms))
+        names = [self.transforms] if isinstance(self.transforms, str) else self.transforms
+        object.__setattr__(self, "transforms", tuple(names))
         for field, known in (
             ("prior", TOP_PRIORS),
             ("latents", ("all", "top", "none")),
@@ -116,9 +117,15 @@ class ModelConfig:
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}")
-        for field in ("width", "depth", "latent_channels", "components"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field} must be positive; got {getattr(self, field)}")
+        for field, kinds in (
+            ("width", (int, float)), ("depth", (int, float)), ("latent_channels", int), ("components", int),
+        ):  # fmt: skip
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+                raise ValueError(f"{field} must be a positive number; got {value!r}")
+        for field in ("consistent", "anchored"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} must be true or false; got {getattr(self, field)!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dictionary."""
@@ -175,7 +182,7 @@ def build(
         image_shape: channels, height, width.
         overrides: any field of `ModelConfig`.
 
-    Raises ValueError for an unknown name, size or option, or one that does not fit the images.
+    Raises ValueError for an unknown name, size or option, or a transform that does not fit the images.
     """
     options = {
         **_choose(name, PRESETS, "model"),

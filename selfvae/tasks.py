@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from selfvae.model import SelfVAE
+from selfvae.transforms import check_image
 
 __all__ = ["complete", "enhance", "generate", "reconstruct"]
 
@@ -49,6 +50,12 @@ def complete(
     for name in given:
         if name not in known:
             raise ValueError(f"unknown variable {name!r}; this model has {', '.join(known)}")
+    given = {name: value.to(model.device) for name, value in given.items()}
+    for name, value in given.items():
+        if name[0] == "y":
+            check_image(value, model.levels[int(name[1:])].format.channels, name)
+        if value.shape[0] != size[0]:
+            raise ValueError(f"{name} must be for {size[0]} images; got {value.shape[0]}")
     out: dict[str, Tensor] = {}
 
     def pick(name: str, p: Any) -> Tensor:
@@ -78,6 +85,10 @@ def enhance(
 
     All that y determines is taken from it: the smaller images above and, by their posteriors, the latents.
     """
+    if not 1 <= k < len(model.levels):
+        raise ValueError(f"k must be 1 to {len(model.levels) - 1} for this model; got {k}")
+    check_image(y, model.levels[k].format.channels, f"y{k}")
+    y = y.to(model.device)
     given: dict[str, Tensor] = {}
     height, width = y.shape[2:]
     for level in reversed(model.levels[:k]):
@@ -107,7 +118,7 @@ def reconstruct(
     By default all latents and no image: what the model calls a reconstruction.
     """
     with _seeded(model, seed):
-        ys = model.pyramid(x)
+        ys = model.pyramid(x.to(model.device))
         latents = {name: q.sample() for name, q in model.posteriors(ys).items()}
         values = latents | {f"y{k}": y for k, y in enumerate(ys)}
         chosen = set(latents) if given is None else given

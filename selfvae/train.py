@@ -1,7 +1,7 @@
 """One training loop: any model, any device, resumable to the bit.
 
-Everything random in step t follows from (seed, t, rank) alone, so a run that is killed and resumed makes
-the same steps as one that is not.
+Everything random in step t follows from (seed, t, rank) alone, so on the CPU a run that is killed and
+resumed makes the same steps as one that is not, to the bit.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from torch import Tensor
 
 from selfvae import hub
 from selfvae.data import Dataset, augment, batch_indices
-from selfvae.evaluate import evaluate
+from selfvae.evaluate import check_levels, evaluate
 from selfvae.model import SelfVAE
 from selfvae.objective import Terms, bits_per_dim
 from selfvae.plots import save_grid
 from selfvae.presets import ModelConfig, from_config
+from selfvae.tasks import generate
 
-__all__ = ["TrainConfig", "train"]
+__all__ = ["TrainConfig", "check_free", "train"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,19 @@ class TrainConfig:
                       "eval_every", "checkpoint_every", "eval_images"):  # fmt: skip
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be positive; got {getattr(self, field)}")
+        for field in ("lr_floor", "warmup", "kl_warmup", "free_bits", "translate", "seed", "max_seconds",
+                      "patience"):  # fmt: skip
+            if not getattr(self, field) >= 0:
+                raise ValueError(f"{field} must not be negative; got {getattr(self, field)}")
+        for field, known in (
+            ("optimizer", ("adamax", "adamw")),
+            ("schedule", ("exponential", "cosine")),
+            ("precision", ("32-true", "bf16-mixed")),
+        ):
+            if getattr(self, field) not in known:
+                raise ValueError(f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}")
+        if not 0 < self.lr_decay <= 1:
+            raise ValueError(f"lr_decay must be above 0 and at most 1; got {self.lr_decay}")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size must be a multiple of accumulate; got {self.batch_size} and {self.accumulate}"
@@ -206,7 +220,12 @@ class State:
         for i, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in values.items()}
         numbers = {name: getattr(self, name) for name in self._numbers}
-        metadata = {"train": json.dumps(dataclasses.asdict(config)), "state": json.dumps(numbers)}
+        assert isinstance(self.model.config, ModelConfig)
+        metadata = {
+            "model": json.dumps(self.model.config.to_dict()),
+            "train": json.dumps(dataclasses.asdict(config)),
+            "state": json.dumps(numbers),
+        }
         hub.write_tensors(path, tensors, metadata)
 
     def restore(self, path: Path) -> None:
@@ -228,6 +247,19 @@ class State:
         self.guard.restore(tensors)
         for name in self._numbers:
             setattr(self, name, numbers[name])
+
+
+def _check_same_model(checkpoint: Path, config: ModelConfig) -> None:
+    """Raise ValueError if a checkpoint is of another model than the one to go on with."""
+    with safe_open(checkpoint, framework="pt") as file:
+        saved = ModelConfig.from_dict(json.loads(file.metadata()["model"]))
+    if saved != config:
+        now = config.to_dict()
+        changed = {k: (v, now[k]) for k, v in saved.to_dict().items() if now[k] != v}
+        raise ValueError(
+            f"{checkpoint} is of another model; saved and asked for differ in {changed}: "
+            "leave those flags as they were"
+        )
 
 
 def _seed(*parts: int) -> None:
@@ -254,19 +286,24 @@ def _update_ema(ema: SelfVAE, model: SelfVAE, config: TrainConfig, step: int) ->
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM end the loop after the step in hand; the list holds what came."""
+    """The first SIGINT or SIGTERM ends the loop after the step in hand; the list holds it."""
     came: list[int] = []
-    kept = {}
+    kept: dict[int, Any] = {}
+
+    def note(number: int, _: Any) -> None:
+        came.append(number)
+        signal.signal(number, kept[number])  # a second one does what it always does
+
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            kept[number] = signal.signal(number, lambda n, _: came.append(n))
+            kept[number] = signal.signal(number, note)
     except ValueError:  # not the main thread
         pass
     try:
         yield came
     finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
+        for kind, handler in kept.items():
+            signal.signal(kind, handler)
 
 
 def _term_columns(terms: Terms) -> dict[str, Tensor]:
@@ -274,6 +311,12 @@ def _term_columns(terms: Terms) -> dict[str, Tensor]:
     for k, (re, kl) in enumerate(zip(terms.re, terms.kl, strict=True)):
         out[f"re{k}"], out[f"kl{k}"] = re.detach().mean(), kl.detach().mean()
     return out
+
+
+def check_free(out: Path) -> None:
+    """Raise FileExistsError if a folder holds a run or a model that training would overwrite."""
+    if (out / "checkpoint.safetensors").exists() or (out / "model.safetensors").exists():
+        raise FileExistsError(f"{out} holds a run already: pass --resume to go on, or another --out")
 
 
 def train(
@@ -296,14 +339,16 @@ def train(
     """
     out = Path(out)
     checkpoint = out / "checkpoint.safetensors"
-    if checkpoint.exists() and not resume:
-        raise FileExistsError(f"{out} holds a run already: pass --resume to go on, or another --out")
+    if not resume:
+        check_free(out)
     if resume and not checkpoint.exists():
         raise FileNotFoundError(f"nothing to resume: {checkpoint} does not exist")
     fabric = fabric or Fabric(devices=1, precision=config.precision)
     fabric.launch()
     rank, world = fabric.global_rank, fabric.world_size
     part = config.batch_size // (world * config.accumulate)
+    if config.max_seconds and world > 1:
+        raise ValueError("max_seconds ends by one process's clock: use --steps with several processes")
     if part * world * config.accumulate != config.batch_size:
         raise ValueError(
             f"batch_size must be a multiple of devices x accumulate = {world * config.accumulate}; "
@@ -315,18 +360,21 @@ def train(
         x = data.train.take(chosen[rank::world]).to(fabric.device, non_blocking=True)
         return augment(x, flip=config.flip, translate=config.translate)
 
+    if resume:
+        _check_same_model(checkpoint, model_config)
     _seed(config.seed, 2**32 - 1)
     bare = from_config(model_config).to(fabric.device)
-    state = State(bare, bare, torch.optim.SGD(bare.parameters()), Guard(config, fabric.device))
+    check_levels(bare, data.train)
     if not resume:
         # every process initialises on the whole first batch, so all start alike
         chosen = batch_indices(len(data.train), config.batch_size, 0, config.seed)
         bare.initialise(data.train.take(chosen).to(fabric.device))
     if config.channels_last:
         bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    state.ema = copy.deepcopy(bare).eval().requires_grad_(False)
+    ema = copy.deepcopy(bare).eval().requires_grad_(False)
     kind = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}[config.optimizer]
-    model, state.optimizer = fabric.setup(bare, kind(bare.parameters(), lr=config.lr))
+    model, optimizer = fabric.setup(bare, kind(bare.parameters(), lr=config.lr))
+    state = State(bare, ema, optimizer, Guard(config, fabric.device))
     if resume:
         state.restore(checkpoint)
     parameters = [p for p in bare.parameters() if p.requires_grad]
@@ -377,11 +425,13 @@ def train(
                 _seed(config.seed, step, 2**31)
                 scores = evaluate(state.ema, data.validation, limit=config.eval_images, batch_size=64)
                 evaluation = {"val_bits_per_dim": round(scores["bits_per_dim"], 5)}
-                better = scores["bits_per_dim"] < state.best
-                state.best = min(state.best, scores["bits_per_dim"])
-                state.since_best = 0 if better else state.since_best + 1
+                if state.step % config.eval_every == 0:  # one out of turn must not count
+                    score = fabric.broadcast(scores["bits_per_dim"])
+                    state.since_best = 0 if score < state.best else state.since_best + 1
+                    state.best = min(state.best, score)
                 if rank == 0:
-                    save_grid(_samples(state.ema, model_config), out / f"samples/{state.step:07d}.png")
+                    picture = generate(state.ema, 16, *model_config.image_shape[1:])
+                    save_grid(picture, out / f"samples/{state.step:07d}.png")
                 ends = ends or (0 < config.patience <= state.since_best)
             if state.step % config.log_every == 0 or ends:
                 values = {k: v.item() for k, v in _term_columns(terms).items()}
@@ -410,8 +460,8 @@ def train(
                 if state.guard.dropped_in_a_row.item() >= 1000:
                     keep()
                     raise FloatingPointError(
-                        "the last 1000 gradients were all dropped as outliers or not finite: the "
-                        "weights are as before; lower --lr, or use --precision 32-true"
+                        "the last 1000 gradients were all dropped as outliers or not finite; the run "
+                        "is saved as it is: lower --lr, or use --precision 32-true"
                     )
             done, total = state.step, config.steps
             if config.max_seconds:  # whichever limit comes first
@@ -422,9 +472,3 @@ def train(
             if ends:
                 break
     return state.ema
-
-
-@torch.no_grad()
-def _samples(model: SelfVAE, config: ModelConfig, n: int = 16) -> Tensor:
-    height, width = config.image_shape[1:]
-    return model.walk(lambda _, p: p.sample(), model.blank(n, height, width))

@@ -94,11 +94,18 @@ class Support:
 
     def split(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> entries v (B, G, C, h, w) in coding order, any dtype."""
-        return self.phases(x)[:, :, list(self.order)]
+        return self._permute(self.phases(x), self.order)
 
     def merge(self, v: Tensor) -> Tensor:
         """Entries v (B, G, C, h, w) in coding order -> x (B, C, H, W)."""
-        return self.unphase(v[:, :, [self.order.index(c) for c in range(len(self.order))]])
+        inverse = tuple(self.order.index(c) for c in range(len(self.order)))
+        return self.unphase(self._permute(v, inverse))
+
+    @staticmethod
+    def _permute(v: Tensor, order: tuple[int, ...]) -> Tensor:
+        if order == tuple(range(len(order))):
+            return v
+        return torch.stack([v[:, :, c] for c in order], 2)
 
     def bounds(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """Entries v, int64 (B, G, C, h, w) -> inclusive (lo, hi), int64 of v's shape."""
@@ -292,9 +299,16 @@ def _filter(x: Tensor, weights: Tensor) -> Tensor:
 def _separable(x: Tensor, weights: Callable[[int], Tensor]) -> Tensor:
     """Filter the columns, then the rows; each pass rounds half up to a uint8 value."""
     h, w = x.shape[2:]
-    across = _filter(x.double(), weights(w).to(x.device))
-    down = _filter(across.transpose(2, 3), weights(h).to(x.device)).transpose(2, 3)
-    return down.to(torch.uint8).contiguous()
+    across = _filter(x.double(), weights(w).to(x.device, non_blocking=True))
+    down = _filter(across.transpose(2, 3), weights(h).to(x.device, non_blocking=True))
+    return down.transpose(2, 3).to(torch.uint8).contiguous()
+
+
+def _full_range(transform: Transform, x: Format) -> Format:
+    """The format, if it has all 256 levels: the transform's results would leave a smaller range."""
+    if x.levels != 256:
+        raise ValueError(f"{transform} takes 256 levels; got {x.levels}: put it before bit depths")
+    return x
 
 
 def _fixed_point(rows: list[dict[int, float]], n: int) -> Tensor:
@@ -336,6 +350,9 @@ class BicubicDownscale(Transform):
         if factor < 2:
             raise ValueError(f"factor must be at least 2; got {factor}")
         self.scale = (factor, factor)
+
+    def format(self, x: Format) -> Format:
+        return _full_range(self, x)
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(x)
@@ -380,9 +397,7 @@ class BitDepth(Transform):
         return x >> (8 - self.bits)
 
     def format(self, x: Format) -> Format:
-        if x.levels != 256:
-            raise ValueError(f"BitDepth takes 256 levels; got {x.levels}: put it before other bit depths")
-        return Format(x.channels, 1 << self.bits)
+        return Format(_full_range(self, x).channels, 1 << self.bits)
 
     def support(self, y: Tensor, format: Format) -> Support:
         return _BitSupport(y, format, 8 - self.bits)
@@ -464,6 +479,9 @@ class GaussianBlur(Transform):
             raise ValueError(f"sigma must be positive (pixels); got {sigma}")
         self.sigma = sigma
 
+    def format(self, x: Format) -> Format:
+        return _full_range(self, x)
+
     def forward(self, x: Tensor) -> Tensor:
         check_image(x)
         return _separable(x, functools.partial(_blur_weights, self.sigma))
@@ -487,6 +505,9 @@ class Sketch(Greyscale):
         divisor = 255 - self.blur(255 - grey).int()
         dodged = grey.int() * 255 // divisor.clamp(min=1)
         return torch.where(divisor == 0, 255, dodged.clamp(max=255)).to(torch.uint8)
+
+    def format(self, x: Format) -> Format:
+        return super().format(_full_range(self, x))
 
     def support(self, y: Tensor, format: Format) -> Support:
         return Support(y, format)

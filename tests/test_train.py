@@ -227,7 +227,7 @@ def test_kl_weight_and_free_bits() -> None:
 
 
 def test_wrong_settings() -> None:
-    for wrong in ({"steps": 0}, {"ema": 1.0}, {"accumulate": 3}):
+    for wrong in ({"steps": 0}, {"ema": 1.0}, {"accumulate": 3}, {"warmup": -1}, {"schedule": "linear"}):
         with pytest.raises(ValueError, match="got"):
             TrainConfig(**wrong)  # type: ignore[arg-type]
 
@@ -248,7 +248,7 @@ def test_loading_errors(tmp_path: Path) -> None:
     selfvae.save(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "format": 99}))
-    with pytest.raises(ValueError, match="format 99"):
+    with pytest.raises(ValueError, match="got .*'format': 99"):
         selfvae.load(tmp_path)
 
 
@@ -301,6 +301,48 @@ def test_yaml_settings_and_flags_over_them(tmp_path: Path, images: data.Dataset)
     assert main(["train", "--config", str(tmp_path / "run.yaml"), "--out", str(out), "--steps", "2"]) == 0
     assert _state(out)["step"] == 2
     assert "flip: false" in (out / "train.yaml").read_text()
+
+
+def test_another_model_is_not_resumed(tmp_path: Path, images: data.Dataset) -> None:
+    train(CONFIG, images, tmp_path / "a", settings(steps=2), quiet=True)
+    other = presets.build("selfvae", "tiny", (3, 8, 8)).config
+    with pytest.raises(ValueError, match="of another model"):
+        train(other, images, tmp_path / "a", settings(steps=4), resume=True, quiet=True)
+
+
+def test_resume_finds_its_settings_however_out_is_written(tmp_path: Path, images: data.Dataset) -> None:
+    out, source = tmp_path / "run", tmp_path / "smooth.npy"
+    assert main(["train", f"--out={out}", "--model=vae-normal", "--size=tiny", f"--data={source}",
+                 "--options", "width=0.05", "--steps=1", "--eval-images=2"]) == 0  # fmt: skip
+    assert main(["train", "--resume", f"--out={out}", "--steps=2"]) == 0
+    assert selfvae.load(out).config.name == "vae-normal" and _state(out)["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("width=wide", "width must be a positive number; got 'wide'"),
+        ("latent_channels=2.5", "latent_channels must be a positive number"),
+        ("name=x", "KEY=VALUE"),
+        ("consistent", "KEY=VALUE"),
+        ("consistent=1", "consistent must be true or false"),
+        ("levels=16", "the model has 16 levels"),
+    ],
+)
+def test_wrong_model_options(
+    option: str, message: str, tmp_path: Path, images: data.Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--out", str(tmp_path / "x"), "--data", str(tmp_path / "smooth.npy"), "--options", option]
+    assert main(["train", "--size", "tiny", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_damaged_model_is_named(tmp_path: Path) -> None:
+    selfvae.save(selfvae.build("vae-normal", "tiny", (3, 16, 16), width=0.06), tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        selfvae.load(tmp_path)
 
 
 def test_command_errors_are_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,8 +171,9 @@ def test_errors_say_what_came() -> None:
         Greyscale().format(Format(1))
     with pytest.raises(ValueError, match="did you mean 'mean2'"):
         transform("maen2")
-    with pytest.raises(ValueError, match="256 levels"):
-        BitDepth(2).format(Format(3, 8))
+    for d in (BitDepth(2), BicubicDownscale(2), GaussianBlur(), Sketch()):
+        with pytest.raises(ValueError, match="256 levels"):
+            d.format(Format(3, 8))
     for wrong in (lambda: MeanDownscale(1, 1), lambda: BitDepth(8), lambda: GaussianBlur(0), Chain):
         with pytest.raises(ValueError, match="got"):
             wrong()

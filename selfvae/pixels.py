@@ -100,7 +100,8 @@ class PixelMixture:
     """p(x | y, z): discretized logistic mixtures over the entries that y leaves open.
 
     `params` is a network's output (B, G, P, h, w) with P = `param_count`; `support` lays out x and gives
-    the intervals; `anchor` (B, G, C, h, w), in levels, is added to every component's mean. Coefficients
+    the intervals; `anchor` (B, G, C, h, w), in levels, refined by the support as entries become known, is
+    added to every component's mean. Coefficients
     act on the earlier channels' values ("raw", as in PixelCNN++) or on their distance from the
     component's own mean ("residual").
 
@@ -132,11 +133,12 @@ class PixelMixture:
         )
         half = format.top / 2
         self.logits = torch.log_softmax(logits[:, :, 0], 2)  # B, G, M, h, w
+        self.anchor = anchor
         if anchor is None:
-            self.means = (means * _REACH + 1.0) * half
+            self.offsets = (means * _REACH + 1.0) * half
             scales = scales + _LOG_SCALE_START
         else:
-            self.means = means * (_REACH_ANCHORED * half) + anchor[:, :, :, None]
+            self.offsets = means * (_REACH_ANCHORED * half)
             scales = scales + _LOG_SCALE_START_ANCHORED
         log_scale = _LOG_SCALE_FLOOR + F.softplus(scales - _LOG_SCALE_FLOOR)
         self.inverse_scales = torch.exp(-log_scale.clamp(max=_LOG_SCALE_TOP)) / half
@@ -145,13 +147,19 @@ class PixelMixture:
     def _bounds(self, v: Tensor) -> tuple[Tensor, Tensor] | None:
         return self.support.bounds(v) if self.support.truncates else None
 
-    def _channel(self, c: int, v: Tensor) -> _Logistics:
-        """The logistics of channel c given the entries v (B, G, C, h, w) of the channels before it."""
-        mean, first = self.means[:, :, c], c * (c - 1) // 2
+    def _means(self, v: Tensor) -> Tensor:
+        """The components' means before the channels' coefficients: (B, G, C, M, h, w), levels."""
+        if self.anchor is None:
+            return self.offsets
+        return self.offsets + self.support.refine(self.anchor, v)[:, :, :, None]
+
+    def _channel(self, c: int, v: Tensor, means: Tensor) -> _Logistics:
+        """The logistics of channel c given `_means` and the entries v of the channels before it."""
+        mean, first = means[:, :, c], c * (c - 1) // 2
         for j in range(c):
             known = v[:, :, j, None].to(mean.dtype)
             if self.coefficients == "residual":
-                known = known - self.means[:, :, j]
+                known = known - means[:, :, j]
             else:
                 known = known - self.format.top / 2  # PixelCNN++ works on [-1, 1]
             mean = mean + self.coefs[:, :, first + j] * known
@@ -159,12 +167,12 @@ class PixelMixture:
 
     def _component_masses(self, v: Tensor, channels: int) -> Tensor:
         """ln of every component's weight times its mass of the first channels: (B, G, M, h, w)."""
-        bounds = self._bounds(v)
+        bounds, means = self._bounds(v), self._means(v)
         out = self.logits
         for c in range(channels):
             at = None if bounds is None else (bounds[0][:, :, c, None], bounds[1][:, :, c, None])
             value = v[:, :, c, None].to(out.dtype)
-            out = out + self._channel(c, v).log_mass(value, at)
+            out = out + self._channel(c, v, means).log_mass(value, at)
         return out
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -183,7 +191,7 @@ class PixelMixture:
         """
         one = slice(group, group + 1)
         weight = torch.log_softmax(self._component_masses(v, channel)[:, group], 1)  # B, M, h, w
-        logistics = self._channel(channel, v)
+        logistics = self._channel(channel, v, self._means(v))
         logistics = _Logistics(
             logistics.mean[:, one, ..., None], logistics.inverse_scale[:, one, ..., None],
             self.format.top,
@@ -206,14 +214,14 @@ class PixelMixture:
 
     def _fill(self, pick_component: Tensor, temperature: float | None) -> Tensor:
         """Go through the coding order with one component a position; None takes its mean."""
-        b, g, c, _, h, w = self.means.shape
-        v = torch.zeros(b, g, c, h, w, dtype=torch.long, device=self.means.device)
+        b, g, c, _, h, w = self.offsets.shape
+        v = torch.zeros(b, g, c, h, w, dtype=torch.long, device=self.offsets.device)
         pick = pick_component[:, :, None]
         for group in range(g):
             for channel in range(c):
                 lo, hi = self.support.bounds(v)
                 lo, hi = lo[:, group, channel], hi[:, group, channel]
-                every = self._channel(channel, v)
+                every = self._channel(channel, v, self._means(v))
                 one = _Logistics(
                     every.mean.gather(2, pick)[:, group, 0],
                     every.inverse_scale.gather(2, pick)[:, group, 0],

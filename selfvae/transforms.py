@@ -111,6 +111,10 @@ class Support:
         """Entries v, int64 (B, G, C, h, w) -> inclusive (lo, hi), int64 of v's shape."""
         return torch.zeros_like(v), torch.full_like(v, self.top)
 
+    def refine(self, estimate: Tensor, v: Tensor) -> Tensor:
+        """A guess at the entries, float (B, G, C, h, w), corrected by what earlier entries of v tell."""
+        return estimate
+
     def allows(self, x: Tensor) -> Tensor:
         """Whether x (B, C, H, W) maps to y: bool (B,)."""
         v = self.split(x).long()
@@ -203,6 +207,15 @@ class _MeanSupport(_Blocks):
         lo = (total - n // 2 - known - left).clamp(min=0)
         hi = (total + (n + 1) // 2 - 1 - known).clamp(max=self.top)
         return lo, hi
+
+    def refine(self, estimate: Tensor, v: Tensor) -> Tensor:
+        """What the sum still holds beyond the guesses is shared evenly among the phases to come: the
+        conditional mean of equal, independent Gaussians given their sum."""
+        n = self.groups
+        left = torch.arange(n, 0, -1, device=v.device).view(1, n, 1, 1, 1)
+        rest = n * self.y.long()[:, None] - (v.cumsum(1) - v)
+        guessed = estimate.flip(1).cumsum(1).flip(1)
+        return estimate + (rest - guessed) / left
 
 
 class MeanDownscale(Transform):

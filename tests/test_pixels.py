@@ -22,6 +22,8 @@ def make(
     format = Format(channels, levels)
     support = d.support(d(x), format)
     b, g, _, h, w = support.split(x).shape
+    if options.pop("anchored", False):
+        options["anchor"] = support.split(d.estimate(d(x), format))
     params = scale * torch.randn(b, g, param_count(channels, 4), h, w)
     return PixelMixture(params, support, format, **options), x  # type: ignore[arg-type]
 
@@ -65,10 +67,11 @@ def test_any_channels_and_levels(channels: int, levels: int) -> None:
     assert p.sample().max().item() < levels
 
 
+@pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.parametrize("coefficients", ["raw", "residual"])
 @pytest.mark.parametrize("name", CASES)
-def test_log_prob_is_the_chain_rule_of_log_pmf(name: str, coefficients: str) -> None:
-    p, x = make(name, coefficients=coefficients)
+def test_log_prob_is_the_chain_rule_of_log_pmf(name: str, coefficients: str, anchored: bool) -> None:
+    p, x = make(name, coefficients=coefficients, anchored=anchored)
     v = p.support.split(x).long()
     total = torch.zeros(len(x))
     for group, channel in itertools.product(range(v.shape[1]), range(v.shape[2])):
@@ -106,7 +109,7 @@ def test_samples_follow_the_probabilities() -> None:
 def test_agrees_with_the_difference_of_sigmoids_in_float64() -> None:
     p, x = make("blank", channels=1, scale=1.0)
     v = p.support.split(x)
-    mean, inv = p.means[:, :, 0].double(), p.inverse_scales[:, :, 0].double()
+    mean, inv = p.offsets[:, :, 0].double(), p.inverse_scales[:, :, 0].double()
     value = v[:, :, 0, None].double()
     high = torch.where(value >= 255, 1.0, torch.sigmoid((value + 0.5 - mean) * inv))
     low = torch.where(value <= 0, 0.0, torch.sigmoid((value - 0.5 - mean) * inv))
@@ -124,7 +127,7 @@ def test_what_y_tells_costs_nothing() -> None:
     v = p.support.split(white).long()
     assert p.log_pmf(v, 0, 1)[..., :254].eq(-torch.inf).all()  # red is 254 or 255
     p, x = make("columns")
-    assert p.means.shape[1] == 1 and p.means.shape[-1] == x.shape[-1] // 2  # no kept pixel is modelled
+    assert p.offsets.shape[1] == 1 and p.offsets.shape[-1] == x.shape[-1] // 2  # no kept pixel is modelled
 
 
 def test_a_value_alone_in_its_interval_is_certain() -> None:
@@ -150,7 +153,7 @@ def test_impossible_images_have_no_mass() -> None:
 def test_gradients_are_finite(name: str, scale: float) -> None:
     p, x = make(name)
     params = (
-        scale * torch.randn(*p.means.shape[:2], param_count(3, 4), *p.means.shape[4:])
+        scale * torch.randn(*p.offsets.shape[:2], param_count(3, 4), *p.offsets.shape[4:])
     ).requires_grad_()
     PixelMixture(params, p.support, p.format, coefficients="residual").log_prob(x).sum().backward()
     assert params.grad is not None and params.grad.isfinite().all()

@@ -110,6 +110,19 @@ def test_bounds_are_tight() -> None:
             assert last == set(range(int(lo), int(hi) + 1))
 
 
+def test_a_refined_guess_ends_at_what_is_left() -> None:
+    """Refined by all earlier phases, the guess at the last is the block's remainder, whatever it was."""
+    d, x = MeanDownscale(2), noise()
+    support = d.support(d(x), RGB)
+    v = support.split(x).long()
+    guess = support.refine(100 * torch.rand(v.shape), v)
+    left = 4 * d(x).long() - v[:, :3].sum(1)
+    assert torch.allclose(guess[:, 3], left.float(), atol=1e-3)
+    assert (guess[:, 3] - v[:, 3]).abs().max() <= 2
+    exact = support.refine(v.float(), v)  # a right guess hardly moves
+    assert (exact - v).abs().max() <= 2
+
+
 def test_grey_leaves_two_greens_at_most() -> None:
     x = noise(h=32, w=32)
     support = Greyscale().support(Greyscale()(x), RGB)

@@ -80,10 +80,8 @@ def _rows(chain: SelfVAE, latent: SelfVAE, x: Tensor, seed: int) -> list[tuple[s
     """The figure's rows: title and images uint8 (B, 3, h, w)."""
     halved, mean = chain.pyramid(x)[2], latent.pyramid(x)[1]
     n, _, h, w = x.shape
-    calm: dict[str, Any] = {
-        "temperature": 0.3,
-        "seed": seed,
-    }  # pixel noise of short training hides the picture
+    # after so short a training pixel noise would hide the picture
+    calm: dict[str, Any] = {"temperature": 0.3, "seed": seed}
     return [
         ("held-out photographs, 32 x 32", x),
         ("every second row and column", halved),

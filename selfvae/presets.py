@@ -286,11 +286,11 @@ class _Plan:
             decoder = Constant(params)
         else:
             joint = None
-            if not is_top:
+            if not is_top and config.backbone == "residual":
+                # the finest levels hold most of the bits: each level above has 1/sqrt(2) of the layers
+                joint = self.branch(256, round(12 * 0.5 ** (k / 2)), 1, stem=256)
+            elif not is_top:
                 joint = self.branch(64, 5, 3, stem=0 if latent else 64)
-                if config.backbone == "residual":
-                    # the finest levels hold most of the bits: each level above has 1/sqrt(2) of the layers
-                    joint = self.branch(256, round(12 * 0.5 ** (k / 2)), 1, stem=256)
             decoder = Decoder(context, latent, params, z_branch, joint)
         return Level(
             format, t, decoder, encoder, prior,

@@ -16,7 +16,7 @@ from selfvae.baselines import lossless_bits_per_dim
 from selfvae.evaluate import evaluate
 from selfvae.model import SelfVAE
 from selfvae.plots import save_figure
-from selfvae.presets import ModelConfig, build
+from selfvae.presets import configure
 from selfvae.tasks import enhance, generate, reconstruct
 from selfvae.train import TrainConfig, train
 
@@ -42,8 +42,6 @@ def demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, Any]:
     scores: list[dict[str, Any]] = []
     test = photos.test.take(range(128 if fast else 512))
     for options, seconds in zip((_CHAIN, _LATENT), _FAST_SECONDS if fast else _SECONDS, strict=True):
-        model_config = build(**options).config
-        assert isinstance(model_config, ModelConfig)
         folder = out / options["name"]
         if folder.exists() and (out / "result.json").exists():  # of an earlier demo
             shutil.rmtree(folder)
@@ -52,7 +50,7 @@ def demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, Any]:
             warmup=50, ema=0.99, translate=0, log_every=10, eval_every=1_000_000,
             checkpoint_every=1_000_000, eval_images=64, seed=seed, precision="bf16-mixed",
         )  # fmt: skip
-        model = train(model_config, photos, folder, config)
+        model = train(configure(**options), photos, folder, config)
         models.append(model)
         scores.append(evaluate(model, data.Images(test.numpy()), iw=0))
     result = {

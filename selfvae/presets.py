@@ -30,7 +30,7 @@ from selfvae.transforms import (
     Transform,
 )
 
-__all__ = ["PRESETS", "TRANSFORMS", "ModelConfig", "build", "from_config", "transform"]
+__all__ = ["PRESETS", "TRANSFORMS", "ModelConfig", "build", "configure", "from_config", "transform"]
 
 TRANSFORMS: dict[str, Callable[[], Transform]] = {
     **{f"mean{n}": lambda n=n: MeanDownscale(n) for n in (2, 3, 4)},  # type: ignore[misc]
@@ -184,6 +184,16 @@ def build(
 
     Raises ValueError for an unknown name, size or option, or a transform that does not fit the images.
     """
+    return from_config(configure(name, size, image_shape, **overrides))
+
+
+def configure(
+    name: str,
+    size: str = "small",
+    image_shape: tuple[int, int, int] = (3, 32, 32),
+    **overrides: Any,
+) -> ModelConfig:
+    """The configuration that `build` makes a model from; arguments and errors as there."""
     options = {
         **_choose(name, PRESETS, "model"),
         **_choose(size, SIZES, "size"),
@@ -191,7 +201,7 @@ def build(
         "name": name,
         "image_shape": image_shape,
     }
-    return from_config(ModelConfig.from_dict(options))
+    return ModelConfig.from_dict(options)
 
 
 def _transforms(config: ModelConfig) -> list[Transform]:

@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 import yaml
-from tyro.conf import OmitArgPrefixes, Positional
+from lightning_fabric import Fabric
+from rich.console import Console
+from rich.progress import track
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from selfvae import data as sources
+from selfvae import demo as first_run
+from selfvae import evaluate as scoring
+from selfvae import figures as sheets
+from selfvae import hub, pictures, plots, tasks
+from selfvae import train as loop
+from selfvae.model import SelfVAE
+from selfvae.presets import PRESETS, SIZES, build, configure
+from selfvae.tiles import tiled
 from selfvae.train import TrainConfig
+from selfvae.transforms import Format
 
 _SETTINGS = "train.yaml"
+_TILE = 192  # pixels; larger pictures are worked on in tiles
+
+_Run = Annotated[Positional[Path], arg(metavar="DIR")]
+_In = Annotated[Positional[Path], arg(metavar="IN")]
+_Out = Annotated[Positional[Path], arg(metavar="OUT")]
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:
@@ -56,19 +79,12 @@ def train(
         devices: GPUs or processes a node.
         nodes: how many nodes.
     """
-    from lightning_fabric import Fabric
-
-    from selfvae import data as sources
-    from selfvae import hub, presets
-    from selfvae import train as loop
-
     if not resume:
         loop.check_free(out)
     dataset = sources.load(data, image_size)
     overrides = dict(map(_option, options))
     _, c, h, w = dataset.train.shape
-    config = presets.build(model, size, (c, h, w), **overrides).config
-    assert isinstance(config, presets.ModelConfig)
+    config = configure(model, size, (c, h, w), **overrides)
     if not resume:
         flags = {
             "model": model, "size": size, "data": data, "image-size": image_size,
@@ -82,17 +98,55 @@ def train(
     print(f"model and curve are in {out}")
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """How variables are drawn.
+
+    Args:
+        temperature: of every draw, 0.7, or by variable, y0=0.3,z1=1; below 1 plainer, 0 the modes.
+        decode: sample, or mode: the most likely image at every level.
+        seed: of the draws.
+    """
+
+    temperature: str = "1"
+    decode: Literal["sample", "mode"] = "sample"
+    seed: int = 0
+
+    def how(self) -> dict[str, Any]:
+        """The keyword arguments of `tasks`."""
+        try:
+            if "=" in self.temperature:
+                pairs = (part.split("=") for part in self.temperature.split(","))
+                heat: Any = {name.strip(): float(value) for name, value in pairs}
+            else:
+                heat = float(self.temperature)
+        except ValueError:
+            raise ValueError(
+                f"--temperature takes a number, or NAME=NUMBER,...; got {self.temperature!r}"
+            ) from None
+        return {"temperature": heat, "decode": self.decode, "seed": self.seed}
+
+
+_Drawing = Annotated[Drawing, OmitArgPrefixes]
+_DRAWING = Drawing()
+
+
 def evaluate(
-    model: Positional[Path],
+    model: _Run,
     data: str = "photos",
     split: Literal["train", "validation", "test"] = "test",
     iw: int = 0,
     limit: int | None = None,
     batch_size: int = 32,
-    seed: int = 0,
+    enhance: bool = False,
+    level: int = 1,
+    draws: int = 8,
     json: bool = False,
+    drawing: _Drawing = _DRAWING,
 ) -> None:
     """Score a trained model: bits/dim of the ELBO, every term in nats and, with --iw, the IWAE bound.
+
+    With --enhance instead: PSNR (dB), SSIM, consistency and diversity of images drawn given y alone.
 
     Args:
         model: folder that training wrote.
@@ -101,20 +155,25 @@ def evaluate(
         iw: draws of the importance-weighted bound; 0: none.
         limit: score the first so many images.
         batch_size: images at a time.
-        seed: of the draws from the posteriors.
+        enhance: score enhancement from y[LEVEL] instead of likelihood.
+        level: which computed image is given.
+        draws: enhancements of each image.
         json: print one JSON object and nothing else.
     """
-    import torch
-
-    from selfvae import data as sources
-    from selfvae import evaluate as scoring
-    from selfvae import hub
 
     net = hub.load(model).to(_device())
     dataset = sources.load(data, net.config.image_shape[1] if _resizable(data) else None)
-    torch.manual_seed(seed)
     images = getattr(dataset, split)
-    _show(scoring.evaluate(net, images, iw=iw, limit=limit, batch_size=batch_size), json)
+    if enhance:
+        result = scoring.enhancement(
+            net, images, level, draws=draws, limit=limit, batch_size=batch_size, **drawing.how()
+        )
+    else:
+        if drawing != Drawing(seed=drawing.seed):
+            raise ValueError("--temperature and --decode go with --enhance: a score is at temperature 1")
+        torch.manual_seed(drawing.seed)
+        result = scoring.evaluate(net, images, iw=iw, limit=limit, batch_size=batch_size)
+    _show(result, json)
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -127,8 +186,6 @@ def _option(text: str) -> tuple[str, Any]:
 
 def _device() -> str:
     """Where to score and draw: the GPU if there is one."""
-    import torch
-
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -138,34 +195,256 @@ def _resizable(data: str) -> bool:
     return not (path.suffix == ".npy" or (path / "train.npy").exists())
 
 
-def sample(
-    model: Positional[Path],
+def generate(
+    model: _Run,
     out: Path = Path("grid.png"),
     n: int = 64,
-    temperature: float = 1.0,
-    seed: int = 0,
+    height: int | None = None,
+    width: int | None = None,
     zoom: int = 2,
+    drawing: _Drawing = _DRAWING,
 ) -> None:
-    """Draw images from a trained model into one picture.
+    """Draw images from nothing into one picture.
 
     Args:
         model: folder that training wrote.
         out: picture file.
         n: number of images.
-        temperature: of every draw; below 1 plainer, 0 the modes.
-        seed: of the draws.
+        height: of an image, in pixels; by default what the model was built for.
+        width: of an image, in pixels.
         zoom: pixels of the picture for one of an image.
     """
-    from selfvae import hub, plots, tasks
 
     net = hub.load(model).to(_device())
-    _, height, width = net.config.image_shape
-    images = tasks.generate(net, n, height, width, temperature=temperature, seed=seed)
-    plots.save_grid(images, out, zoom=zoom)
+    images = tasks.generate(_fitting(net, height or 0, width or 0), n, height, width, **drawing.how())
+    plots.save_grid(pictures.show(images, net.format), out, zoom=zoom)
     print(f"{n} images in {out}")
 
 
-def info(model: Positional[Path | None] = None, presets: bool = False, json: bool = False) -> None:
+def enhance(
+    source: _In,
+    out: _Out,
+    model: Path,
+    level: int = 1,
+    n: int = 1,
+    drawing: _Drawing = _DRAWING,
+) -> int:
+    """Enlarge, colour or de-band a picture of your own: whichever undoes the model's transform.
+
+    The picture is taken as y[LEVEL]: colour becomes grey for a model that colours, 8 bits become fewer for
+    one that de-bands. Alpha is kept.
+
+    Args:
+        source: picture file, or a folder: every picture in it.
+        out: picture file (.png and .webp are lossless), or folder for them.
+        model: folder that training wrote.
+        level: which computed image the picture is.
+        n: draws; with more than one, OUT is a sheet: the picture and its draws.
+    """
+
+    net = hub.load(model).to(_device())
+    how = drawing.how()
+    if not 1 <= level < len(net.levels):
+        raise ValueError(f"--level must be 1 to {len(net.levels) - 1} for this model; got {level}")
+    _positive("n", n)
+    rows, cols = net.scale(level)
+
+    def work(picture: pictures.Picture, file: Path) -> None:
+        y = pictures.to_format(picture, net.levels[level].format)
+        fitting = _fitting(net, y.shape[2] * rows, y.shape[3] * cols)
+        draws = [tasks.enhance(fitting, y, level, **{**how, "seed": how["seed"] + i})[0] for i in range(n)]
+        shown = [pictures.show(x, net.format) for x in draws]
+        if n == 1:
+            pictures.write(shown[0], file, _alpha(picture, net.format))
+        else:
+            given = pictures.show(y, net.levels[level].format)
+            given = given.repeat_interleave(rows, 2).repeat_interleave(cols, 3)
+            sheet = [plots.to_rgb(x) for x in (given, *(x[None] for x in shown))]
+            plots.save_grid(torch.cat([x.cpu() for x in sheet]), file, zoom=1)
+
+    return _each(source, out, work)
+
+
+def reconstruct(
+    source: _In,
+    out: _Out,
+    model: Path,
+    given: str = "reconstruction",
+    drawing: _Drawing = _DRAWING,
+) -> int:
+    """Draw a picture again from what the model infers of it. Alpha is kept.
+
+    Args:
+        source: picture file, or a folder: every picture in it.
+        out: picture file (.png and .webp are lossless), or folder for them.
+        model: folder that training wrote.
+        given: what is kept: variables and the papers' operations, e.g. RS1, CR, u,z0.
+    """
+
+    net = hub.load(model).to(_device())
+    how, given_names = drawing.how(), tasks.names(net, given)
+
+    def work(picture: pictures.Picture, file: Path) -> None:
+        x = pictures.to_format(picture, net.format)
+        drawn = tasks.reconstruct(_fitting(net, *x.shape[2:]), x, given_names, **how)
+        pictures.write(pictures.show(drawn[0], net.format), file, _alpha(picture, net.format))
+
+    return _each(source, out, work)
+
+
+def vary(
+    source: _In,
+    out: _Out,
+    model: Path,
+    n: int = 8,
+    given: str = "u",
+    drawing: _Drawing = _DRAWING,
+) -> int:
+    """Variations of a picture in one sheet, the picture itself first.
+
+    Args:
+        source: picture file, or a folder: every picture in it.
+        out: picture file, or folder for them.
+        model: folder that training wrote.
+        n: number of variations.
+        given: what is kept; the rest is drawn anew.
+    """
+
+    net = hub.load(model).to(_device())
+    how, given_names = drawing.how(), tasks.names(net, given)
+    _positive("n", n)
+
+    def work(picture: pictures.Picture, file: Path) -> None:
+        x = pictures.to_format(picture, net.format)
+        drawn = tasks.vary(_fitting(net, *x.shape[2:]), x, n, given_names, **how)[0].cpu()
+        plots.save_grid(pictures.show(torch.cat([x, drawn]), net.format), file, zoom=1)
+
+    return _each(source, out, work)
+
+
+def interpolate(
+    a: Annotated[Positional[Path], arg(metavar="A")],
+    b: Annotated[Positional[Path], arg(metavar="B")],
+    out: _Out,
+    model: Path,
+    steps: int = 8,
+    given: str = "u",
+    spherical: bool = False,
+    milliseconds: int = 100,
+    drawing: _Drawing = _DRAWING,
+) -> None:
+    """From one picture to another through the latents: a strip, or an animation (.gif, .webp).
+
+    Args:
+        a: picture file to start from.
+        b: picture file to end with, of the same size.
+        out: .gif or .webp for an animation, any other picture file for a strip.
+        model: folder that training wrote.
+        steps: pictures, both ends included.
+        given: the latents that are interpolated, e.g. u or u,z0.
+        spherical: along an arc instead of a line.
+        milliseconds: of a picture in an animation.
+    """
+
+    net = hub.load(model).to(_device())
+    ends = [pictures.to_format(pictures.read(file), net.format) for file in (a, b)]
+    fitting = _fitting(net, *ends[0].shape[2:])
+    frames = tasks.interpolate(
+        fitting, ends[0], ends[1], steps, given, spherical=spherical, **drawing.how()
+    )
+    frames = pictures.show(frames[0], net.format)
+    if out.suffix.lower() in (".gif", ".webp"):
+        plots.save_animation(frames, out, milliseconds)
+    else:
+        plots.save_grid(frames, out, columns=steps, zoom=1)
+    print(f"{steps} steps in {out}")
+
+
+def figures(
+    model: _Run,
+    data: str = "photos",
+    out: Path | None = None,
+    n: int = 8,
+    drawing: _Drawing = _DRAWING,
+) -> None:
+    """The papers' figures from a trained model, and a page that shows them: OUT/index.html.
+
+    Args:
+        model: folder that training wrote.
+        data: as for train; the first N test images are shown.
+        out: folder; by default figures inside the model's.
+        n: images in a row.
+    """
+
+    net = hub.load(model).to(_device())
+    dataset = sources.load(data, net.config.image_shape[1] if _resizable(data) else None)
+    files = sheets.figures(net, dataset.test.take(range(n)), out or model / "figures", **drawing.how())
+    print(f"See {files[-1]}")
+
+
+def _positive(flag: str, n: int) -> None:
+    if n < 1:
+        raise ValueError(f"--{flag} must be at least 1; got {n}")
+
+
+def _fitting(net: SelfVAE, height: int, width: int) -> SelfVAE:
+    """The model, in tiles with a progress bar if the picture is much larger than a tile."""
+    if height * width <= (2 * _TILE) ** 2:
+        return net
+    bar = functools.partial(track, console=Console(stderr=True), transient=True)
+    return tiled(net, _TILE, track=bar)
+
+
+def _alpha(picture: pictures.Picture, format: Format) -> torch.Tensor | None:
+    """The picture's alpha, unless the model itself has drawn one."""
+    return None if picture.alpha is None or format.channels in (2, 4) else picture.alpha[0, 0]
+
+
+def _each(source: Path, out: Path, work: Callable[[pictures.Picture, Path], None]) -> int:
+    """work(picture, output file) for a file, or for every picture below a folder.
+
+    In a folder a broken picture is passed over and reported at the end: the exit status is then 1.
+    """
+
+    if not source.exists():
+        raise FileNotFoundError(f"no picture or folder at {source}")
+    if source.is_file():
+        if out.exists() and out.samefile(source):
+            raise ValueError(f"{out} is the input itself: write to another file")
+        work(pictures.read(source), out)
+        print(f"{out}")
+        return 0
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{source} is a folder, so OUT must be one; {out} is a file")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{out} lies in the input folder: write to another one")
+    files = sorted(f for f in source.rglob("*") if f.suffix.lower() in pictures.ENDINGS)
+    if not files:
+        raise ValueError(
+            f"{source} holds no pictures: expected files ending in {', '.join(pictures.ENDINGS)}"
+        )
+    stems = Counter(f.with_suffix("") for f in files)
+    failed = []
+    for file in files:
+        target = out / file.relative_to(source)
+        # two inputs that differ in their endings alone keep them
+        alone = stems[file.with_suffix("")] == 1
+        target = target.with_suffix(".png") if alone else target.with_name(f"{target.name}.png")
+        try:
+            work(pictures.read(file), target)
+        except (ValueError, OSError) as error:
+            failed.append(f"{file}: {error}")
+    print(f"{len(files) - len(failed)} of {len(files)} pictures in {out}")
+    for line in failed:
+        print(f"selfvae: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def info(
+    model: Annotated[Positional[Path | None], arg(metavar="DIR")] = None,
+    presets: bool = False,
+    json: bool = False,
+) -> None:
     """What a trained model is: configuration, parameters, levels. With --presets: the known names.
 
     Args:
@@ -173,15 +452,13 @@ def info(model: Positional[Path | None] = None, presets: bool = False, json: boo
         presets: list the presets with their parameter counts at every size instead.
         json: print one JSON object and nothing else.
     """
-    from selfvae import hub
-    from selfvae import presets as known
 
     def count(net: Any) -> int:
         return sum(p.numel() for p in net.parameters())
 
     if presets or model is None:
-        sizes = {n: [count(known.build(n, s)) for s in known.SIZES] for n in known.PRESETS}
-        _show({"size": list(known.SIZES), **sizes}, json)
+        sizes = {name: [count(build(name, size)) for size in SIZES] for name in PRESETS}
+        _show({"size": list(SIZES), **sizes}, json)
         return
     net = hub.load(model)
     config = net.config.to_dict()
@@ -204,11 +481,10 @@ def demo(out: Path = Path("demo"), fast: bool = False, seed: int = 0, json: bool
         seed: of everything random.
         json: print one JSON object and nothing else.
     """
-    from selfvae.demo import demo as run
 
     # whatever libraries print goes to standard error: standard output is for the result
     with contextlib.redirect_stdout(sys.stderr):
-        result = run(out, fast, seed)
+        result = first_run.demo(out, fast, seed)
     _show(result, json)
     if not json:
         print(f"\nSee {out / 'figure.png'}")
@@ -250,16 +526,22 @@ def _expand(argv: list[str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0, or 2 with a message on standard error for bad input."""
+    """Run a command; 0, 1 if some pictures of a folder failed, or 2 with a message for bad input."""
     commands: dict[str, Any] = {
         "train": train,
         "eval": evaluate,
-        "sample": sample,
+        "generate": generate,
+        "sample": generate,
+        "enhance": enhance,
+        "reconstruct": reconstruct,
+        "vary": vary,
+        "interpolate": interpolate,
+        "figures": figures,
         "info": info,
         "demo": demo,
     }
     try:
-        tyro.extras.subcommand_cli_from_dict(
+        status = tyro.extras.subcommand_cli_from_dict(
             commands,
             args=_expand(sys.argv[1:] if argv is None else argv),
             prog="selfvae",
@@ -268,7 +550,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"selfvae: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

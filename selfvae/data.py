@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
+
+from selfvae.pictures import ENDINGS, open_picture
 
 __all__ = ["Dataset", "HubSource", "Images", "augment", "batch_indices", "load", "to_uint8"]
 
@@ -110,7 +112,6 @@ def to_uint8(x: Tensor) -> Tensor:
 # --- sources ----------------------------------------------------------------------------------------
 
 Splits = dict[str, np.ndarray]  # "train", "validation", "test": uint8 (N, C, H, W)
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def _square(picture: Image.Image, size: int) -> np.ndarray:
@@ -183,22 +184,14 @@ def _split(images: np.ndarray, parts: Iterable[str]) -> Splits:
 
 
 def _read_folder(folder: Path, size: int) -> np.ndarray:
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _ENDINGS)
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in ENDINGS)
     if not files:
         raise ValueError(
-            f"{folder} holds no images: expected files ending in {', '.join(_ENDINGS)} (or train.npy)"
+            f"{folder} holds no images: expected files ending in {', '.join(ENDINGS)} (or train.npy)"
         )
     out = np.empty((len(files), 3, size, size), np.uint8)
     for i, file in enumerate(files):
-        try:
-            with Image.open(file) as picture:
-                if picture.mode.startswith(("I", "F")):
-                    raise ValueError(
-                        f"{file} has mode {picture.mode} (more than 8 bits a channel): convert it to 8"
-                    )
-                out[i] = _square(picture, size)
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{file} cannot be read as an image ({error}): remove or repair it") from None
+        out[i] = _square(open_picture(file), size)
     return out
 
 

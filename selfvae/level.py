@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from selfvae.distributions import DiagonalNormal
 from selfvae.pixels import PixelMixture, to_unit
 from selfvae.priors import LatentDistribution
-from selfvae.transforms import Format, Subsample, Support, Transform
+from selfvae.transforms import Blank, Format, Subsample, Support, Transform
 
 __all__ = ["Level"]
 
@@ -50,6 +50,15 @@ class Level(nn.Module):
     @property
     def has_latent(self) -> bool:
         return self.encoder is not None
+
+    @property
+    def multiple(self) -> int:
+        """What the height and width of y must be divisible by for the latent's networks, in pixels."""
+        if not self.has_latent:
+            return 1
+        encoder: Any = self.encoder
+        prior: Any = self.prior_net
+        return prior.multiple if isinstance(self.transform, Blank) else encoder.stride
 
     @property
     def fills_in(self) -> bool:

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -63,6 +64,21 @@ class SelfVAE(nn.Module):
         for level in self.levels:
             height, width = level.transform.size(height, width)
         return torch.empty(n, 0, height, width, dtype=torch.uint8, device=self.device)
+
+    def scale(self, k: int) -> tuple[int, int]:
+        """Rows and columns of x for one of y_k."""
+        scales = [level.transform.scale for level in self.levels[:k]]
+        return math.prod(s[0] for s in scales), math.prod(s[1] for s in scales)
+
+    @property
+    def multiples(self) -> list[tuple[int, int]]:
+        """What the height and width of each y_k must be divisible by, in pixels."""
+        out = [(1, 1)]
+        for level in reversed(self.levels):
+            rows, cols = level.transform.scale
+            m = level.multiple
+            out.append((math.lcm(m, rows * out[-1][0]), math.lcm(m, cols * out[-1][1])))
+        return out[:0:-1]
 
     @property
     def device(self) -> torch.device:

@@ -69,12 +69,16 @@ class Stack(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """The image y[k] (B, C, H, W) in [-1, 1] -> parameters of q(z | y[k]), (B, 2 * latent, h, w)."""
+    """The image y[k] (B, C, H, W) in [-1, 1] -> parameters of q(z | y[k]), (B, 2 * latent, h, w).
+
+    `stride` is the number of pixels, in height and width, for one position of z.
+    """
 
     def __init__(self, channels: int, latent: int, branch: Branch) -> None:
         super().__init__()
         self.body = branch.build(channels)
         self.head = Conv(self.body.out_channels, 2 * latent, init_scale=_HEAD_SCALE)
+        self.stride = 2**branch.blocks if branch.resize == "down" else 1
 
     def forward(self, y: Tensor) -> Tensor:
         out: Tensor = self.head(self.body(y))

@@ -1,4 +1,4 @@
-"""Pictures: grids of images and the demo's figure."""
+"""Sheets of images: grids, figures of titled rows, animations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-__all__ = ["grid", "save_figure", "save_grid", "to_rgb"]
+from selfvae.pictures import save
+
+__all__ = ["grid", "save_animation", "save_figure", "save_grid", "to_rgb"]
 
 
 def to_rgb(x: Tensor) -> Tensor:
@@ -38,25 +40,17 @@ def _array(picture: Tensor) -> np.ndarray:
     return picture.permute(1, 2, 0).contiguous().numpy()
 
 
-def _save(picture: Image.Image, path: Path) -> None:
-    """Write whole or not at all; the ending of `path` says which format, PNG if it says none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    picture.save(temporary, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"))
-    temporary.replace(path)
-
-
 def save_grid(x: Tensor, path: str | Path, columns: int | None = None, zoom: int = 2) -> None:
     """Write `grid` of uint8 (B, C, H, W) as a picture file."""
-    _save(Image.fromarray(_array(grid(x.cpu(), columns, zoom))), Path(path))
+    save(Image.fromarray(_array(grid(x.cpu(), columns, zoom))), Path(path))
 
 
 def save_figure(rows: list[tuple[str, Tensor]], path: str | Path, cell: int = 96) -> None:
-    """Titled rows of images, every image enlarged (nearest neighbour) to `cell` pixels of height."""
+    """Titled rows of images, every image enlarged (nearest neighbour) to about `cell` pixels."""
     gap, head = 4, 22
     strips = []
     for title, x in rows:
-        zoom = max(1, cell // x.shape[2])
+        zoom = max(1, cell // max(x.shape[2:]))
         strips.append((title, Image.fromarray(_array(grid(x.cpu(), len(x), zoom, gap)))))
     width = max(strip.width for _, strip in strips) + 2 * gap
     height = sum(strip.height + head for _, strip in strips) + gap
@@ -66,4 +60,10 @@ def save_figure(rows: list[tuple[str, Tensor]], path: str | Path, cell: int = 96
         draw.text((gap, top + 3), title, fill="black", font=font)
         figure.paste(strip, (gap, top + head))
         top += head + strip.height
-    _save(figure, Path(path))
+    save(figure, Path(path))
+
+
+def save_animation(x: Tensor, path: str | Path, milliseconds: int = 100) -> None:
+    """Write uint8 (frames, C, H, W) as an endless GIF or WebP animation."""
+    first, *rest = (Image.fromarray(_array(frame)) for frame in to_rgb(x.cpu()))
+    save(first, Path(path), save_all=True, append_images=rest, duration=milliseconds, loop=0)

@@ -26,17 +26,20 @@ class LatentDistribution(Protocol):
 
 
 class _TopPrior(nn.Module):
-    """`stride` pixels of the top image, in height and width, share one position of the latent."""
+    """`stride` pixels of the top image, in height and width, share one position of the latent.
+
+    `multiple` is what the image's height and width must be divisible by.
+    """
 
     def __init__(self, latent: int, stride: int) -> None:
         super().__init__()
-        self.latent, self.stride = latent, stride
+        self.latent, self.stride, self.multiple = latent, stride, stride
 
     def shape(self, y: Tensor) -> tuple[int, int, int, int]:
         b, _, h, w = y.shape
-        if h % self.stride or w % self.stride:
+        if h % self.multiple or w % self.multiple:
             raise ValueError(
-                f"the top image's height and width must be divisible by {self.stride}; got {h} x {w}: "
+                f"the top image's height and width must be divisible by {self.multiple}; got {h} x {w}: "
                 "pad or crop the image"
             )
         return b, self.latent, h // self.stride, w // self.stride
@@ -87,6 +90,7 @@ class FlowPrior(_TopPrior):
     def __init__(self, latent: int, stride: int, hidden: int = 64, blocks: int = 5) -> None:
         super().__init__(latent, stride)
         self.flow = RealNVP(latent, hidden, blocks)
+        self.multiple = 2 * stride  # its squeeze needs latents of even height and width
 
     def forward(self, y: Tensor, z: Tensor | None) -> LatentDistribution:
         return _FlowDistribution(self.flow, self.shape(y), y)

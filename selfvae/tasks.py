@@ -1,10 +1,27 @@
-"""What a model can do with an image: some variables are given, the rest is drawn. SPEC section 7."""
+"""What a model can do with an image: some variables are given, the rest is drawn. SPEC section 7.
+
+A set of variables is written as names ("z0", "y1", with x = y0 and u the top latent) and as the papers'
+operations, alone or together, e.g. {"z1", "z0"}, "RS2" or "u,z0". With one computed image (K = 1):
+
+| operation | given |
+|---|---|
+| generation | nothing |
+| conditional generation, CG, super-resolution, SR | y1 |
+| conditional reconstruction, CR | y1, z0 |
+| RS1, RS2, ... | the 1, 2, ... coarsest latents |
+| reconstruction, RS | all latents |
+| variation | u |
+
+An image that is given brings what it determines: the images computed from it, exactly, and their
+latents, inferred by q. Images of any height and width are padded to what the model's networks divide
+(the last row and column repeated) and the results cropped.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -12,7 +29,99 @@ from torch import Tensor
 from selfvae.model import SelfVAE
 from selfvae.transforms import check_image
 
-__all__ = ["complete", "enhance", "generate", "reconstruct"]
+__all__ = [
+    "ALIASES",
+    "Drawing",
+    "complete",
+    "enhance",
+    "generate",
+    "infer",
+    "interpolate",
+    "names",
+    "reconstruct",
+    "variables",
+    "vary",
+]
+
+
+class Drawing(TypedDict, total=False):
+    """How variables are drawn, the same for every operation.
+
+    temperature: of every draw, from priors, likelihoods and posteriors: below 1 plainer, 0 the modes.
+        A mapping sets it by variable, e.g. {"z1": 0.7, "y0": 0}; it is 1 for those left out.
+    decode: "mode" takes the most likely image at every level, whatever the temperature of the latents.
+    seed: of the draws; None draws from torch's global random state.
+    """
+
+    temperature: float | Mapping[str, float]
+    decode: Literal["sample", "mode"]
+    seed: int | None
+
+
+def _latents(model: SelfVAE) -> list[str]:
+    """Names of the latents, the coarsest first."""
+    return [f"z{k}" for k in reversed(range(len(model.levels))) if model.levels[k].has_latent]
+
+
+def variables(model: SelfVAE) -> list[str]:
+    """The names of all variables of a model, in the order of the walk, e.g. z1, y1, z0, y0."""
+    return [
+        f"{kind}{k}"
+        for k in reversed(range(len(model.levels)))
+        for kind in ("zy" if model.levels[k].has_latent else "y")
+    ]
+
+
+# the papers' operations: the names that each gives, from the latents, the coarsest first
+ALIASES: dict[str, Callable[[list[str]], list[str]]] = {
+    "generation": lambda z: [],
+    "conditional generation": lambda z: ["y1"],
+    "cg": lambda z: ["y1"],
+    "super-resolution": lambda z: ["y1"],
+    "sr": lambda z: ["y1"],
+    "conditional reconstruction": lambda z: ["y1", "z0"],
+    "cr": lambda z: ["y1", "z0"],
+    "reconstruction": lambda z: z,
+    "rs": lambda z: z,
+    "variation": lambda z: z[:1],
+    "u": lambda z: z[:1],
+    "x": lambda z: ["y0"],
+}
+
+
+def names(model: SelfVAE, given: str | Iterable[str]) -> list[str]:
+    """The variables that `given` stands for, in the order of the walk: names and operations as above.
+
+    Raises ValueError for a name that the model does not have; the message lists those it has.
+    """
+    known, latents = variables(model), _latents(model)
+    numbered = {f"rs{j}": latents[:j] for j in range(1, len(latents) + 1)}
+    out: set[str] = set()
+    for part in given.split(",") if isinstance(given, str) else given:
+        name = part.strip()
+        word = name.lower().replace("_", " ")
+        itself = [word] if word else []
+        chosen = ALIASES[word](latents) if word in ALIASES else numbered.get(word, itself)
+        missing = [v for v in chosen if v not in known]
+        if missing or (word in ("u", "variation", "rs", "reconstruction") and not latents):
+            operations = [*ALIASES, *numbered]
+            raise ValueError(
+                f"unknown variable {name!r}: this model has {', '.join(known)}"
+                f"{'' if latents else ' (and no latents)'}; operations are {', '.join(operations)}"
+            )
+        out |= set(chosen)
+    return [v for v in known if v in out]
+
+
+def _one(model: SelfVAE, name: str) -> list[str]:
+    """The one variable that a name stands for."""
+    chosen = names(model, name)
+    if len(chosen) != 1:
+        raise ValueError(f"{name!r} stands for {len(chosen)} variables: give each by its own name")
+    return chosen
+
+
+# --- the walk with some variables given ---------------------------------------------------------------
 
 
 @contextmanager
@@ -27,102 +136,250 @@ def _seeded(model: SelfVAE, seed: int | None) -> Iterator[None]:
         yield
 
 
+def _heats(model: SelfVAE, temperature: float | Mapping[str, float], decode: str) -> Callable[[str], float]:
+    """The temperature of every variable by name."""
+    if decode not in ("sample", "mode"):
+        raise ValueError(f"decode must be 'sample' or 'mode'; got {decode!r}")
+    heats = dict.fromkeys(variables(model), 1.0 if isinstance(temperature, Mapping) else temperature)
+    if isinstance(temperature, Mapping):
+        for name, value in temperature.items():
+            for variable in names(model, name):
+                heats[variable] = value
+    for name, value in heats.items():
+        if not value >= 0:
+            raise ValueError(f"temperature must be 0 or more; got {value} for {name}")
+        if decode == "mode" and name[0] == "y":
+            heats[name] = 0.0
+    return heats.__getitem__
+
+
+def _draw(p: Any, temperature: float) -> Tensor:
+    value: Tensor = p.sample(temperature) if temperature > 0 else p.mode()
+    return value
+
+
+def _up(size: tuple[int, int], multiple: tuple[int, int]) -> tuple[int, int]:
+    """The next size that the multiples divide."""
+    return -(-size[0] // multiple[0]) * multiple[0], -(-size[1] // multiple[1]) * multiple[1]
+
+
+def _pad(y: Tensor, size: tuple[int, int]) -> Tensor:
+    """Repeat the last row and column up to a height and width."""
+    for dim, n in zip((2, 3), size, strict=True):
+        y = y.index_select(dim, torch.arange(n, device=y.device).clamp(max=y.shape[dim] - 1))
+    return y
+
+
+@torch.no_grad()
+def infer(
+    model: SelfVAE,
+    image: Tensor,
+    given: str | Iterable[str] | None = None,
+    k: int = 0,
+    **how: Unpack[Drawing],
+) -> dict[str, Tensor]:
+    """The variables of `given` (None: all) that y[k] = image determines, with what those images bring.
+
+    image: uint8 (B, c, H, W), by default x. Images are computed, latents drawn from q. Returns tensors by
+    name, for `complete`, of the padded size.
+    """
+    if not 0 <= k < len(model.levels):
+        raise ValueError(f"k must be 0 to {len(model.levels) - 1} for this model; got {k}")
+    check_image(image, model.levels[k].format.channels, f"y{k}")
+    if 0 in image.shape:
+        raise ValueError(f"y{k} must hold at least one image and pixel; got {tuple(image.shape)}")
+    wanted = set(variables(model) if given is None else names(model, given))
+    images = [int(name[1:]) for name in wanted if name[0] == "y"]
+    if images:  # an image brings all above it
+        wanted |= {name for name in variables(model) if int(name[1:]) >= min(images)}
+    heat = _heats(model, how.get("temperature", 1.0), how.get("decode", "sample"))
+    out: dict[str, Tensor] = {}
+    y = image.to(model.device)
+    y = _pad(y, _up((y.shape[2], y.shape[3]), model.multiples[k]))
+    with _seeded(model, how.get("seed")):
+        for j in range(k, len(model.levels)):
+            if f"y{j}" in wanted:
+                out[f"y{j}"] = y
+            if f"z{j}" in wanted:
+                out[f"z{j}"] = _draw(model.levels[j].posterior(y), heat(f"z{j}"))
+            y = model.levels[j].transform(y)
+    return out
+
+
 @torch.no_grad()
 def complete(
     model: SelfVAE,
     given: Mapping[str, Tensor],
-    size: tuple[int, int, int],
+    shape: tuple[int, int, int] | None = None,
     *,
-    temperature: float = 1.0,
+    temperature: float | Mapping[str, float] = 1.0,
+    decode: Literal["sample", "mode"] = "sample",
     seed: int | None = None,
 ) -> dict[str, Tensor]:
     """One walk down the model: variables in `given` are taken, all others drawn.
 
     Arguments:
-        given: by name, "y0".."yK" uint8 images and "z0".."zK" float latents.
-        size: number, height and width (pixels) of the images x.
-        temperature: of every draw; 0 takes the modes.
-        seed: of the draws; None takes torch's global random state.
+        given: by name, "y0".."yK" (or "x") uint8 images and "z0".."zK" (or "u") float latents, as
+            `infer` returns them.
+        shape: number, height and width (pixels) of the images x; None: what the given images say, or
+            the size that the model was built for.
+        temperature, decode, seed: see `Drawing`.
 
     Returns every variable by name; "y0" is the image, uint8 (B, C, H, W).
     """
-    known = [f"{kind}{k}" for k in range(len(model.levels)) for kind in "yz"]
-    for name in given:
-        if name not in known:
-            raise ValueError(f"unknown variable {name!r}; this model has {', '.join(known)}")
-    given = {name: value.to(model.device) for name, value in given.items()}
+    given = {variable: value for name, value in given.items() for variable in _one(model, name)}
+    n, height, width = shape or _shape(model, given)
+    if min(n, height, width) < 1:
+        raise ValueError(f"shape must be at least one image of 1 x 1 pixel; got {n, height, width}")
+    padded = _up((height, width), model.multiples[0])
+    sizes = [padded]
+    for level in model.levels[:-1]:
+        sizes.append(level.transform.size(*sizes[-1]))
+    taken: dict[str, Tensor] = {}
     for name, value in given.items():
+        if value.shape[0] != n:
+            raise ValueError(f"{name} must be for {n} images; got {value.shape[0]}")
         if name[0] == "y":
-            check_image(value, model.levels[int(name[1:])].format.channels, name)
-        if value.shape[0] != size[0]:
-            raise ValueError(f"{name} must be for {size[0]} images; got {value.shape[0]}")
+            k = int(name[1:])
+            check_image(value, model.levels[k].format.channels, name)
+            rows, cols = model.scale(k)
+            size = -(-height // rows), -(-width // cols)
+            if tuple(value.shape[2:]) not in (size, sizes[k]):
+                raise ValueError(
+                    f"{name} must be {size[0]} x {size[1]} pixels for images of {height} x {width}; "
+                    f"got {value.shape[2]} x {value.shape[3]}"
+                )
+            value = _pad(value, sizes[k])
+        taken[name] = value.to(model.device)
+    heat = _heats(model, temperature, decode)
     out: dict[str, Tensor] = {}
 
     def pick(name: str, p: Any) -> Tensor:
-        if name in given:
-            out[name] = given[name]
-        else:
-            out[name] = p.sample(temperature) if temperature > 0 else p.mode()
+        out[name] = taken[name] if name in taken else _draw(p, heat(name))
         return out[name]
 
     with _seeded(model, seed):
-        model.walk(pick, model.blank(*size))
+        model.walk(pick, model.blank(n, *padded))
+    for k in range(len(sizes)):
+        rows, cols = model.scale(k)
+        out[f"y{k}"] = out[f"y{k}"][:, :, : -(-height // rows), : -(-width // cols)]
     return out
 
 
+def _shape(model: SelfVAE, given: Mapping[str, Tensor]) -> tuple[int, int, int]:
+    """The images' number, height and width as the given variables tell them."""
+    images = [int(name[1:]) for name in given if name[0] == "y"]
+    if images:
+        y = given[f"y{min(images)}"]
+        rows, cols = model.scale(min(images))
+        return y.shape[0], y.shape[2] * rows, y.shape[3] * cols
+    if model.config is None:
+        raise ValueError("shape is needed (number, height, width): the model has no size of its own")
+    _, height, width = model.config.image_shape
+    return next((z.shape[0] for z in given.values()), 1), height, width
+
+
+# --- the operations -----------------------------------------------------------------------------------
+
+
 def generate(
-    model: SelfVAE, n: int, height: int, width: int, *, temperature: float = 1.0, seed: int | None = None
+    model: SelfVAE,
+    n: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    **how: Unpack[Drawing],
 ) -> Tensor:
-    """n images from nothing: uint8 (n, C, height, width)."""
-    return complete(model, {}, (n, height, width), temperature=temperature, seed=seed)["y0"]
+    """n images from nothing: uint8 (n, C, height, width), by default of the size of training."""
+    shape = _shape(model, {}) if height is None or width is None else (n, height, width)
+    return complete(model, {}, (n, height or shape[1], width or shape[2]), **how)["y0"]
 
 
-@torch.no_grad()
-def enhance(
-    model: SelfVAE, y: Tensor, k: int = 1, *, temperature: float = 1.0, seed: int | None = None
-) -> Tensor:
-    """Images x drawn given y[k] = y, uint8 (B, c, h, w): super-resolution, colourisation, de-banding.
+def enhance(model: SelfVAE, y: Tensor, k: int = 1, **how: Unpack[Drawing]) -> Tensor:
+    """Images x drawn given y[k] = y alone: super-resolution, colourisation, de-banding.
 
-    All that y determines is taken from it: the smaller images above and, by their posteriors, the latents.
+    y: uint8 (B, c, h, w); returns uint8 (B, C, H, W). With a consistent likelihood d(x) = y exactly.
     """
     if not 1 <= k < len(model.levels):
+        if len(model.levels) == 1:
+            raise ValueError("this model computes no image to enhance from: take one with transforms")
         raise ValueError(f"k must be 1 to {len(model.levels) - 1} for this model; got {k}")
-    check_image(y, model.levels[k].format.channels, f"y{k}")
-    y = y.to(model.device)
-    given: dict[str, Tensor] = {}
-    height, width = y.shape[2:]
-    for level in reversed(model.levels[:k]):
-        height, width = height * level.transform.scale[0], width * level.transform.scale[1]
+    seed = how.pop("seed", None)
     with _seeded(model, seed):
-        for j in range(k, len(model.levels)):
-            level = model.levels[j]
-            given[f"y{j}"] = y
-            if level.has_latent:
-                given[f"z{j}"] = level.posterior(y).sample()
-            y = level.transform(y)
-        size = (y.shape[0], int(height), int(width))
-        return complete(model, given, size, temperature=temperature)["y0"]
+        given = infer(model, y, k=k, **how)
+        rows, cols = model.scale(k)
+        shape = (y.shape[0], y.shape[2] * rows, y.shape[3] * cols)
+        return complete(model, given, shape, **how)["y0"]
 
 
-@torch.no_grad()
 def reconstruct(
-    model: SelfVAE,
-    x: Tensor,
-    given: set[str] | None = None,
-    *,
-    temperature: float = 1.0,
-    seed: int | None = None,
+    model: SelfVAE, x: Tensor, given: str | Iterable[str] | None = None, **how: Unpack[Drawing]
 ) -> Tensor:
     """x, uint8 (B, C, H, W), again from the variables named in `given`, inferred from x itself.
 
     By default all latents and no image: what the model calls a reconstruction.
     """
+    seed = how.pop("seed", None)
     with _seeded(model, seed):
-        ys = model.pyramid(x.to(model.device))
-        latents = {name: q.sample() for name, q in model.posteriors(ys).items()}
-        values = latents | {f"y{k}": y for k, y in enumerate(ys)}
-        chosen = set(latents) if given is None else given
-        for name in chosen - set(values):
-            raise ValueError(f"unknown variable {name!r}; this model has {', '.join(values)}")
-        size = (x.shape[0], x.shape[2], x.shape[3])
-        return complete(model, {n: values[n] for n in chosen}, size, temperature=temperature)["y0"]
+        values = infer(model, x, "reconstruction" if given is None else given, **how)
+        return complete(model, values, (x.shape[0], x.shape[2], x.shape[3]), **how)["y0"]
+
+
+def vary(
+    model: SelfVAE, x: Tensor, n: int, given: str | Iterable[str] = "u", **how: Unpack[Drawing]
+) -> Tensor:
+    """n variations of each x, uint8 (B, C, H, W): `given` is kept (one inference), the rest drawn anew.
+
+    Returns uint8 (B, n, C, H, W).
+    """
+    seed = how.pop("seed", None)
+    with _seeded(model, seed):
+        values = infer(model, x, given, **how)
+        values = {name: value.repeat_interleave(n, 0) for name, value in values.items()}
+        out = complete(model, values, (n * x.shape[0], x.shape[2], x.shape[3]), **how)["y0"]
+    return out.unflatten(0, (x.shape[0], n))
+
+
+def interpolate(
+    model: SelfVAE,
+    a: Tensor,
+    b: Tensor,
+    steps: int = 8,
+    given: str | Iterable[str] = "u",
+    *,
+    spherical: bool = False,
+    **how: Unpack[Drawing],
+) -> Tensor:
+    """From a to b, uint8 (B, C, H, W) each, through the latents named in `given`.
+
+    The latents' posterior means are joined by a line, or by an arc (spherical: Shoemake's slerp, each
+    image's latent taken as one vector); all else is drawn with the same noise at every step. Returns uint8
+    (B, steps, C, H, W), the first for a and the last for b.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"both images must have one shape; got {tuple(a.shape)} and {tuple(b.shape)}")
+    if steps < 2:
+        raise ValueError(f"steps must be at least 2; got {steps}")
+    chosen = names(model, given)
+    for name in chosen:
+        if name[0] == "y":
+            raise ValueError(f"only latents are interpolated ({', '.join(_latents(model))}); got {name!r}")
+    ends = [infer(model, x, chosen, temperature=0.0) for x in (a, b)]
+    if how.get("seed") is None:
+        how["seed"] = int(torch.randint(2**31, ()).item())
+    join = _slerp if spherical else torch.lerp
+    frames = []
+    for i in range(steps):
+        values = {name: join(ends[0][name], ends[1][name], i / (steps - 1)) for name in chosen}
+        shape = (a.shape[0], a.shape[2], a.shape[3])
+        frames.append(complete(model, values, shape, **how)["y0"])
+    return torch.stack(frames, 1)
+
+
+def _slerp(a: Tensor, b: Tensor, part: float) -> Tensor:
+    """Along the arc from a to b, per image; along the line where they point the same way."""
+    flat = a.flatten(1), b.flatten(1)
+    cosine = torch.cosine_similarity(*flat, dim=1).clamp(-1, 1)
+    angle = torch.acos(cosine).view(-1, *[1] * (a.ndim - 1))
+    sine = torch.sin(angle)
+    arc = (torch.sin((1 - part) * angle) * a + torch.sin(part * angle) * b) / sine
+    return torch.where(sine < 1e-3, torch.lerp(a, b, part), arc)

@@ -105,8 +105,8 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"8 x 8 pixels; 16 x 16 was asked for"):
         data.load(tmp_path / "b.npy", 16)
     (tmp_path / "sixteen").mkdir()
-    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "sixteen" / "deep.png")
-    with pytest.raises(ValueError, match=r"deep\.png has mode I;16"):
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "sixteen" / "deep.tif")
+    with pytest.raises(ValueError, match=r"deep\.tif has 32 bits a channel"):
         data.load(tmp_path / "sixteen", 8)
 
 

@@ -214,8 +214,8 @@ def test_errors(images: torch.Tensor) -> None:
     model = build("selfvae", images)
     with pytest.raises(ValueError, match=r"uint8 \(B, 3, H, W\); got uint8 \(4, 1, 16, 16\)"):
         model(images[:, :1])
-    with pytest.raises(ValueError, match="unknown variable 'u'"):
-        complete(model, {"u": images}, (4, 16, 16))
+    with pytest.raises(ValueError, match="unknown variable 'w'"):
+        complete(model, {"w": images}, (4, 16, 16))
     with pytest.raises(ValueError, match="k must be 1 to 1 .* got 5"):
         enhance(model, images, 5)
     with pytest.raises(ValueError, match="y0 must be for 4 images; got 2"):

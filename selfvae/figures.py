@@ -1,0 +1,171 @@
+"""The papers' figures from a trained model, and a page that shows them."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from selfvae.hub import write_atomic
+from selfvae.model import SelfVAE
+from selfvae.pictures import show
+from selfvae.plots import save_figure
+from selfvae.presets import TRANSFORMS, transform
+from selfvae.tasks import (
+    Drawing,
+    complete,
+    enhance,
+    infer,
+    interpolate,
+    names,
+    reconstruct,
+    variables,
+    vary,
+)
+from selfvae.transforms import Format, Transform
+
+__all__ = ["figures"]
+
+Row = tuple[str, Tensor]
+_LEVELS = 3  # of a long chain of computed images, so many are shown
+
+
+def figures(model: SelfVAE, x: Tensor, out: str | Path, **how: Unpack[Drawing]) -> list[Path]:
+    """Draw all figures that the model allows from images x, uint8 (B, C, H, W), B >= 2.
+
+    Writes one PNG file each and index.html into the folder `out`; returns the files. A model without
+    latents has no reconstructions, interpolations and variations; one without computed images has no
+    conditional generations.
+    """
+    if x.shape[0] < 2:
+        raise ValueError(f"figures take at least 2 images; got {x.shape[0]}")
+    out = Path(out)
+    x = x.to(model.device)
+    pages: list[tuple[str, str, list[Row]]] = []
+    if any(level.has_latent for level in model.levels):
+        pages += [
+            ("reconstructions", "Reconstructions by what is sent.", _reconstructions(model, x, **how)),
+            ("interpolations", "Interpolations of u; the rest is drawn with one noise.",
+             _interpolations(model, x, **how)),
+            ("variations", "Variations: u is kept, the rest drawn anew.", _variations(model, x, **how)),
+        ]  # fmt: skip
+    if len(model.levels) > 1:
+        pages.insert(
+            1,
+            ("conditional", "Conditional generations: a computed image is given, and nothing else.",
+             _conditional(model, x, **how)),
+        )  # fmt: skip
+    pages += [
+        ("generations", "Generated from nothing, every level.", _generations(model, x, **how)),
+        (
+            "transforms",
+            "What a hierarchy can be made of.",
+            _transforms(show(x, model.format)),
+        ),
+    ]
+    files, sections = [], []
+    for name, caption, rows in pages:
+        file = out / f"{name}.png"
+        save_figure(rows, file)
+        files.append(file)
+        sections.append(
+            f'<figure><img src="{file.name}" alt="{html.escape(caption)}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        )
+    title = html.escape(f"selfvae: {getattr(model.config, 'name', 'model')}")
+    page = (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
+        "<style>body{font:16px/1.5 sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
+        "figure{margin:2rem 0}img{max-width:100%}</style>\n"
+        f"<h1>{title}</h1>\n" + "\n".join(sections) + "\n</html>\n"
+    )
+    write_atomic(out / "index.html", page.encode())
+    return [*files, out / "index.html"]
+
+
+def _shown_levels(model: SelfVAE) -> list[int]:
+    """k of the computed images worth a row: all, or some spread over a long chain."""
+    top = len(model.levels) - 1
+    if top <= _LEVELS:
+        return list(range(1, top + 1))
+    return torch.linspace(1, top, _LEVELS).round().int().tolist()
+
+
+def _computed(model: SelfVAE, x: Tensor) -> dict[str, Tensor]:
+    """The images that x determines, as seen by the eye, by name."""
+    values = infer(model, x, "x")
+    return {f"y{k}": show(values[f"y{k}"], level.format) for k, level in enumerate(model.levels)}
+
+
+def _operations(model: SelfVAE) -> list[tuple[str, str]]:
+    """Name and label of every reconstruction: RS1, RS2, ..., CR."""
+    latents = [name for name in variables(model) if name[0] == "z"]
+    out = [f"RS{j}" for j in range(1, len(latents) + 1)]
+    if len(model.levels) > 1 and model.levels[0].has_latent:
+        out.append("CR")
+    return [(name, f"{name}: given {', '.join(names(model, name))}") for name in out]
+
+
+def _reconstructions(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
+    computed = _computed(model, x)
+    rows = [("OG: the images", computed["y0"])]
+    rows += [(f"CM: y{k}, computed", computed[f"y{k}"]) for k in _shown_levels(model)]
+    for name, label in _operations(model):
+        rows.append((label, show(reconstruct(model, x, name, **how), model.format)))
+    return rows
+
+
+def _conditional(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
+    computed, seed = _computed(model, x), how.get("seed")
+    rows = []
+    for k in _shown_levels(model):
+        rows.append((f"CM: y{k}, given", computed[f"y{k}"]))
+        y = infer(model, x, f"y{k}")[f"y{k}"]
+        for draw in range(2):
+            how["seed"] = None if seed is None else seed + draw
+            drawn = enhance(model, y, k, **how)
+            rows.append((f"draw {draw + 1}", show(drawn[:, :, : x.shape[2], : x.shape[3]], model.format)))
+    return [*rows, ("OG: the images", computed["y0"])]
+
+
+def _generations(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
+    drawn = complete(model, {}, (x.shape[0], x.shape[2], x.shape[3]), **how)
+    return [
+        (f"y{k}" if k else "x", show(drawn[f"y{k}"], model.levels[k].format))
+        for k in [*reversed(_shown_levels(model)), 0]
+    ]
+
+
+def _interpolations(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
+    pairs = [(i, i + 1) for i in range(0, min(8, x.shape[0]) - 1, 2)]
+    a, b = x[[i for i, _ in pairs]], x[[j for _, j in pairs]]
+    rows = []
+    for spherical in (False, True):
+        strips = interpolate(model, a, b, x.shape[0], spherical=spherical, **how)
+        for (i, j), strip in zip(pairs, strips, strict=True):
+            kind = "an arc" if spherical else "a line"
+            rows.append((f"image {i + 1} to image {j + 1} by {kind}", show(strip, model.format)))
+    return rows
+
+
+def _variations(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
+    drawn = vary(model, x, 4, **how)
+    rows = [("OG: the images", show(x, model.format))]
+    return rows + [(f"variation {i + 1}", show(drawn[:, i], model.format)) for i in range(drawn.shape[1])]
+
+
+def _transforms(x: Tensor) -> list[Row]:
+    """Every named transform that takes such images."""
+    x = x[:, :3] if x.shape[1] >= 3 else x[:, :1]  # no alpha
+    format, rows = Format(x.shape[1]), [("x", x)]
+    for name in TRANSFORMS:
+        d: Transform = transform(name)
+        h, w = (n - n % m for n, m in zip(x.shape[2:], d.scale, strict=True))
+        try:
+            rows.append((name, show(d(x[:, :, :h, :w]), d.format(format))))
+        except ValueError:  # not for this number of channels
+            continue
+    return rows

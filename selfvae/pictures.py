@@ -1,0 +1,113 @@
+"""Picture files of any kind <-> uint8 tensors that a model takes.
+
+Reading: palettes become RGB, one-bit pictures grey, CMYK and other colour spaces RGB; 16-bit grey keeps
+the high byte (as Pillow does for 16-bit RGB); 32-bit integers and floats are refused; the orientation that
+a camera noted is applied; of an animation the first frame is taken. Alpha is kept apart.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from selfvae.hub import write_atomic
+from selfvae.transforms import Format, Greyscale
+
+__all__ = ["ENDINGS", "Picture", "open_picture", "read", "save", "show", "to_format", "write"]
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+class Picture(NamedTuple):
+    """pixels: uint8 (1, C, H, W), C = 1 (grey) or 3 (RGB). alpha: uint8 (1, 1, H, W), or None without."""
+
+    pixels: Tensor
+    alpha: Tensor | None = None
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The file's picture in mode L, LA, RGB or RGBA; ValueError naming the file if that cannot be."""
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I;16"):
+                return Image.fromarray((np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8))
+            if picture.mode in ("I", "F"):
+                raise ValueError(
+                    f"{path} has 32 bits a channel (mode {picture.mode}): convert it to 8 or 16 bits"
+                )
+            transparent = (
+                picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info
+            )
+            grey = picture.mode in ("1", "L", "LA", "La")
+            return picture.convert(("L" if grey else "RGB") + ("A" if transparent else ""))
+    except (UnidentifiedImageError, OSError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}): remove or repair it") from None
+
+
+def read(path: str | Path) -> Picture:
+    """A picture file as tensors; rules and errors as above."""
+    values = np.atleast_3d(np.asarray(open_picture(Path(path))))
+    x = torch.from_numpy(values.transpose(2, 0, 1).copy())[None]
+    return Picture(x[:, :-1], x[:, -1:]) if x.shape[1] in (2, 4) else Picture(x)
+
+
+def to_format(picture: Picture, format: Format) -> Tensor:
+    """The picture as an image of that format, uint8 (1, C, H, W).
+
+    Grey is repeated for colour, colour becomes integer luma for grey, alpha (opaque where there is none)
+    is the last of 2 or 4 channels, and fewer levels keep the high bits.
+    """
+    x, colours = picture.pixels, 1 if format.channels < 3 else 3
+    if x.shape[1] < colours:
+        x = x.expand(-1, 3, -1, -1)
+    elif x.shape[1] > colours:
+        x = Greyscale()(x)
+    if format.channels in (2, 4):
+        alpha = torch.full_like(x[:, :1], 255) if picture.alpha is None else picture.alpha
+        x = torch.cat([x, alpha], 1)
+    return (x.int() * format.levels // 256).to(torch.uint8)
+
+
+def show(x: Tensor, format: Format) -> Tensor:
+    """An image of that format for the eye: its levels spread over 0..255; uint8 of the same shape."""
+    return (x.int() * 255 // format.top).to(torch.uint8)
+
+
+def write(x: Tensor, path: str | Path, alpha: Tensor | None = None) -> None:
+    """Write one image uint8 (C, H, W), 1 to 4 channels; alpha uint8 (h, w) is resized to it.
+
+    The ending says which format; PNG and WebP files are lossless. Raises ValueError for an unknown ending
+    or, with alpha, for a format that has none.
+    """
+    values = x.cpu().permute(1, 2, 0).numpy()
+    picture = Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)
+    if alpha is not None:
+        mask = Image.fromarray(alpha.cpu().numpy())
+        if mask.size != picture.size:
+            mask = mask.resize(picture.size, Image.Resampling.BICUBIC)
+        picture.putalpha(mask)
+    save(picture, Path(path))
+
+
+def save(picture: Image.Image, path: Path, **options: object) -> None:
+    """Write a picture file whole or not at all."""
+    known = Image.registered_extensions()
+    kind = known.get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"{path}: a picture file ends in .png, .webp, .jpg, ...; got {path.suffix!r}")
+    if picture.mode in ("LA", "RGBA") and kind not in ("PNG", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000"):
+        raise ValueError(f"{path}: {kind} files hold no alpha channel: write .png or .webp")
+    if kind == "WEBP":
+        options = {"lossless": True, "exact": True, **options}
+    elif kind == "JPEG":
+        options = {"quality": 95, **options}
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
+    write_atomic(path, out.getvalue())

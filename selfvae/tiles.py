@@ -1,0 +1,152 @@
+"""Pictures larger than memory allows: the same model, its networks run in overlapping tiles.
+
+The walk stays what it is: every variable is drawn once for the whole picture, coarsest first, and the
+next level sees the whole result. Only what a network needs at a time is cut into tiles, each with a
+margin of context that is thrown away. So neighbouring tiles condition on the same latents and images,
+and no blending of separately drawn pictures is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from selfvae.distributions import DiagonalNormal
+from selfvae.level import Level
+from selfvae.model import SelfVAE
+from selfvae.transforms import Blank
+
+__all__ = ["tiled"]
+
+Track = Callable[[Sequence[Any], str], Iterable[Any]]
+
+
+class _Tile(NamedTuple):
+    """Rows or columns in units: what is computed (outer) and what is kept of it (core)."""
+
+    outer: slice
+    core: slice
+
+
+def _split(length: int, tile: int, margin: int) -> Iterator[_Tile]:
+    for start in range(0, length, tile):
+        stop = min(length, start + tile)
+        yield _Tile(slice(max(0, start - margin), min(length, stop + margin)), slice(start, stop))
+
+
+class _Map:
+    """Cuts maps over one grid of units: a map has the same number of its pixels in each unit."""
+
+    def __init__(self, units: tuple[int, int]) -> None:
+        self.units = units
+
+    def _pixels(self, part: slice, size: int, units: int) -> slice:
+        return slice(part.start * size // units, part.stop * size // units)
+
+    def cut(self, x: Tensor, rows: slice, cols: slice) -> Tensor:
+        """The part of x (B, C, h, w) in those units; a view."""
+        h, w = x.shape[2:]
+        return x[:, :, self._pixels(rows, h, self.units[0]), self._pixels(cols, w, self.units[1])]
+
+
+class _TiledDistribution:
+    """A distribution over a whole picture whose parameters are computed tile by tile, when drawn."""
+
+    def __init__(
+        self, level: TiledLevel, name: str, part: Callable[..., Any], inputs: list[Tensor]
+    ) -> None:
+        self.level, self.name, self.part, self.inputs = level, name, part, inputs
+
+    def sample(self, temperature: float = 1.0) -> Tensor:
+        """A draw of the whole (B, C, h, w)."""
+        return self.level.assemble(self.name, lambda p: p.sample(temperature), self.part, self.inputs)
+
+    def mode(self) -> Tensor:
+        """The mode of the whole (B, C, h, w)."""
+        return self.level.assemble(self.name, lambda p: p.mode(), self.part, self.inputs)
+
+
+class TiledLevel(nn.Module):
+    """A level whose networks see tiles of `tile` pixels of y and `margin` pixels of context around."""
+
+    def __init__(
+        self, level: Level, k: int, unit: tuple[int, int], tile: int, margin: int, track: Track | None
+    ) -> None:
+        super().__init__()
+        self.level, self.k, self.unit, self.track = level, k, unit, track
+        self.tile = tuple(max(1, tile // n) for n in unit)
+        self.margin = tuple(-(-margin // n) for n in unit)
+        self.format, self.transform = level.format, level.transform
+        self.has_latent, self.multiple = level.has_latent, level.multiple
+
+    def assemble(
+        self, name: str, draw: Callable[[Any], Tensor], part: Callable[..., Any], inputs: list[Tensor]
+    ) -> Tensor:
+        """draw(part(*tiles of the inputs)) of every tile, put together."""
+        h, w = inputs[0].shape[2:]
+        rows, cols = (1, 1) if name == "q" else self.transform.scale
+        units = h * rows // self.unit[0], w * cols // self.unit[1]
+        grid = _Map(units)
+        tiles = [
+            (r, c)
+            for r in _split(units[0], self.tile[0], self.margin[0])
+            for c in _split(units[1], self.tile[1], self.margin[1])
+        ]
+        out: Tensor | None = None
+        for r, c in self.track(tiles, f"{name}{self.k}") if self.track else tiles:
+            drawn = draw(part(*(grid.cut(x, r.outer, c.outer) for x in inputs)))
+            high = r.outer.stop - r.outer.start, c.outer.stop - c.outer.start
+            if out is None:
+                size = [n * u // t for n, u, t in zip(drawn.shape[2:], units, high, strict=True)]
+                out = drawn.new_empty(*drawn.shape[:2], *size)
+            inner = _Map(high).cut(
+                drawn,
+                slice(r.core.start - r.outer.start, r.core.stop - r.outer.start),
+                slice(c.core.start - c.outer.start, c.core.stop - c.outer.start),
+            )
+            grid.cut(out, r.core, c.core).copy_(inner)
+        assert out is not None
+        return out
+
+    def posterior(self, y: Tensor) -> DiagonalNormal:
+        """q(z | y), as `Level.posterior`."""
+
+        def params(q: DiagonalNormal) -> Tensor:
+            return torch.cat([q.mean, q.log_var], 1)
+
+        return DiagonalNormal(*self.assemble("q", params, self.level.posterior, [y]).chunk(2, 1))
+
+    def prior(self, y_up: Tensor, z_up: Tensor | None) -> Any:
+        """p(z | y_up, z_up), as `Level.prior`; the top one is small and stays whole."""
+        if isinstance(self.transform, Blank):
+            return self.level.prior(y_up, z_up)
+        if z_up is None:
+            return _TiledDistribution(self, "z", lambda y: self.level.prior(y, None), [y_up])
+        return _TiledDistribution(self, "z", self.level.prior, [y_up, z_up])
+
+    def likelihood(self, y_up: Tensor, z: Tensor | None) -> Any:
+        """p(y | y_up, z), as `Level.likelihood`."""
+        if z is None:
+            return _TiledDistribution(self, "y", lambda y: self.level.likelihood(y, None), [y_up])
+        return _TiledDistribution(self, "y", self.level.likelihood, [y_up, z])
+
+
+def tiled(model: SelfVAE, tile: int = 192, margin: int = 32, track: Track | None = None) -> SelfVAE:
+    """The same model for pictures of any size: every operation of `tasks`, in bounded memory.
+
+    Arguments:
+        tile: height and width of a tile at every level, in pixels.
+        margin: pixels of context on each side, computed and thrown away.
+        track: track(tiles, name) wraps the loop over the tiles of a variable, e.g. `rich.progress.track`.
+
+    Returns a model that shares the networks; it draws, but does not score. Other random numbers meet
+    the same places than without tiles.
+    """
+    if tile < 1 or margin < 0:
+        raise ValueError(f"tile must be at least 1 pixel and margin at least 0; got {tile} and {margin}")
+    units = model.multiples
+    levels = [TiledLevel(level, k, units[k], tile, margin, track) for k, level in enumerate(model.levels)]
+    return SelfVAE(levels, model.config)  # type: ignore[arg-type]

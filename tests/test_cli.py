@@ -1,0 +1,210 @@
+"""The commands for pictures, the figures, and the scores of enhancement."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import selfvae
+from selfvae import evaluate, pictures
+from selfvae.cli import main
+from selfvae.data import Images
+from selfvae.figures import figures
+from selfvae.tasks import infer
+from selfvae.transforms import Greyscale, MeanDownscale
+
+NAMES = ("selfvae", "selfvae-grey", "selfvae-bits", "vae-normal", "selfvae-halve")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained models, as files."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("runs")
+    for name in NAMES:
+        model = selfvae.build(name, "tiny", (3, 16, 16), width=0.06, components=2)
+        model.initialise(torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8))
+        selfvae.save(model, folder / name)
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    values = np.random.default_rng(0).integers(0, 256, (9, 14, 4), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_enhance(runs: Path, photo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    for name in ("selfvae", "selfvae-grey", "selfvae-bits"):
+        assert main(["enhance", str(photo), str(out), "--model", str(runs / name)]) == 0
+        given, drawn = pictures.read(photo), pictures.read(out)
+        rows = 2 if name == "selfvae" else 1
+        assert drawn.pixels.shape == (1, 3, 9 * rows, 14 * rows)
+        assert drawn.alpha is not None and drawn.alpha.shape[2:] == drawn.pixels.shape[2:]
+        if name == "selfvae":
+            assert torch.equal(MeanDownscale(2)(drawn.pixels), given.pixels)
+        elif name == "selfvae-grey":
+            assert torch.equal(Greyscale()(drawn.pixels), Greyscale()(given.pixels))
+            assert torch.equal(drawn.alpha, given.alpha)
+        else:
+            assert torch.equal(drawn.pixels >> 5, given.pixels >> 5)
+    flags = ["--model", str(runs / "selfvae"), "--n", "3", "--temperature", "y0=0.5"]
+    assert main(["enhance", str(photo), str(tmp_path / "sheet.webp"), *flags]) == 0
+    assert pictures.read(tmp_path / "sheet.webp").pixels.shape[3] == 2 * 28 + 2
+
+
+def test_pictures_much_larger_than_a_tile(runs: Path, tmp_path: Path) -> None:
+    large = tmp_path / "large.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (211, 223), dtype=np.uint8)).save(large)
+    model = str(runs / "selfvae")
+    assert main(["enhance", str(large), str(tmp_path / "out.png"), "--model", model]) == 0
+    drawn = pictures.read(tmp_path / "out.png").pixels
+    given = pictures.read(large).pixels.expand(-1, 3, -1, -1)
+    assert torch.equal(MeanDownscale(2)(drawn), given)
+
+
+def test_reconstruct_vary_interpolate_generate(runs: Path, photo: Path, tmp_path: Path) -> None:
+    model = ["--model", str(runs / "selfvae")]
+    out = tmp_path / "out.png"
+    assert main(["reconstruct", str(photo), str(out), *model, "--given", "x"]) == 0
+    assert torch.equal(pictures.read(out).pixels, pictures.read(photo).pixels)
+    assert main(["reconstruct", str(photo), str(out), *model, "--given", "RS1", "--decode", "mode"]) == 0
+    assert pictures.read(out).pixels.shape == (1, 3, 9, 14)
+    assert main(["vary", str(photo), str(out), *model, "--n", "3"]) == 0
+    assert pictures.read(out).pixels.shape == (1, 3, 20, 30)
+    with Image.open(photo) as upright:
+        upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(tmp_path / "other.png")
+    strip = ["interpolate", str(photo), str(tmp_path / "other.png")]
+    assert main([*strip, str(out), *model, "--steps", "4", "--spherical"]) == 0
+    assert pictures.read(out).pixels.shape == (1, 3, 9, 4 * 16 - 2)
+    for ending in ("gif", "webp"):
+        assert main([*strip, str(tmp_path / f"a.{ending}"), *model, "--steps", "4"]) == 0
+        with Image.open(tmp_path / f"a.{ending}") as animation:
+            assert animation.n_frames == 4 and animation.size == (14, 9)
+    assert main(["generate", str(runs / "selfvae"), "--n", "2", "--out", str(out), "--height", "5"]) == 0
+    assert pictures.read(out).pixels.shape == (1, 3, 10, 66)
+
+
+def test_a_folder_goes_on_past_a_broken_file(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    (source / "sub").mkdir(parents=True)
+    grey = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    for name in ("a.png", "a.bmp", "sub/c.jpg"):
+        grey.save(source / name)
+    (source / "b.png").write_bytes(b"nonsense")
+    (source / "notes.txt").write_text("not a picture")
+    model = ["--model", str(runs / "selfvae-halve")]
+    assert main(["enhance", str(source), str(out), *model, "--level", "2"]) == 1
+    told = capsys.readouterr()
+    assert "3 of 4 pictures" in told.out and "b.png cannot be read" in told.err
+    made = sorted(str(f.relative_to(out)) for f in out.rglob("*.*"))
+    assert made == ["a.bmp.png", "a.png.png", "sub/c.png"]
+    (source / "b.png").unlink()
+    assert main(["enhance", str(source), str(out), *model]) == 0
+    assert main(["enhance", str(source), str(source / "out"), *model]) == 2
+    assert "lies in the input folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["enhance", "PHOTO", "PHOTO", "--model", "selfvae"], "is the input itself"),
+        (["enhance", "nowhere.png", "o.png", "--model", "selfvae"], "no picture or folder at nowhere.png"),
+        (["enhance", "PHOTO", "o.jpg", "--model", "selfvae"], "JPEG files hold no alpha"),
+        (["enhance", "PHOTO", "o.png", "--model", "vae-normal"], "--level must be"),
+        (["enhance", "PHOTO", "o.png", "--model", "selfvae", "--level", "2"], "must be 1 to 1"),
+        (["enhance", "PHOTO", "o.png", "--model", "selfvae", "--temperature", "hot"], "takes a number"),
+        (
+            ["enhance", "PHOTO", "o.png", "--model", "selfvae", "--temperature", "q=1"],
+            "this model has z1, y1",
+        ),
+        (["reconstruct", "PHOTO", "o.png", "--model", "selfvae", "--given", "z9"], "this model has z1, y1"),
+        (["vary", "PHOTO", "o.png", "--model", "selfvae-halve"], "no latents"),
+        (["vary", "PHOTO", "o.png", "--model", "selfvae", "--n", "0"], "--n must be at least 1"),
+        (["interpolate", "PHOTO", "PHOTO", "o.png", "--model", "selfvae", "--given", "y1"], "only latents"),
+        (["enhance", "PHOTO", "o.png", "--model", "nowhere"], "config.json is missing"),
+    ],
+)
+def test_wrong_input(
+    flags: list[str],
+    message: str,
+    runs: Path,
+    photo: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(photo.parent)
+    before = sorted(photo.parent.iterdir())
+    places = {"PHOTO": str(photo), **{name: str(runs / name) for name in NAMES}}
+    assert main([places.get(flag, flag) for flag in flags]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(photo.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_figures(name: str, runs: Path, tmp_path: Path, images: torch.Tensor) -> None:
+    files = figures(selfvae.load(runs / name), images, tmp_path, seed=0, temperature=0.5)
+    made = {f.stem for f in files}
+    assert ("conditional" in made) == (name != "vae-normal")
+    assert ({"reconstructions", "interpolations", "variations"} <= made) == (name != "selfvae-halve")
+    page = (tmp_path / "index.html").read_text()
+    for file in files[:-1]:
+        assert f'src="{file.name}"' in page and pictures.read(file).pixels.shape[1] == 3
+    with pytest.raises(ValueError, match="at least 2 images"):
+        figures(selfvae.load(runs / name), images[:1], tmp_path)
+
+
+def test_figures_and_scores_by_command(
+    runs: Path, tmp_path: Path, images: torch.Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "data.npy", images.repeat(5, 1, 1, 1).numpy())
+    data = ["--data", str(tmp_path / "data.npy")]
+    model, out = str(runs / "selfvae"), tmp_path / "figures"
+    assert main(["figures", model, *data, "--out", str(out), "--n", "2"]) == 0
+    assert (out / "index.html").exists()
+    capsys.readouterr()
+    assert main(["eval", model, *data, "--enhance", "--draws", "3", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["consistency_error_draw"] == 0 and scores["draws"] == 3
+    assert main(["eval", model, *data, "--temperature", "0.5"]) == 2
+    assert "go with --enhance" in capsys.readouterr().err
+
+
+# --- what the scores of enhancement mean ----------------------------------------------------------------
+
+
+def test_psnr_and_ssim() -> None:
+    x = torch.randint(0, 200, (2, 3, 16, 16), dtype=torch.uint8)
+    assert torch.equal(evaluate.psnr(x, x), torch.full((2,), 100.0, dtype=torch.float64))
+    assert torch.allclose(evaluate.psnr(x, x + 10), torch.tensor(28.1308036, dtype=torch.float64))
+    assert torch.allclose(evaluate.ssim(x, x), torch.ones(2, dtype=torch.float64))
+    assert bool((evaluate.ssim(x, 255 - x) < 0.1).all())
+    with pytest.raises(ValueError, match="11 x 11 pixels or more; got 8 x 16"):
+        evaluate.ssim(x[:, :, :8], x[:, :, :8])
+
+
+@pytest.mark.parametrize("name", ["selfvae", "selfvae-grey", "selfvae-bits", "selfvae-halve"])
+def test_enhancement_scores(name: str, runs: Path) -> None:
+    model = selfvae.load(runs / name)
+    x = torch.randint(0, 256, (3, 3, 24, 20), dtype=torch.uint8)
+    scores = evaluate.enhancement(model, Images(x.numpy()), draws=3, seed=0, batch_size=2)
+    assert scores == evaluate.enhancement(model, Images(x.numpy()), draws=3, seed=0, batch_size=2)
+    assert scores["consistency_error_draw"] == 0
+    assert scores["diversity_rmse"] > 1
+    assert scores["psnr_mean"] > scores["psnr_draw"]  # errors average out
+    y = infer(model, x[:, :, :24, :16], "y1")["y1"]
+    plain = evaluate.plain_enhancement(model, y)
+    assert plain.shape == (3, 3, 24, 16)
+    if name == "selfvae-grey":
+        assert torch.equal(plain, y.expand(-1, 3, -1, -1)) and scores["consistency_error_plain"] == 0
+    if name == "selfvae-bits":
+        assert torch.equal(plain, (y << 5) + 16)
+    with pytest.raises(ValueError, match="draws must be at least 2"):
+        evaluate.enhancement(model, Images(x.numpy()), draws=1)

@@ -1,0 +1,93 @@
+"""Files of every kind in, files of every kind out."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from selfvae.pictures import Picture, read, save, show, to_format, write
+from selfvae.transforms import Format
+
+RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels", "alpha"),
+    [("1", 1, 0), ("L", 1, 0), ("LA", 1, 1), ("P", 3, 0), ("RGB", 3, 0), ("RGBA", 3, 1), ("CMYK", 3, 0)],
+)
+def test_modes(mode: str, channels: int, alpha: int, tmp_path: Path) -> None:
+    file = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    Image.fromarray(RGB).convert(mode).save(file)
+    picture = read(file)
+    assert picture.pixels.shape == (1, channels, 5, 7) and picture.pixels.dtype == torch.uint8
+    assert (picture.alpha is not None) == bool(alpha)
+
+
+def test_values_palette_transparency_and_orientation(tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    assert np.array_equal(read(tmp_path / "a.png").pixels[0].permute(1, 2, 0).numpy(), RGB)
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putdata([0, 1])
+    palette.save(tmp_path / "p.png", transparency=1)
+    picture = read(tmp_path / "p.png")
+    assert picture.pixels.flatten().tolist() == [10, 40, 20, 50, 30, 60]
+    assert picture.alpha is not None and picture.alpha.flatten().tolist() == [255, 0]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.fromarray(RGB).save(tmp_path / "turned.png", exif=exif)
+    assert read(tmp_path / "turned.png").pixels.shape == (1, 3, 7, 5)
+
+
+def test_deep_files(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 255, 256, 65535]], np.uint16)).save(tmp_path / "a.png")
+    assert read(tmp_path / "a.png").pixels.flatten().tolist() == [0, 0, 1, 255]  # the high byte
+    Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif has 32 bits a channel \(mode F\)"):
+        read(tmp_path / "a.tif")
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"nonsense")
+    Image.fromarray(np.tile(RGB, (40, 40, 1))).save(tmp_path / "b.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:500])
+    for name in ("a.png", "b.png"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read as an image"):
+            read(tmp_path / name)
+
+
+def test_to_format() -> None:
+    colour = Picture(torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1))
+    grey = Picture(torch.tensor([100], dtype=torch.uint8).view(1, 1, 1, 1), torch.zeros(1, 1, 1, 1).byte())
+    assert to_format(colour, Format(1)).flatten().tolist() == [76]
+    assert to_format(grey, Format(3)).flatten().tolist() == [100] * 3
+    assert to_format(colour, Format(4)).flatten().tolist() == [255, 0, 0, 255]
+    assert to_format(grey, Format(2)).flatten().tolist() == [100, 0]
+    assert to_format(colour, Format(3, 8)).flatten().tolist() == [7, 0, 0]
+    x = torch.arange(8, dtype=torch.uint8).view(1, 1, 1, 8)
+    assert show(x, Format(1, 8)).flatten().tolist() == [0, 36, 72, 109, 145, 182, 218, 255]
+    assert torch.equal(to_format(Picture(show(x, Format(1, 8))), Format(1, 8)), x)  # and back
+
+
+@pytest.mark.parametrize("ending", [".png", ".webp", ".tiff"])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_lossless_files_hold_every_byte(channels: int, ending: str, tmp_path: Path) -> None:
+    x = torch.randint(0, 256, (channels, 9, 6), dtype=torch.uint8)
+    file = tmp_path / f"new/a{ending}"
+    write(x, file)
+    assert torch.equal(to_format(read(file), Format(channels))[0], x)
+    assert [f.name for f in file.parent.iterdir()] == [file.name]
+
+
+def test_alpha_is_kept_and_refused_where_it_cannot_be(tmp_path: Path) -> None:
+    x, alpha = torch.zeros(3, 4, 6, dtype=torch.uint8), torch.full((2, 3), 77, dtype=torch.uint8)
+    write(x, tmp_path / "a.png", alpha)
+    kept = read(tmp_path / "a.png").alpha
+    assert kept is not None and kept.shape == (1, 1, 4, 6) and bool((kept == 77).all())
+    with pytest.raises(ValueError, match="JPEG files hold no alpha"):
+        write(x, tmp_path / "a.jpg", alpha)
+    with pytest.raises(ValueError, match=r"ends in \.png, .* got '\.xyz'"):
+        save(Image.new("L", (1, 1)), tmp_path / "a.xyz")
+    assert [f.name for f in tmp_path.iterdir()] == ["a.png"]

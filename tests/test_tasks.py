@@ -1,0 +1,238 @@
+"""Every operation for every kind of hierarchy, sizes that nothing divides, and the names of variables."""
+
+import math
+
+import pytest
+import torch
+
+import selfvae
+from selfvae import tasks
+from selfvae.model import SelfVAE
+from selfvae.presets import PRESETS, TRANSFORMS
+from selfvae.tasks import complete, enhance, generate, infer, interpolate, names, reconstruct, vary
+from selfvae.tiles import tiled
+
+TINY = {"size": "tiny", "width": 0.06, "components": 2, "image_shape": (3, 16, 16)}
+WITH_LATENTS = [name for name in PRESETS if name != "selfvae-halve"]
+
+
+def build(name: str, images: torch.Tensor, **overrides: object) -> SelfVAE:
+    model = selfvae.build(name, **{**TINY, **overrides})  # type: ignore[arg-type]
+    model.initialise(images)
+    return model
+
+
+@pytest.fixture
+def odd() -> torch.Tensor:
+    return torch.randint(0, 256, (2, 3, 31, 47), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("tile", [0, 16])
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_every_operation_at_an_odd_size(
+    name: str, tile: int, images: torch.Tensor, odd: torch.Tensor
+) -> None:
+    """K = 0, 1, 2 and a long chain; whole and in tiles."""
+    model = build(name, images)
+    if tile:
+        model = tiled(model, tile, 8)
+    assert generate(model, 2, 31, 47, seed=1).shape == odd.shape
+    assert torch.equal(reconstruct(model, odd, "x"), odd)
+    if len(model.levels) > 1:
+        y = infer(model, odd, "y1")["y1"]
+        x = enhance(model, y, seed=1)
+        rows, cols = model.scale(1)
+        assert x.shape == (2, 3, y.shape[2] * rows, y.shape[3] * cols)
+        if model.levels[0].level.consistent if tile else model.levels[0].consistent:
+            assert torch.equal(model.levels[0].transform(x), y)
+        drawn = reconstruct(model, odd, "CG", seed=1)
+        assert torch.equal(drawn, x[:, :, :31, :47])  # the same operation by its other name
+    if name in WITH_LATENTS:
+        for given in ("RS1", "RS", {"z0"}):
+            again = reconstruct(model, odd, given, seed=2)
+            assert again.shape == odd.shape and again.dtype == torch.uint8
+            assert torch.equal(again, reconstruct(model, odd, given, seed=2))
+        varied = vary(model, odd, 3, seed=3)
+        assert varied.shape == (2, 3, *odd.shape[1:])
+        assert not torch.equal(varied[:, 0], varied[:, 1])
+        frames = interpolate(model, odd, odd.flip(3), 3, seed=4)
+        assert frames.shape == (2, 3, *odd.shape[1:])
+
+
+@pytest.mark.parametrize("transform", list(TRANSFORMS))
+def test_one_pixel_with_every_transform(transform: str, images: torch.Tensor) -> None:
+    side = 24 if transform.endswith("3") else 16
+    picture = torch.nn.functional.interpolate(images, side)
+    model = build("selfvae", picture, transforms=(transform,), prior="normal", image_shape=(3, side, side))
+    dot = picture[:, :, :1, :1]
+    assert torch.equal(reconstruct(model, dot, "x"), dot)
+    assert reconstruct(model, dot).shape == dot.shape
+    assert generate(model, 1, 1, 1).shape == (1, 3, 1, 1)
+    level = model.levels[0]
+    y = torch.randint(0, level.transform.format(level.format).levels, (2, 3, 1, 1), dtype=torch.uint8)
+    y = y[:, : level.transform.format(level.format).channels]
+    for how in ({}, {"temperature": 0.3}, {"decode": "mode"}):
+        x = enhance(model, y, **how)
+        assert x.shape[2:] == level.transform.scale
+        if level.transform.support(y, level.format).restricts:
+            assert torch.equal(level.transform(x), y)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_other_channels(channels: int, images: torch.Tensor) -> None:
+    x = images[:, :1].repeat(1, channels, 1, 1)[:, :, :7, :9]
+    model = build(
+        "selfvae", x.repeat(1, 1, 2, 2)[:, :, :8, :16], image_shape=(channels, 8, 16), prior="mog"
+    )
+    assert reconstruct(model, x).shape == x.shape
+    assert vary(model, x, 2).shape == (4, 2, channels, 7, 9)
+
+
+def test_names_and_aliases(images: torch.Tensor) -> None:
+    three = build("selfvae-3", images)
+    assert tasks.variables(three) == ["z2", "y2", "z1", "y1", "z0", "y0"]
+    for given, expected in {
+        "generation": [],
+        "": [],
+        "u": ["z2"],
+        "variation": ["z2"],
+        "RS1": ["z2"],
+        "RS2": ["z2", "z1"],
+        "rs3": ["z2", "z1", "z0"],
+        "reconstruction": ["z2", "z1", "z0"],
+        "CR": ["y1", "z0"],
+        "conditional_reconstruction": ["y1", "z0"],
+        "Conditional generation": ["y1"],
+        "super-resolution": ["y1"],
+        "u, z0": ["z2", "z0"],
+        "x": ["y0"],
+    }.items():
+        assert names(three, given) == expected
+    assert names(three, {"RS1", "y1"}) == ["z2", "y1"]
+    plain = build("vae-normal", images)
+    assert names(plain, "RS1") == ["z0"]
+    for wrong in ("RS2", "CR", "y1", "z1", "nonsense"):
+        with pytest.raises(ValueError, match=f"unknown variable '{wrong}': this model has z0, y0"):
+            names(plain, wrong)
+    chain = build("selfvae-halve", images)
+    with pytest.raises(ValueError, match=r"unknown variable 'u': .* \(and no latents\)"):
+        vary(chain, images, 2)
+    assert names(chain, "CG") == ["y1"]
+
+
+def test_an_image_brings_what_it_determines(images: torch.Tensor) -> None:
+    model = build("selfvae-3", images)
+    assert set(infer(model, images, "CR")) == {"z2", "y2", "z1", "y1", "z0"}
+    assert set(infer(model, images, "RS2")) == {"z2", "z1"}
+    assert set(infer(model, images)) == set(tasks.variables(model))
+    values = infer(model, images, "y1")
+    assert torch.equal(values["y2"], model.pyramid(images)[2])
+
+
+def test_what_is_given_is_kept(images: torch.Tensor) -> None:
+    model = build("srvae", images)
+    values = infer(model, images)
+    drawn = complete(model, {"u": values["z1"], "z0": values["z0"]}, seed=0)
+    assert torch.equal(drawn["z1"], values["z1"]) and torch.equal(drawn["z0"], values["z0"])
+    assert drawn["y0"].shape == images.shape  # the model's own size, the latents' number
+    assert torch.equal(complete(model, {"x": images})["y0"], images)
+    assert complete(model, {"y1": values["y1"]})["y0"].shape == images.shape
+
+
+def test_temperature_by_variable_and_modes(images: torch.Tensor) -> None:
+    model = build("selfvae-3", images)
+    cold = [generate(model, 1, temperature=0.0, seed=s) for s in (1, 2)]
+    assert torch.equal(*cold)
+    values = infer(model, images, "RS")
+    fixed = [complete(model, values, decode="mode", seed=s)["y0"] for s in (1, 2)]
+    assert torch.equal(*fixed)
+    calm = [complete(model, values, temperature={"y2": 0, "y1": 0, "y0": 0}, seed=s)["y0"] for s in (1, 2)]
+    assert torch.equal(calm[0], fixed[0]) and torch.equal(calm[1], fixed[0])
+    only = [complete(model, values, temperature={"y2": 0}, seed=s) for s in (1, 2)]
+    assert torch.equal(only[0]["y2"], only[1]["y2"]) and not torch.equal(only[0]["y1"], only[1]["y1"])
+    with pytest.raises(ValueError, match="0 or more; got -1"):
+        generate(model, 1, temperature=-1)
+    with pytest.raises(ValueError, match="'sample' or 'mode'; got 'best'"):
+        generate(model, 1, decode="best")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown variable 'y7'"):
+        generate(model, 1, temperature={"y7": 1.0})
+
+
+def test_seeds_leave_the_global_state_alone(images: torch.Tensor) -> None:
+    model = build("selfvae", images)
+    before = torch.get_rng_state()
+    vary(model, images, 2, seed=3)
+    interpolate(model, images, images.flip(3), 2, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_interpolations_end_at_both_images(images: torch.Tensor) -> None:
+    """The ends are reconstructions from the posterior means; a line and an arc differ between them."""
+    model = build("vae-normal", images)
+    a, b = images[:2], images[2:]
+    line = interpolate(model, a, b, 5, "u", decode="mode", seed=0)
+    arc = interpolate(model, a, b, 5, "u", spherical=True, decode="mode", seed=0)
+    for x, end in ((a, 0), (b, -1)):
+        expected = reconstruct(model, x, "u", temperature=0.0)
+        for strip in (line, arc):
+            off = (strip[:, end].int() - expected.int()).abs()
+            assert off.max() <= 1
+    a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    assert torch.allclose(tasks._slerp(a, b, 0.5), torch.tensor([[math.sqrt(0.5)] * 2]))
+    assert torch.equal(tasks._slerp(a, a, 0.5), a)
+    with pytest.raises(ValueError, match="only latents are interpolated"):
+        interpolate(build("selfvae", images), images, images, 3, "CR")
+    with pytest.raises(ValueError, match="one shape"):
+        interpolate(model, images, images[:, :, :8], 3)
+
+
+def test_errors(images: torch.Tensor) -> None:
+    model = build("selfvae", images)
+    with pytest.raises(ValueError, match=r"y1 must be uint8 \(B, 3, H, W\); got uint8 \(4, 1, 16, 16\)"):
+        enhance(model, images[:, :1])
+    with pytest.raises(ValueError, match="y1 must be 8 x 8 pixels for images of 16 x 16; got 4 x 4"):
+        complete(model, {"y1": images[:, :, :4, :4]}, (4, 16, 16))
+    with pytest.raises(ValueError, match="at least one image of 1 x 1 pixel"):
+        generate(model, 0)
+    with pytest.raises(ValueError, match="stands for 2 variables"):
+        complete(model, {"RS2": images})
+    with pytest.raises(ValueError, match="computes no image"):
+        enhance(build("vae-normal", images), images)
+    with pytest.raises(ValueError, match="at least one image and pixel"):
+        reconstruct(model, images[:0])
+
+
+# --- tiles ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["selfvae-3", "selfvae-grey", "selfvae-halve"])
+def test_tiles_with_all_the_context_are_the_whole(name: str, images: torch.Tensor) -> None:
+    model = build(name, images)
+    x = images.repeat(1, 1, 3, 2)[:2, :, :41, :30]
+    parts = tiled(model, 16, 64)
+    y = infer(model, x, "y1")["y1"]
+    whole, tiles = (enhance(m, y, temperature=0.0) for m in (model, parts))
+    off = (whole.int() - tiles.int()).abs()
+    assert (off > 0).float().mean() < 0.01  # a rounding, now and then
+    if name != "selfvae-halve":
+        a, b = (infer(m, x, "RS", temperature=0.0) for m in (model, parts))
+        assert all(torch.allclose(a[z], b[z], atol=1e-5) for z in a)
+
+
+def test_tiles_report_progress_and_keep_memory_bounded(images: torch.Tensor) -> None:
+    model = build("selfvae-halve", images)
+    seen: dict[str, int] = {}
+
+    def track(tiles, name):  # type: ignore[no-untyped-def]
+        seen[name] = len(tiles)
+        return tiles
+
+    generate(tiled(model, 16, 4, track), 1, 64, 48, seed=0)
+    assert seen["y0"] == 12 and seen["y1"] == 8 and seen["y2"] == 4
+    shapes = []
+    hook = model.levels[0].decoder.register_forward_hook(lambda m, i, out: shapes.append(out.shape[2:]))
+    generate(tiled(model, 16, 4), 1, 64, 48)
+    hook.remove()
+    assert max(h for h, _ in shapes) <= 24
+    with pytest.raises(ValueError, match="tile must be at least 1"):
+        tiled(model, 0)

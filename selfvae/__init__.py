@@ -5,5 +5,23 @@ from selfvae.hub import load, save
 from selfvae.model import SelfVAE
 from selfvae.objective import Terms
 from selfvae.presets import ModelConfig, build
+from selfvae.tasks import complete, enhance, generate, infer, interpolate, reconstruct, vary
+from selfvae.tiles import tiled
 
-__all__ = ["ModelConfig", "SelfVAE", "Terms", "build", "iwae", "load", "save"]
+__all__ = [
+    "ModelConfig",
+    "SelfVAE",
+    "Terms",
+    "build",
+    "complete",
+    "enhance",
+    "generate",
+    "infer",
+    "interpolate",
+    "iwae",
+    "load",
+    "reconstruct",
+    "save",
+    "tiled",
+    "vary",
+]

@@ -1,0 +1,97 @@
+"""Do tiles leave seams? Photographs become y1, are enhanced in tiles, and compared across the borders.
+
+    python benchmarks/seams.py RUN FOLDER [--tile 192] [--margin 32] [--limit N] [--out FOLDER] [--json]
+
+Prints, as means over the photographs, in grey levels:
+    border, elsewhere
+        absolute difference of neighbouring rows and columns that belong to different tiles; of all others
+    photo_border, photo_elsewhere
+        the same of the photographs themselves, at the same places
+    changed_border, changed_inside
+        absolute difference to the picture made without tiles (temperature 0), within 2 pixels of a
+        border; further away
+    consistency_error
+        distance of d(result) to y1
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+from tyro.conf import Positional
+
+import selfvae
+from selfvae import pictures
+from selfvae.tasks import infer
+
+
+def jumps(x: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """Mean differences of neighbours across tile borders, and elsewhere; x (1, C, H, W)."""
+    across, within = [], []
+    for dim in (2, 3):
+        step = x.double().diff(dim=dim).abs().mean([d for d in range(4) if d != dim])
+        border = torch.arange(1, x.shape[dim]) % tile == 0
+        across.append(step[border])
+        within.append(step[~border])
+    return torch.cat(across).mean(), torch.cat(within).mean()
+
+
+def near_border(x: Tensor, tile: int, reach: int = 2) -> Tensor:
+    """Whether a pixel lies within `reach` pixels of a tile border: bool (H, W)."""
+    near = []
+    for n in x.shape[2:]:
+        at = torch.arange(n)
+        to_border = torch.minimum(at % tile, tile - 1 - at % tile)
+        inner = (at >= reach) & (at < n - reach)  # the picture's own edges do not count
+        near.append((to_border < reach) & inner)
+    return near[0][:, None] | near[1][None]
+
+
+def main(
+    model: Positional[Path],
+    folder: Positional[Path],
+    tile: int = 192,
+    margin: int = 32,
+    limit: int | None = None,
+    out: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Measure the seams of a model with computed images on a folder of photographs."""
+    net = selfvae.load(model)
+    parts = selfvae.tiled(net, tile, margin)
+    rows: list[dict[str, float]] = []
+    for file in sorted(f for f in folder.iterdir() if f.suffix in pictures.ENDINGS)[:limit]:
+        x = pictures.to_format(pictures.read(file), net.format)
+        x = x[:, :, : x.shape[2] // 16 * 16, : x.shape[3] // 16 * 16]
+        y = infer(net, x, "y1")["y1"]
+        drawn = selfvae.enhance(parts, y, seed=0)
+        plain, whole = (selfvae.enhance(m, y, temperature=0.0) for m in (parts, net))
+        changed = (plain.double() - whole.double()).abs().mean((0, 1))
+        near = near_border(x, tile)
+        border, elsewhere = jumps(drawn, tile)
+        photo_border, photo_elsewhere = jumps(x, tile)
+        values = {
+            "border": border,
+            "elsewhere": elsewhere,
+            "photo_border": photo_border,
+            "photo_elsewhere": photo_elsewhere,
+            "changed_border": changed[near].mean(),
+            "changed_inside": changed[~near].mean(),
+            "consistency_error": (infer(net, drawn, "y1")["y1"].double() - y.double()).abs().mean(),
+        }
+        rows.append({name: float(value) for name, value in values.items()})
+        if out is not None:
+            pictures.write(drawn[0], out / f"{file.stem}.png")
+    if not rows:
+        raise SystemExit(f"{folder} holds no pictures")
+    mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    result = {"photographs": len(rows), "tile": tile, "margin": margin, **mean}
+    print(jsonlib.dumps(result) if json else "\n".join(f"{k:<18}{v}" for k, v in result.items()))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,6 +1,6 @@
 """Self-supervised variational auto-encoders: likelihood, generation, enhancement and compression."""
 
-from selfvae.evaluate import iwae
+from selfvae.bounds import iwae
 from selfvae.hub import load, save
 from selfvae.model import SelfVAE
 from selfvae.objective import Terms

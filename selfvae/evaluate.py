@@ -1,4 +1,4 @@
-"""Scores of a model on images: the bound and its terms, the importance-weighted bound, enhancement."""
+"""Scores of a model on images: the bounds and their terms, enhancement."""
 
 from __future__ import annotations
 
@@ -10,34 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selfvae.bounds import iwae
 from selfvae.data import Images
 from selfvae.model import SelfVAE
 from selfvae.objective import bits_per_dim
 from selfvae.tasks import Drawing, enhance, infer
 
-__all__ = ["check_levels", "enhancement", "evaluate", "iwae", "plain_enhancement", "psnr", "ssim"]
-
-
-@torch.no_grad()
-def iwae(model: SelfVAE, x: Tensor, draws: int = 64, chunk: int = 8) -> Tensor:
-    """ln (1/S) sum_s p(x, y, z_s) / q(z_s | x): nats (B,), a lower bound of ln p(x) per image.
-
-    The encoders run once; `chunk` of the S = `draws` draws pass the decoders at a time.
-    Source: Burda et al. 2015, section 3.
-    """
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1; got {draws}")
-    ys = model.pyramid(x)
-    posteriors = model.posteriors(ys)
-    if not posteriors:  # nothing is drawn: the score is exact
-        return model.score(ys, posteriors).elbo
-    log_weights = []
-    for start in range(0, draws, chunk):
-        n = min(chunk, draws - start)
-        many = [y.repeat(n, 1, 1, 1) for y in ys]
-        terms = model.score(many, {name: q.repeat(n) for name, q in posteriors.items()})
-        log_weights.append(terms.elbo.view(n, -1))
-    return torch.logsumexp(torch.cat(log_weights), 0) - math.log(draws)
+__all__ = ["check_levels", "enhancement", "evaluate", "plain_enhancement", "psnr", "ssim"]
 
 
 def check_levels(model: SelfVAE, images: Images) -> None:

@@ -1,0 +1,187 @@
+"""The bounds: against enumeration, against exact likelihoods, and against each other."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import selfvae
+from selfvae.bounds import iwae
+from selfvae.model import SelfVAE
+
+TINY = {"size": "tiny", "width": 0.06, "components": 2}
+
+
+def build(name: str, images: Tensor, **overrides: object) -> SelfVAE:
+    """A model whose posteriors and conditional priors vary, so that there is something to sum over."""
+    model = selfvae.build(name, image_shape=tuple(images.shape[1:]), **{**TINY, **overrides})  # type: ignore[arg-type]
+    model.initialise(images)
+    for level in model.levels:
+        if level.has_latent:
+            torch.nn.init.normal_(level.encoder.head.direction, std=2.0)
+    return model
+
+
+def by_enumeration(model: SelfVAE, x: Tensor, draws: int) -> Tensor:
+    """The mean weight over all combinations of the draws that `iwae` makes, one walk for each."""
+    ys = model.pyramid(x)
+    posteriors = model.posteriors(ys)
+    wide = {name: q.repeat(draws) for name, q in posteriors.items()}
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str, p: object) -> Tensor:  # draws in the walk's own order
+        if name[0] == "y":
+            return ys[int(name[1:])].repeat(draws, 1, 1, 1)
+        seen[name] = wide[name].sample()
+        return seen[name]
+
+    model.walk(watch, ys[-1].repeat(draws, 1, 1, 1)[:, :0])
+    weights = []
+    for chosen in itertools.product(range(draws), repeat=len(seen)):
+        total = torch.zeros((), dtype=torch.float64)
+
+        def add(name: str, p, chosen=chosen) -> Tensor:  # type: ignore[no-untyped-def]
+            nonlocal total
+            if name[0] == "y":
+                value = ys[int(name[1:])]
+                total = total + p.log_prob(value)[0].double()
+                return value
+            i = chosen[list(seen).index(name)]
+            z = seen[name][i : i + 1]
+            total = total + (p.log_prob(z) - posteriors[name].log_prob(z))[0].double()
+            return z
+
+        model.walk(add, ys[-1][:, :0])
+        weights.append(total)
+    return torch.logsumexp(torch.stack(weights), 0) - math.log(len(weights))
+
+
+@pytest.mark.parametrize(
+    ("name", "latents", "draws"),
+    [
+        ("vae-normal", "all", 4),
+        ("srvae", "all", 5),
+        ("selfvae-grey", "all", 4),
+        ("selfvae-3", "all", 3),
+        ("selfvae-3lvl", "top", 4),
+    ],
+)
+@torch.no_grad()
+def test_all_pairs_against_enumeration(name: str, latents: str, draws: int, images: Tensor) -> None:
+    """K = 0, 1, 2; also where a level between has no latent."""
+    model = build(name, images, latents=latents)
+    for x in images.split(1)[:2]:
+        torch.manual_seed(1)
+        expected = by_enumeration(model, x, draws)
+        torch.manual_seed(1)
+        bound = iwae(model, x, draws, pairs=True, batch=draws)
+        assert bound.dtype == torch.float64
+        assert torch.allclose(bound, expected[None], rtol=0, atol=2e-3)
+
+
+def test_pairs_are_above_in_the_mean(images: Tensor) -> None:
+    model = build("srvae", images[:2])
+    torch.manual_seed(0)
+    plain = torch.stack([iwae(model, images[:2], 8) for _ in range(60)])
+    pairs = torch.stack([iwae(model, images[:2], 8, pairs=True) for _ in range(60)])
+    spread = (plain.std(0) + pairs.std(0)) / 60**0.5
+    assert bool((pairs.mean(0) > plain.mean(0) - 2 * spread).all())
+    assert pairs.mean() > plain.mean()
+
+
+def test_one_latent_has_no_pairs(images: Tensor) -> None:
+    model = build("vae-normal", images)
+    torch.manual_seed(0)
+    plain = iwae(model, images, 5)
+    torch.manual_seed(0)
+    assert torch.equal(plain, iwae(model, images, 5, pairs=True))
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_any_chunks_and_the_same_number_of_passes(pairs: bool, images: Tensor) -> None:
+    """Encoders once an image, decoders once a draw, however they are batched."""
+    model = build("srvae", images)
+    seen = {"encoder": 0, "decoder": 0}
+    level = model.levels[0]
+    for part in seen:
+
+        def count(module, inputs, out, part=part) -> None:  # type: ignore[no-untyped-def]
+            seen[part] += out.shape[0]
+
+        getattr(level, part).register_forward_hook(count)
+    for batch in (1, 7, 12, 100):
+        seen.update(encoder=0, decoder=0)
+        bound = iwae(model, images, 6, pairs=pairs, batch=batch)
+        assert bound.shape == (4,) and bound.isfinite().all()
+        assert seen == {"encoder": 4, "decoder": 24}
+    with pytest.raises(ValueError, match="at least 1; got 0 and 64"):
+        iwae(model, images, 0)
+
+
+# --- the whole bound on images so small that everything can be enumerated -------------------------------
+
+
+def toy(consistent: bool, levels: int = 3) -> SelfVAE:
+    """2 x 2 pixels of 3 levels, y their rounded mean; latents of one number a position."""
+    torch.manual_seed(4)
+    model = selfvae.build(
+        "selfvae", "tiny", (1, 4, 4), levels=levels, latents="none", components=2, width=0.06,
+        consistent=consistent, transforms=("mean2", "mean2"), anchored=False,
+    )  # fmt: skip
+    x = torch.randint(0, levels, (64, 1, 4, 4), dtype=torch.uint8)
+    model.initialise(x)
+    for p in model.parameters():  # far from plain
+        p.data.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def all_images(levels: int, side: int) -> Tensor:
+    values = torch.cartesian_prod(*[torch.arange(levels, dtype=torch.uint8)] * side**2)
+    return values.view(-1, 1, side, side)
+
+
+@pytest.mark.parametrize("consistent", [True, False])
+@torch.no_grad()
+def test_probabilities_over_all_images(consistent: bool) -> None:
+    """2 x 2 images of 3 levels: p(x, d(x)) sums to 1 with the consistent likelihood, to less without."""
+    model = toy(consistent)
+    model = SelfVAE(list(model.levels)[1:])  # 2 x 2 -> 1 x 1
+    x = all_images(3, 2)
+    total = torch.exp(model(x).elbo.double()).sum().item()
+    if consistent:
+        assert total == pytest.approx(1, abs=1e-5)
+    else:
+        assert total < 0.9
+
+
+@torch.no_grad()
+def test_the_bound_with_a_latent_against_numerical_integration() -> None:
+    """ln p(x) by a fine sum over z is above every bound, and the bounds come close; all p(x) sum to 1."""
+    torch.manual_seed(1)
+    model = selfvae.build(
+        "vae-normal", "tiny", (1, 4, 4), levels=2, latent_channels=1, components=2, width=0.06,
+    )  # fmt: skip
+    x = torch.randint(0, 2, (16, 1, 4, 4), dtype=torch.uint8)
+    model.initialise(x)
+    level = model.levels[0]
+    for p in model.parameters():
+        p.data.add_(0.2 * torch.randn_like(p))
+    tops = all_images(2, 2)  # 2 x 2 pixels share one latent number
+    assert level.multiple == 2
+    z = torch.linspace(-6, 6, 2001).view(-1, 1, 1, 1)
+    blank = torch.zeros(len(z), 0, 2, 2, dtype=torch.uint8)
+    prior = level.prior(blank, None).log_prob(z).double()
+    p = level.likelihood(blank, z)
+    exact = torch.stack(
+        [
+            torch.logsumexp(prior + p.log_prob(image[None].expand(len(z), -1, -1, -1)).double(), 0)
+            for image in tops
+        ]
+    ) + math.log(12 / 2000)
+    assert torch.exp(exact).sum().item() == pytest.approx(1, abs=1e-4)
+    elbo = torch.stack([model(tops).elbo for _ in range(200)]).mean(0).double()
+    bound = torch.stack([iwae(model, tops, 200) for _ in range(5)]).mean(0)
+    assert bool((elbo < exact + 0.05).all()) and elbo.mean() < exact.mean()
+    assert torch.allclose(bound, exact, atol=0.05)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from selfvae.distributions import DiagonalNormal
 from selfvae.model import SelfVAE
 
-__all__ = ["iwae"]
+__all__ = ["Bounds", "bounds", "iwae"]
 
 
 @dataclass
@@ -46,7 +46,14 @@ class _Node:
         return -0.5 * (square + constant[:, None])
 
 
-@torch.no_grad()
+class Bounds(NamedTuple):
+    """Lower bounds of ln p(x) from the same draws: float64 nats (B,), in expectation in this order."""
+
+    elbo: Tensor  # the mean of S log-weights
+    iwae: Tensor  # the logarithm of the mean of S weights
+    pairs: Tensor  # the logarithm of the mean of all combinations' weights
+
+
 def iwae(model: SelfVAE, x: Tensor, draws: int = 64, *, pairs: bool = False, batch: int = 64) -> Tensor:
     """ln (1/S) sum_s p(x, y, z_s) / q(z_s | x): nats (B,), a lower bound of ln p(x) per image.
 
@@ -60,32 +67,39 @@ def iwae(model: SelfVAE, x: Tensor, draws: int = 64, *, pairs: bool = False, bat
     The encoders run once an image, the decoders once a draw. Exact for a model without latents.
     Sources: Burda et al. 2015, section 3; SPEC section 1 for the pairs.
     """
+    found = bounds(model, x, draws, pairs=pairs, batch=batch)
+    return found.pairs if pairs else found.iwae
+
+
+@torch.no_grad()
+def bounds(model: SelfVAE, x: Tensor, draws: int = 64, *, pairs: bool = True, batch: int = 64) -> Bounds:
+    """All bounds at once, from the same draws; arguments as for `iwae` (without `pairs`: as `iwae`)."""
     if draws < 1 or batch < 1:
         raise ValueError(f"draws and batch must be at least 1; got {draws} and {batch}")
     together = max(1, batch // draws) if any(level.has_latent for level in model.levels) else batch
-    return torch.cat([_bound(model, part, draws, pairs, batch) for part in x.split(together)])
+    parts = [_bounds(model, part, draws, pairs, batch) for part in x.split(together)]
+    return Bounds(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
-def _bound(model: SelfVAE, x: Tensor, draws: int, pairs: bool, batch: int) -> Tensor:
+def _bounds(model: SelfVAE, x: Tensor, draws: int, pairs: bool, batch: int) -> Bounds:
     ys = model.pyramid(x)
     posteriors = model.posteriors(ys)
     if not posteriors:  # nothing is drawn: the score is exact
-        return model.score(ys, posteriors).elbo
+        return Bounds(*[model.score(ys, posteriors).elbo.double()] * 3)
     chunk = max(1, batch // x.shape[0])
     nodes = {name: _Node() for name in sorted(posteriors, key=lambda name: -int(name[1:]))}
     for start in range(0, draws, chunk):
         known = _draw(model, ys, posteriors, nodes, min(chunk, draws - start), pairs)
-    top, *others = nodes.values()
-    total = torch.cat(top.log_weight) + torch.cat(top.log_prior)
-    for node in others:
-        weight = torch.cat(node.log_weight)
-        if pairs:
-            # (B, S_i, S_j): for every draw i here the sum over the draws j above
-            total = torch.logsumexp(node.edges() + total.T[:, None], 2).T + weight
-        else:
-            total = total + weight + torch.cat(node.log_prior)
-    count = len(nodes) if pairs else 1
-    return known + torch.logsumexp(total, 0) - count * math.log(draws)
+    weights = [torch.cat(node.log_weight) for node in nodes.values()]
+    priors = [torch.cat(node.log_prior) for node in nodes.values()]
+    together = torch.stack([*weights, *priors]).sum(0)
+    combined = weights[0] + priors[0]
+    for node, weight in zip([*nodes.values()][1:], weights[1:], strict=True) if pairs else ():
+        # (B, S_i, S_j): for every draw i here the sum over the draws j above
+        combined = torch.logsumexp(node.edges() + combined.T[:, None], 2).T + weight
+    mean = torch.logsumexp(together, 0) - math.log(draws)
+    every = torch.logsumexp(combined, 0) - len(nodes) * math.log(draws)
+    return Bounds(known + together.mean(0), known + mean, known + (every if pairs else mean))
 
 
 def _draw(

@@ -50,7 +50,8 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
         if isinstance(value, float):
             value = f"{value:.4f}"
         elif isinstance(value, list):
-            value = ", ".join(f"{v:.1f}" if isinstance(v, float) else str(v) for v in value)
+            digits = 4 if "bits" in key else 1
+            value = ", ".join(f"{v:.{digits}f}" if isinstance(v, float) else str(v) for v in value)
         print(f"{key:<{width}}  {value}")
 
 
@@ -152,7 +153,7 @@ def evaluate(
         model: folder that training wrote.
         data: as for train; images must have the model's number of channels.
         split: which images.
-        iw: draws of the importance-weighted bound; 0: none.
+        iw: draws an image of the importance-weighted bounds (IWAE, and all pairs of draws); 0: none.
         limit: score the first so many images.
         batch_size: images at a time.
         enhance: score enhancement from y[LEVEL] instead of likelihood.

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfvae.bounds import iwae
+from selfvae.bounds import Bounds, bounds
 from selfvae.data import Images
 from selfvae.model import SelfVAE
-from selfvae.objective import bits_per_dim
+from selfvae.objective import Terms, bits_per_dim
 from selfvae.tasks import Drawing, enhance, infer
 
 __all__ = ["check_levels", "enhancement", "evaluate", "plain_enhancement", "psnr", "ssim"]
@@ -40,38 +40,41 @@ def evaluate(
 ) -> dict[str, Any]:
     """Mean scores over the first `limit` images (all if None).
 
-    Returns bits_per_dim (of the ELBO, one draw an image), its standard error over images, elbo_nats, re
-    and kl (lists over levels, nats), images, and with iw > 0 iwae_bits_per_dim and iwae_draws.
+    Returns, as means over images: bits_per_dim (of the ELBO, one draw an image), elbo_nats, re and kl
+    (lists over levels, in nats and in bits/dim), images; with iw > 0 the bounds of so many draws an image:
+    iwae_bits_per_dim, pairs_bits_per_dim (all combinations of the levels' draws) and, from the same draws,
+    elbo_bits_per_dim. Every bits_per_dim comes with its standard error over images.
     """
     n = len(images) if limit is None else min(limit, len(images))
     if n < 1 or batch_size < 1:
         raise ValueError(f"limit and batch_size must be at least 1; got {n} and {batch_size}")
     check_levels(model, images)
-    parts: dict[str, list[Tensor]] = {"elbo": [], "iwae": []}
-    re: list[Tensor] = []
-    kl: list[Tensor] = []
+    terms: list[Terms] = []
+    found: list[Bounds] = []
     for start in range(0, n, batch_size):
         x = images.take(range(start, min(n, start + batch_size))).to(model.device)
-        terms = model(x)
-        parts["elbo"].append(terms.elbo)
-        re.append(torch.stack(terms.re))
-        kl.append(torch.stack(terms.kl))
+        terms.append(model(x))
         if iw:
-            parts["iwae"].append(iwae(model, x, iw))
+            found.append(bounds(model, x, iw, batch=batch_size))
     dims = math.prod(images.shape[1:])
-    bits = bits_per_dim(-torch.cat(parts["elbo"]).cpu().double(), dims)
-    out: dict[str, Any] = {
-        "images": n,
-        "bits_per_dim": bits.mean().item(),
-        "bits_per_dim_stderr": bits.std(correction=1).item() / math.sqrt(n) if n > 1 else 0.0,
-        "elbo_nats": torch.cat(parts["elbo"]).cpu().double().mean().item(),
-        "re_nats": torch.cat(re, 1).cpu().double().mean(1).tolist(),
-        "kl_nats": torch.cat(kl, 1).cpu().double().mean(1).tolist(),
-    }
+    out: dict[str, Any] = {"images": n}
+
+    def add(name: str, nats: Tensor) -> None:
+        bits = bits_per_dim(-nats.cpu().double(), dims)
+        out[name] = bits.mean().item()
+        out[f"{name}_stderr"] = bits.std(correction=1).item() / math.sqrt(n) if n > 1 else 0.0
+
+    elbo = torch.cat([t.elbo for t in terms])
+    add("bits_per_dim", elbo)
+    out["elbo_nats"] = elbo.cpu().double().mean().item()
+    for kind in ("re", "kl"):
+        means = torch.cat([torch.stack(getattr(t, kind)) for t in terms], 1).cpu().double().mean(1)
+        out[f"{kind}_nats"] = means.tolist()
+        out[f"{kind}_bits_per_dim"] = bits_per_dim(means, dims).tolist()
     if iw:
-        bound = torch.cat(parts["iwae"]).cpu().double()
         out["iwae_draws"] = iw
-        out["iwae_bits_per_dim"] = bits_per_dim(-bound, dims).mean().item()
+        for kind in ("elbo", "iwae", "pairs"):
+            add(f"{kind}_bits_per_dim", torch.cat([getattr(b, kind) for b in found]))
     return out
 
 

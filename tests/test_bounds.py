@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 import selfvae
-from selfvae.bounds import iwae
+from selfvae.bounds import bounds, iwae
+from selfvae.data import Images
+from selfvae.evaluate import evaluate
 from selfvae.model import SelfVAE
 
 TINY = {"size": "tiny", "width": 0.06, "components": 2}
@@ -185,3 +187,29 @@ def test_the_bound_with_a_latent_against_numerical_integration() -> None:
     bound = torch.stack([iwae(model, tops, 200) for _ in range(5)]).mean(0)
     assert bool((elbo < exact + 0.05).all()) and elbo.mean() < exact.mean()
     assert torch.allclose(bound, exact, atol=0.05)
+
+
+def test_bounds_from_the_same_draws(images: Tensor) -> None:
+    model = build("selfvae-3", images)
+    torch.manual_seed(0)
+    found = bounds(model, images, 6)
+    torch.manual_seed(0)
+    assert torch.equal(found.iwae, iwae(model, images, 6))
+    torch.manual_seed(0)
+    assert torch.equal(found.pairs, iwae(model, images, 6, pairs=True))
+    assert bool((found.elbo < found.iwae).all())
+    exact = bounds(build("selfvae-halve", images), images, 6)
+    assert torch.equal(exact.elbo, exact.iwae) and torch.equal(exact.elbo, exact.pairs)
+
+
+def test_scores_of_a_data_set(images: Tensor) -> None:
+    model = build("selfvae-3", images)
+    scores = evaluate(model, Images(images.numpy()), iw=4, batch_size=3)
+    assert scores["elbo_bits_per_dim"] > scores["iwae_bits_per_dim"]
+    for kind in ("re", "kl"):
+        assert scores[f"{kind}_bits_per_dim"] == pytest.approx(
+            [nats / math.log(2) / 768 for nats in scores[f"{kind}_nats"]]
+        )
+    total = sum(scores["re_bits_per_dim"]) + sum(scores["kl_bits_per_dim"])
+    assert scores["bits_per_dim"] == pytest.approx(total, rel=1e-5)
+    assert scores["pairs_bits_per_dim_stderr"] > 0

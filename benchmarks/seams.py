@@ -62,11 +62,15 @@ def main(
 ) -> None:
     """Measure the seams of a model with computed images on a folder of photographs."""
     net = selfvae.load(model)
+    unit = net.multiples[0]
+    if tile % unit[0] or tile % unit[1]:
+        raise SystemExit(f"--tile must be divisible by {unit[0]} and {unit[1]} for this model; got {tile}")
     parts = selfvae.tiled(net, tile, margin)
     rows: list[dict[str, float]] = []
-    for file in sorted(f for f in folder.iterdir() if f.suffix in pictures.ENDINGS)[:limit]:
+    for file in sorted(f for f in folder.iterdir() if f.suffix.lower() in pictures.ENDINGS)[:limit]:
         x = pictures.to_format(pictures.read(file), net.format)
-        x = x[:, :, : x.shape[2] // 16 * 16, : x.shape[3] // 16 * 16]
+        h, w = (n - n % m for n, m in zip(x.shape[2:], unit, strict=True))
+        x = x[:, :, :h, :w]
         y = infer(net, x, "y1")["y1"]
         drawn = selfvae.enhance(parts, y, seed=0)
         plain, whole = (selfvae.enhance(m, y, temperature=0.0) for m in (parts, net))

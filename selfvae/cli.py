@@ -34,7 +34,8 @@ from selfvae.train import TrainConfig
 from selfvae.transforms import Format
 
 _SETTINGS = "train.yaml"
-_TILE = 192  # pixels; larger pictures are worked on in tiles
+_TILE = 192  # pixels of a tile's side
+_WHOLE = (2 * _TILE) ** 2  # pixels, of all pictures drawn together, that are worked on without tiles
 
 _Run = Annotated[Positional[Path], arg(metavar="DIR")]
 _In = Annotated[Positional[Path], arg(metavar="IN")]
@@ -113,18 +114,20 @@ class Drawing:
     decode: Literal["sample", "mode"] = "sample"
     seed: int = 0
 
-    def how(self) -> dict[str, Any]:
-        """The keyword arguments of `tasks`."""
+    def how(self, net: SelfVAE) -> dict[str, Any]:
+        """The keyword arguments of `tasks`, checked for the model."""
+        heat: Any
         try:
             if "=" in self.temperature:
                 pairs = (part.split("=") for part in self.temperature.split(","))
-                heat: Any = {name.strip(): float(value) for name, value in pairs}
+                heat = {name.strip() or "?": float(value) for name, value in pairs}
             else:
                 heat = float(self.temperature)
         except ValueError:
             raise ValueError(
                 f"--temperature takes a number, or NAME=NUMBER,...; got {self.temperature!r}"
             ) from None
+        tasks.temperatures(net, heat, self.decode)
         return {"temperature": heat, "decode": self.decode, "seed": self.seed}
 
 
@@ -167,11 +170,11 @@ def evaluate(
     images = getattr(dataset, split)
     if enhance:
         result = scoring.enhancement(
-            net, images, level, draws=draws, limit=limit, batch_size=batch_size, **drawing.how()
+            net, images, level, draws=draws, limit=limit, batch_size=batch_size, **drawing.how(net)
         )
     else:
-        if drawing != Drawing(seed=drawing.seed):
-            raise ValueError("--temperature and --decode go with --enhance: a score is at temperature 1")
+        if (drawing, level, draws) != (Drawing(seed=drawing.seed), 1, 8):
+            raise ValueError("--level, --draws, --temperature and --decode go with --enhance")
         torch.manual_seed(drawing.seed)
         result = scoring.evaluate(net, images, iw=iw, limit=limit, batch_size=batch_size)
     _show(result, json)
@@ -217,7 +220,16 @@ def generate(
     """
 
     net = hub.load(model).to(_device())
-    images = tasks.generate(_fitting(net, height or 0, width or 0), n, height, width, **drawing.how())
+    _positive("n", n)
+    pictures.check_ending(out)
+    how = drawing.how(net)
+    height, width = height or net.config.image_shape[1], width or net.config.image_shape[2]
+    fitting, chunk = _fitting(net, height * width), max(1, _WHOLE // (height * width))
+    parts = [
+        tasks.generate(fitting, min(chunk, n - i), height, width, **{**how, "seed": how["seed"] + i})
+        for i in range(0, n, chunk)
+    ]
+    images = torch.cat(parts)
     plots.save_grid(pictures.show(images, net.format), out, zoom=zoom)
     print(f"{n} images in {out}")
 
@@ -244,15 +256,14 @@ def enhance(
     """
 
     net = hub.load(model).to(_device())
-    how = drawing.how()
-    if not 1 <= level < len(net.levels):
-        raise ValueError(f"--level must be 1 to {len(net.levels) - 1} for this model; got {level}")
+    how = drawing.how(net)
+    tasks.check_computed(net, level)
     _positive("n", n)
     rows, cols = net.scale(level)
 
     def work(picture: pictures.Picture, file: Path) -> None:
         y = pictures.to_format(picture, net.levels[level].format)
-        fitting = _fitting(net, y.shape[2] * rows, y.shape[3] * cols)
+        fitting = _fitting(net, y.shape[2] * rows * y.shape[3] * cols)
         draws = [tasks.enhance(fitting, y, level, **{**how, "seed": how["seed"] + i})[0] for i in range(n)]
         shown = [pictures.show(x, net.format) for x in draws]
         if n == 1:
@@ -263,7 +274,7 @@ def enhance(
             sheet = [plots.to_rgb(x) for x in (given, *(x[None] for x in shown))]
             plots.save_grid(torch.cat([x.cpu() for x in sheet]), file, zoom=1)
 
-    return _each(source, out, work)
+    return _each(source, out, work, alpha=n == 1 and net.format.channels in (1, 3))
 
 
 def reconstruct(
@@ -283,14 +294,14 @@ def reconstruct(
     """
 
     net = hub.load(model).to(_device())
-    how, given_names = drawing.how(), tasks.names(net, given)
+    how, given_names = drawing.how(net), tasks.names(net, given)
 
     def work(picture: pictures.Picture, file: Path) -> None:
         x = pictures.to_format(picture, net.format)
-        drawn = tasks.reconstruct(_fitting(net, *x.shape[2:]), x, given_names, **how)
+        drawn = tasks.reconstruct(_fitting(net, x[0, 0].numel()), x, given_names, **how)
         pictures.write(pictures.show(drawn[0], net.format), file, _alpha(picture, net.format))
 
-    return _each(source, out, work)
+    return _each(source, out, work, alpha=net.format.channels in (1, 3))
 
 
 def vary(
@@ -312,12 +323,12 @@ def vary(
     """
 
     net = hub.load(model).to(_device())
-    how, given_names = drawing.how(), tasks.names(net, given)
+    how, given_names = drawing.how(net), tasks.names(net, given)
     _positive("n", n)
 
     def work(picture: pictures.Picture, file: Path) -> None:
         x = pictures.to_format(picture, net.format)
-        drawn = tasks.vary(_fitting(net, *x.shape[2:]), x, n, given_names, **how)[0].cpu()
+        drawn = tasks.vary(_fitting(net, n * x[0, 0].numel()), x, n, given_names, **how)[0].cpu()
         plots.save_grid(pictures.show(torch.cat([x, drawn]), net.format), file, zoom=1)
 
     return _each(source, out, work)
@@ -348,10 +359,13 @@ def interpolate(
     """
 
     net = hub.load(model).to(_device())
+    pictures.check_ending(out)
+    for file in (a, b):
+        _check_free(file, out)
     ends = [pictures.to_format(pictures.read(file), net.format) for file in (a, b)]
-    fitting = _fitting(net, *ends[0].shape[2:])
+    fitting = _fitting(net, ends[0][0, 0].numel())
     frames = tasks.interpolate(
-        fitting, ends[0], ends[1], steps, given, spherical=spherical, **drawing.how()
+        fitting, ends[0], ends[1], steps, given, spherical=spherical, **drawing.how(net)
     )
     frames = pictures.show(frames[0], net.format)
     if out.suffix.lower() in (".gif", ".webp"):
@@ -379,7 +393,8 @@ def figures(
 
     net = hub.load(model).to(_device())
     dataset = sources.load(data, net.config.image_shape[1] if _resizable(data) else None)
-    files = sheets.figures(net, dataset.test.take(range(n)), out or model / "figures", **drawing.how())
+    images = dataset.test.take(range(min(n, len(dataset.test))))
+    files = sheets.figures(net, images, out or model / "figures", **drawing.how(net))
     print(f"See {files[-1]}")
 
 
@@ -388,12 +403,17 @@ def _positive(flag: str, n: int) -> None:
         raise ValueError(f"--{flag} must be at least 1; got {n}")
 
 
-def _fitting(net: SelfVAE, height: int, width: int) -> SelfVAE:
-    """The model, in tiles with a progress bar if the picture is much larger than a tile."""
-    if height * width <= (2 * _TILE) ** 2:
+def _fitting(net: SelfVAE, pixels: int) -> SelfVAE:
+    """The model; in tiles, with a progress bar, for many pixels."""
+    if pixels <= _WHOLE:
         return net
     bar = functools.partial(track, console=Console(stderr=True), transient=True)
     return tiled(net, _TILE, track=bar)
+
+
+def _check_free(source: Path, out: Path) -> None:
+    if source.exists() and out.exists() and out.samefile(source):
+        raise ValueError(f"{out} is the input itself: write to another file")
 
 
 def _alpha(picture: pictures.Picture, format: Format) -> torch.Tensor | None:
@@ -401,18 +421,23 @@ def _alpha(picture: pictures.Picture, format: Format) -> torch.Tensor | None:
     return None if picture.alpha is None or format.channels in (2, 4) else picture.alpha[0, 0]
 
 
-def _each(source: Path, out: Path, work: Callable[[pictures.Picture, Path], None]) -> int:
+def _each(
+    source: Path, out: Path, work: Callable[[pictures.Picture, Path], None], alpha: bool = False
+) -> int:
     """work(picture, output file) for a file, or for every picture below a folder.
 
-    In a folder a broken picture is passed over and reported at the end: the exit status is then 1.
+    In a folder a broken picture is passed over and reported at the end: the exit status is then 1. `alpha`
+    says whether the picture's alpha is to be written, so that a file that cannot hold it is refused early.
     """
 
     if not source.exists():
         raise FileNotFoundError(f"no picture or folder at {source}")
     if source.is_file():
-        if out.exists() and out.samefile(source):
-            raise ValueError(f"{out} is the input itself: write to another file")
-        work(pictures.read(source), out)
+        out = out / f"{source.stem}.png" if out.is_dir() else out
+        _check_free(source, out)
+        picture = pictures.read(source)
+        pictures.check_ending(out, alpha and picture.alpha is not None)
+        work(picture, out)
         print(f"{out}")
         return 0
     if out.exists() and not out.is_dir():

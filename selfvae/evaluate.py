@@ -14,7 +14,8 @@ from selfvae.bounds import Bounds, bounds
 from selfvae.data import Images
 from selfvae.model import SelfVAE
 from selfvae.objective import Terms, bits_per_dim
-from selfvae.tasks import Drawing, enhance, infer
+from selfvae.tasks import Drawing, check_computed, enhance, infer
+from selfvae.transforms import Chain, Format, MeanDownscale, Transform
 
 __all__ = ["check_levels", "enhancement", "evaluate", "plain_enhancement", "psnr", "ssim"]
 
@@ -110,20 +111,25 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 def plain_enhancement(model: SelfVAE, y: Tensor, k: int = 1) -> Tensor:
     """What one would show without a model, given y[k] (B, c, h, w): uint8 (B, C, H, W).
 
-    The transforms' own guesses (the grey image in every channel, the middle of each step of a bit depth);
-    where pixels are missing, bicubic upscaling.
+    The transforms' own guesses: bicubic upscaling (from every n-th pixel: linear interpolation), the grey
+    image in every channel, the middle of each step of a bit depth, the blurred image as it is.
     """
-    format = model.levels[k].format
     for level in reversed(model.levels[:k]):
-        rows, cols = level.transform.scale
-        if (rows, cols) == (1, 1):
-            guess = level.transform.estimate(y, level.format)
-        else:
-            size = (y.shape[2] * rows, y.shape[3] * cols)
-            guess = F.interpolate(y.float(), size, mode="bicubic", align_corners=False)
-        format = level.format
-        y = guess.round().clamp(0, format.top).to(torch.uint8)
+        guess = _guess(level.transform, y, level.format)
+        y = guess.round().clamp(0, level.format.top).to(torch.uint8)
     return y
+
+
+def _guess(d: Transform, y: Tensor, format: Format) -> Tensor:
+    if isinstance(d, Chain):
+        for step, taken in reversed(d.steps(format)):
+            y = _guess(step, y, taken)
+        return y.float()
+    if isinstance(d, MeanDownscale):  # its own guess, the models' anchor, is bilinear
+        return F.interpolate(
+            y.float(), scale_factor=tuple(map(float, d.scale)), mode="bicubic", align_corners=False
+        )
+    return d.estimate(y, format)
 
 
 @torch.no_grad()
@@ -145,6 +151,7 @@ def enhancement(
     over pairs and images. All on the scale 0..255. Images are cropped to a size that the model's networks
     divide.
     """
+    check_computed(model, k)
     if draws < 2:
         raise ValueError(f"draws must be at least 2, to tell how they differ; got {draws}")
     n = len(images) if limit is None else min(limit, len(images))

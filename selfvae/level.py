@@ -60,6 +60,11 @@ class Level(nn.Module):
         prior: Any = self.prior_net
         return prior.multiple if isinstance(self.transform, Blank) else encoder.stride
 
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Channels, height and width of z for y of a height and width in pixels."""
+        encoder: Any = self.encoder
+        return encoder.latent, height // encoder.stride, width // encoder.stride
+
     @property
     def fills_in(self) -> bool:
         """Whether y_up keeps pixels of y, so that the level works at y_up's resolution."""

@@ -72,13 +72,13 @@ class SelfVAE(nn.Module):
 
     @property
     def multiples(self) -> list[tuple[int, int]]:
-        """What the height and width of each y_k must be divisible by, in pixels."""
-        out = [(1, 1)]
+        """What the height and width of each y_k must be divisible by, for all levels, in pixels."""
+        rows, cols = 1, 1
         for level in reversed(self.levels):
-            rows, cols = level.transform.scale
-            m = level.multiple
-            out.append((math.lcm(m, rows * out[-1][0]), math.lcm(m, cols * out[-1][1])))
-        return out[:0:-1]
+            n, m = level.transform.scale
+            rows, cols = math.lcm(level.multiple, n * rows), math.lcm(level.multiple, m * cols)
+        scales = [self.scale(k) for k in range(len(self.levels))]
+        return [(rows // n, cols // m) for n, m in scales]
 
     @property
     def device(self) -> torch.device:

@@ -71,13 +71,14 @@ class Stack(nn.Sequential):
 class Encoder(nn.Module):
     """The image y[k] (B, C, H, W) in [-1, 1] -> parameters of q(z | y[k]), (B, 2 * latent, h, w).
 
-    `stride` is the number of pixels, in height and width, for one position of z.
+    `stride` is the number of pixels, in height and width, for one position of z; `latent` its channels.
     """
 
     def __init__(self, channels: int, latent: int, branch: Branch) -> None:
         super().__init__()
         self.body = branch.build(channels)
         self.head = Conv(self.body.out_channels, 2 * latent, init_scale=_HEAD_SCALE)
+        self.latent = latent
         self.stride = 2**branch.blocks if branch.resize == "down" else 1
 
     def forward(self, y: Tensor) -> Tensor:

@@ -19,7 +19,17 @@ from torch import Tensor
 from selfvae.hub import write_atomic
 from selfvae.transforms import Format, Greyscale
 
-__all__ = ["ENDINGS", "Picture", "open_picture", "read", "save", "show", "to_format", "write"]
+__all__ = [
+    "ENDINGS",
+    "Picture",
+    "check_ending",
+    "open_picture",
+    "read",
+    "save",
+    "show",
+    "to_format",
+    "write",
+]
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -36,8 +46,8 @@ def open_picture(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I;16"):
-                return Image.fromarray((np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8))
+            if picture.mode.startswith("I;16") or (picture.mode == "I" and file.format == "PPM"):
+                return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
             if picture.mode in ("I", "F"):
                 raise ValueError(
                     f"{path} has 32 bits a channel (mode {picture.mode}): convert it to 8 or 16 bits"
@@ -96,14 +106,19 @@ def write(x: Tensor, path: str | Path, alpha: Tensor | None = None) -> None:
     save(picture, Path(path))
 
 
-def save(picture: Image.Image, path: Path, **options: object) -> None:
-    """Write a picture file whole or not at all."""
-    known = Image.registered_extensions()
-    kind = known.get(path.suffix.lower())
+def check_ending(path: Path, alpha: bool = False) -> str:
+    """The kind of file that the ending of `path` says; ValueError for none, or none that holds alpha."""
+    kind = Image.registered_extensions().get(path.suffix.lower(), "")
     if kind not in Image.SAVE:
         raise ValueError(f"{path}: a picture file ends in .png, .webp, .jpg, ...; got {path.suffix!r}")
-    if picture.mode in ("LA", "RGBA") and kind not in ("PNG", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000"):
+    if alpha and kind not in ("PNG", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000"):
         raise ValueError(f"{path}: {kind} files hold no alpha channel: write .png or .webp")
+    return kind
+
+
+def save(picture: Image.Image, path: Path, **options: object) -> None:
+    """Write a picture file whole or not at all."""
+    kind = check_ending(path, alpha=picture.mode in ("LA", "RGBA"))
     if kind == "WEBP":
         options = {"lossless": True, "exact": True, **options}
     elif kind == "JPEG":

@@ -6,19 +6,20 @@ operations, alone or together, e.g. {"z1", "z0"}, "RS2" or "u,z0". With one comp
 | operation | given |
 |---|---|
 | generation | nothing |
-| conditional generation, CG, super-resolution, SR | y1 |
+| conditional generation, CG, super resolution, SR | y1 |
 | conditional reconstruction, CR | y1, z0 |
 | RS1, RS2, ... | the 1, 2, ... coarsest latents |
 | reconstruction, RS | all latents |
 | variation | u |
 
-An image that is given brings what it determines: the images computed from it, exactly, and their
-latents, inferred by q. Images of any height and width are padded to what the model's networks divide
-(the last row and column repeated) and the results cropped.
+An image that is named brings what it determines: the images computed from it, exactly, and their
+latents, inferred by q. (`complete` alone takes exactly what it is given.) Images of any height and width
+are padded to what the model's networks divide (the last row and column repeated) and the results cropped.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypedDict, Unpack
@@ -32,6 +33,7 @@ from selfvae.transforms import check_image
 __all__ = [
     "ALIASES",
     "Drawing",
+    "check_computed",
     "complete",
     "enhance",
     "generate",
@@ -39,6 +41,7 @@ __all__ = [
     "interpolate",
     "names",
     "reconstruct",
+    "temperatures",
     "variables",
     "vary",
 ]
@@ -77,7 +80,7 @@ ALIASES: dict[str, Callable[[list[str]], list[str]]] = {
     "generation": lambda z: [],
     "conditional generation": lambda z: ["y1"],
     "cg": lambda z: ["y1"],
-    "super-resolution": lambda z: ["y1"],
+    "super resolution": lambda z: ["y1"],
     "sr": lambda z: ["y1"],
     "conditional reconstruction": lambda z: ["y1", "z0"],
     "cr": lambda z: ["y1", "z0"],
@@ -87,6 +90,7 @@ ALIASES: dict[str, Callable[[list[str]], list[str]]] = {
     "u": lambda z: z[:1],
     "x": lambda z: ["y0"],
 }
+_LATENT = ("reconstruction", "rs", "variation", "u")  # mean nothing for a model without latents
 
 
 def names(model: SelfVAE, given: str | Iterable[str]) -> list[str]:
@@ -99,12 +103,13 @@ def names(model: SelfVAE, given: str | Iterable[str]) -> list[str]:
     out: set[str] = set()
     for part in given.split(",") if isinstance(given, str) else given:
         name = part.strip()
-        word = name.lower().replace("_", " ")
+        word = name.lower().replace("_", " ").replace("-", " ")
         itself = [word] if word else []
         chosen = ALIASES[word](latents) if word in ALIASES else numbered.get(word, itself)
         missing = [v for v in chosen if v not in known]
-        if missing or (word in ("u", "variation", "rs", "reconstruction") and not latents):
-            operations = [*ALIASES, *numbered]
+        if missing or (word in _LATENT and not latents):
+            operations = [word for word, of in ALIASES.items() if set(of(latents)) <= set(known)]
+            operations = [*(w for w in operations if latents or w not in _LATENT), *numbered]
             raise ValueError(
                 f"unknown variable {name!r}: this model has {', '.join(known)}"
                 f"{'' if latents else ' (and no latents)'}; operations are {', '.join(operations)}"
@@ -136,8 +141,10 @@ def _seeded(model: SelfVAE, seed: int | None) -> Iterator[None]:
         yield
 
 
-def _heats(model: SelfVAE, temperature: float | Mapping[str, float], decode: str) -> Callable[[str], float]:
-    """The temperature of every variable by name."""
+def temperatures(
+    model: SelfVAE, temperature: float | Mapping[str, float] = 1.0, decode: str = "sample"
+) -> dict[str, float]:
+    """The temperature of every variable by name; arguments as in `Drawing`, ValueError for wrong ones."""
     if decode not in ("sample", "mode"):
         raise ValueError(f"decode must be 'sample' or 'mode'; got {decode!r}")
     heats = dict.fromkeys(variables(model), 1.0 if isinstance(temperature, Mapping) else temperature)
@@ -146,11 +153,11 @@ def _heats(model: SelfVAE, temperature: float | Mapping[str, float], decode: str
             for variable in names(model, name):
                 heats[variable] = value
     for name, value in heats.items():
-        if not value >= 0:
-            raise ValueError(f"temperature must be 0 or more; got {value} for {name}")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"temperature must be finite and 0 or more; got {value} for {name}")
         if decode == "mode" and name[0] == "y":
             heats[name] = 0.0
-    return heats.__getitem__
+    return heats
 
 
 def _draw(p: Any, temperature: float) -> Tensor:
@@ -192,7 +199,7 @@ def infer(
     images = [int(name[1:]) for name in wanted if name[0] == "y"]
     if images:  # an image brings all above it
         wanted |= {name for name in variables(model) if int(name[1:]) >= min(images)}
-    heat = _heats(model, how.get("temperature", 1.0), how.get("decode", "sample"))
+    heats = temperatures(model, how.get("temperature", 1.0), how.get("decode", "sample"))
     out: dict[str, Tensor] = {}
     y = image.to(model.device)
     y = _pad(y, _up((y.shape[2], y.shape[3]), model.multiples[k]))
@@ -201,7 +208,7 @@ def infer(
             if f"y{j}" in wanted:
                 out[f"y{j}"] = y
             if f"z{j}" in wanted:
-                out[f"z{j}"] = _draw(model.levels[j].posterior(y), heat(f"z{j}"))
+                out[f"z{j}"] = _draw(model.levels[j].posterior(y), heats[f"z{j}"])
             y = model.levels[j].transform(y)
     return out
 
@@ -225,9 +232,13 @@ def complete(
             the size that the model was built for.
         temperature, decode, seed: see `Drawing`.
 
-    Returns every variable by name; "y0" is the image, uint8 (B, C, H, W).
+    Returns every variable by name; "y0" is the image, uint8 (B, C, H, W). What a given image determines is
+    drawn too unless it is given: `infer` finds it.
     """
     given = {variable: value for name, value in given.items() for variable in _one(model, name)}
+    for name, value in given.items():
+        if name[0] == "y":
+            check_image(value, model.levels[int(name[1:])].format.channels, name)
     n, height, width = shape or _shape(model, given)
     if min(n, height, width) < 1:
         raise ValueError(f"shape must be at least one image of 1 x 1 pixel; got {n, height, width}")
@@ -239,9 +250,8 @@ def complete(
     for name, value in given.items():
         if value.shape[0] != n:
             raise ValueError(f"{name} must be for {n} images; got {value.shape[0]}")
+        k = int(name[1:])
         if name[0] == "y":
-            k = int(name[1:])
-            check_image(value, model.levels[k].format.channels, name)
             rows, cols = model.scale(k)
             size = -(-height // rows), -(-width // cols)
             if tuple(value.shape[2:]) not in (size, sizes[k]):
@@ -250,12 +260,17 @@ def complete(
                     f"got {value.shape[2]} x {value.shape[3]}"
                 )
             value = _pad(value, sizes[k])
+        elif tuple(value.shape[1:]) != model.levels[k].latent_shape(*sizes[k]):
+            raise ValueError(
+                f"{name} must be {(n, *model.levels[k].latent_shape(*sizes[k]))} for images of {height} x "
+                f"{width}; got {tuple(value.shape)}: is shape, (number, height, width), the images' own?"
+            )
         taken[name] = value.to(model.device)
-    heat = _heats(model, temperature, decode)
+    heats = temperatures(model, temperature, decode)
     out: dict[str, Tensor] = {}
 
     def pick(name: str, p: Any) -> Tensor:
-        out[name] = taken[name] if name in taken else _draw(p, heat(name))
+        out[name] = taken[name] if name in taken else _draw(p, heats[name])
         return out[name]
 
     with _seeded(model, seed):
@@ -294,15 +309,20 @@ def generate(
     return complete(model, {}, (n, height or shape[1], width or shape[2]), **how)["y0"]
 
 
+def check_computed(model: SelfVAE, k: int) -> None:
+    """Raise ValueError unless y[k] is an image that the model computes."""
+    if len(model.levels) == 1:
+        raise ValueError("this model computes no image to enhance from: take one with transforms")
+    if not 1 <= k < len(model.levels):
+        raise ValueError(f"the level must be 1 to {len(model.levels) - 1} for this model; got {k}")
+
+
 def enhance(model: SelfVAE, y: Tensor, k: int = 1, **how: Unpack[Drawing]) -> Tensor:
     """Images x drawn given y[k] = y alone: super-resolution, colourisation, de-banding.
 
     y: uint8 (B, c, h, w); returns uint8 (B, C, H, W). With a consistent likelihood d(x) = y exactly.
     """
-    if not 1 <= k < len(model.levels):
-        if len(model.levels) == 1:
-            raise ValueError("this model computes no image to enhance from: take one with transforms")
-        raise ValueError(f"k must be 1 to {len(model.levels) - 1} for this model; got {k}")
+    check_computed(model, k)
     seed = how.pop("seed", None)
     with _seeded(model, seed):
         given = infer(model, y, k=k, **how)

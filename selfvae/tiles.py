@@ -3,7 +3,8 @@
 The walk stays what it is: every variable is drawn once for the whole picture, coarsest first, and the
 next level sees the whole result. Only what a network needs at a time is cut into tiles, each with a
 margin of context that is thrown away. So neighbouring tiles condition on the same latents and images,
-and no blending of separately drawn pictures is needed.
+and no blending of separately drawn pictures is needed. Networks of limited reach (residual blocks) give the
+same as on the whole; the channel attention of dense blocks takes its means over a tile, not the picture.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class TiledLevel(nn.Module):
         self.margin = tuple(-(-margin // n) for n in unit)
         self.format, self.transform = level.format, level.transform
         self.has_latent, self.multiple = level.has_latent, level.multiple
+        self.latent_shape = level.latent_shape
 
     def assemble(
         self, name: str, draw: Callable[[Any], Tensor], part: Callable[..., Any], inputs: list[Tensor]

@@ -552,11 +552,16 @@ class Chain(Transform):
             x = transform.format(x)
         return x
 
-    def estimate(self, y: Tensor, format: Format) -> Tensor:
-        formats = [format]
+    def steps(self, x: Format) -> list[tuple[Transform, Format]]:
+        """The transforms, each with the format of what it takes, for x of the given format."""
+        out = []
         for transform in self._steps():
-            formats.append(transform.format(formats[-1]))
+            out.append((transform, x))
+            x = transform.format(x)
+        return out
+
+    def estimate(self, y: Tensor, format: Format) -> Tensor:
         out = y
-        for transform, f in zip(reversed(self._steps()), reversed(formats[:-1]), strict=True):
-            out = transform.estimate(out, f)
+        for transform, taken in reversed(self.steps(format)):
+            out = transform.estimate(out, taken)
         return out

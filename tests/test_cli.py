@@ -108,6 +108,10 @@ def test_a_folder_goes_on_past_a_broken_file(
     assert made == ["a.bmp.png", "a.png.png", "sub/c.png"]
     (source / "b.png").unlink()
     assert main(["enhance", str(source), str(out), *model]) == 0
+    capsys.readouterr()
+    assert main(["enhance", str(source), str(out), *model, "--temperature", "q=1"]) == 2
+    assert "unknown variable 'q'" in capsys.readouterr().err
+    assert main(["enhance", str(source / "a.png"), str(out), *model]) == 0 and (out / "a.png").exists()
     assert main(["enhance", str(source), str(source / "out"), *model]) == 2
     assert "lies in the input folder" in capsys.readouterr().err
 
@@ -118,7 +122,7 @@ def test_a_folder_goes_on_past_a_broken_file(
         (["enhance", "PHOTO", "PHOTO", "--model", "selfvae"], "is the input itself"),
         (["enhance", "nowhere.png", "o.png", "--model", "selfvae"], "no picture or folder at nowhere.png"),
         (["enhance", "PHOTO", "o.jpg", "--model", "selfvae"], "JPEG files hold no alpha"),
-        (["enhance", "PHOTO", "o.png", "--model", "vae-normal"], "--level must be"),
+        (["enhance", "PHOTO", "o.png", "--model", "vae-normal"], "computes no image"),
         (["enhance", "PHOTO", "o.png", "--model", "selfvae", "--level", "2"], "must be 1 to 1"),
         (["enhance", "PHOTO", "o.png", "--model", "selfvae", "--temperature", "hot"], "takes a number"),
         (
@@ -129,6 +133,11 @@ def test_a_folder_goes_on_past_a_broken_file(
         (["vary", "PHOTO", "o.png", "--model", "selfvae-halve"], "no latents"),
         (["vary", "PHOTO", "o.png", "--model", "selfvae", "--n", "0"], "--n must be at least 1"),
         (["interpolate", "PHOTO", "PHOTO", "o.png", "--model", "selfvae", "--given", "y1"], "only latents"),
+        (["enhance", "PHOTO", "o.xyz", "--model", "selfvae"], "ends in .png"),
+        (["enhance", "PHOTO", "o.png", "--model", "selfvae", "--temperature", "inf"], "must be finite"),
+        (["enhance", "PHOTO", "o.png", "--model", "selfvae", "--temperature", "=1"], "variable '?'"),
+        (["interpolate", "PHOTO", "PHOTO", "PHOTO", "--model", "selfvae"], "is the input itself"),
+        (["generate", "selfvae", "--out", "o"], "ends in .png"),
         (["enhance", "PHOTO", "o.png", "--model", "nowhere"], "config.json is missing"),
     ],
 )
@@ -167,7 +176,7 @@ def test_figures_and_scores_by_command(
     np.save(tmp_path / "data.npy", images.repeat(5, 1, 1, 1).numpy())
     data = ["--data", str(tmp_path / "data.npy")]
     model, out = str(runs / "selfvae"), tmp_path / "figures"
-    assert main(["figures", model, *data, "--out", str(out), "--n", "2"]) == 0
+    assert main(["figures", model, *data, "--out", str(out), "--n", "99"]) == 0
     assert (out / "index.html").exists()
     capsys.readouterr()
     assert main(["eval", model, *data, "--enhance", "--draws", "3", "--json"]) == 0
@@ -204,7 +213,40 @@ def test_enhancement_scores(name: str, runs: Path) -> None:
     assert plain.shape == (3, 3, 24, 16)
     if name == "selfvae-grey":
         assert torch.equal(plain, y.expand(-1, 3, -1, -1)) and scores["consistency_error_plain"] == 0
+    if name == "selfvae-halve":
+        assert torch.equal(plain[:, :, :, ::2], y) and scores["consistency_error_plain"] == 0
     if name == "selfvae-bits":
         assert torch.equal(plain, (y << 5) + 16)
     with pytest.raises(ValueError, match="draws must be at least 2"):
         evaluate.enhancement(model, Images(x.numpy()), draws=1)
+
+
+def test_known_scores(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws that are 5 levels above and below x."""
+    x = torch.randint(10, 240, (2, 3, 16, 16), dtype=torch.uint8)
+    signs = iter([5, -5])
+    monkeypatch.setattr(evaluate, "enhance", lambda *args, **how: (x.int() + next(signs)).to(torch.uint8))
+    scores = evaluate.enhancement(selfvae.load(runs / "selfvae-grey"), Images(x.numpy()), draws=2)
+    assert scores["psnr_draw"] == pytest.approx(34.1514, abs=1e-3)
+    assert scores["psnr_mean"] == 100 and scores["ssim_mean"] == pytest.approx(1)
+    assert scores["diversity_rmse"] == pytest.approx(10)
+    assert scores["consistency_error_draw"] == pytest.approx(5) and scores["consistency_error_mean"] == 0
+
+
+def test_known_scores_of_few_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randint(0, 7, (2, 3, 16, 16), dtype=torch.uint8)
+    model = selfvae.build("selfvae", "tiny", (3, 16, 16), levels=8, width=0.06)
+    steps = iter([1, 0])
+    monkeypatch.setattr(evaluate, "enhance", lambda *args, **how: x + next(steps))
+    scores = evaluate.enhancement(model, Images(x.numpy()), draws=2)
+    assert scores["diversity_rmse"] == pytest.approx(255 / 7)
+    assert scores["psnr_draw"] == pytest.approx((100 + 20 * np.log10(7)) / 2)
+
+
+@pytest.mark.parametrize("transform", ["grey+mean2", "mean2+grey", "mean2+bits3", "bicubic2+grey"])
+def test_plain_enhancement_of_chains(transform: str, images: torch.Tensor) -> None:
+    model = selfvae.build("selfvae", "tiny", (3, 16, 16), transforms=(transform,), width=0.06)
+    plain = evaluate.plain_enhancement(model, infer(model, images, "y1")["y1"])
+    flat = images.double().mean((2, 3), keepdim=True)
+    assert plain.shape == images.shape
+    assert evaluate.psnr(plain, images).mean() > evaluate.psnr(flat, images).mean() - 3

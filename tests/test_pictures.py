@@ -44,6 +44,8 @@ def test_values_palette_transparency_and_orientation(tmp_path: Path) -> None:
 def test_deep_files(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 255, 256, 65535]], np.uint16)).save(tmp_path / "a.png")
     assert read(tmp_path / "a.png").pixels.flatten().tolist() == [0, 0, 1, 255]  # the high byte
+    (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535 " + bytes([1, 0, 255, 255]))
+    assert read(tmp_path / "a.pgm").pixels.flatten().tolist() == [1, 255]
     Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match=r"a\.tif has 32 bits a channel \(mode F\)"):
         read(tmp_path / "a.tif")

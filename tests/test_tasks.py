@@ -78,6 +78,19 @@ def test_one_pixel_with_every_transform(transform: str, images: torch.Tensor) ->
             assert torch.equal(level.transform(x), y)
 
 
+@pytest.mark.parametrize(
+    ("transform", "side"), [("mean1x2", 32), ("mean3", 48), ("bicubic3", 48), ("grey+mean2", 32)]
+)
+def test_odd_sizes_where_strides_differ(transform: str, side: int) -> None:
+    x = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+    model = build("selfvae", x, transforms=(transform,), prior="mog", image_shape=(3, side, side))
+    (rows, cols), channels = model.scale(1), model.levels[1].format.channels
+    for n in (1, 5, 9):
+        y = torch.randint(0, 256, (2, channels, n, n), dtype=torch.uint8)
+        assert enhance(model, y).shape == (2, 3, n * rows, n * cols)
+        assert reconstruct(model, x[:, :, : n + 1, :n]).shape == (2, 3, n + 1, n)
+
+
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_other_channels(channels: int, images: torch.Tensor) -> None:
     x = images[:, :1].repeat(1, channels, 1, 1)[:, :, :7, :9]
@@ -86,6 +99,11 @@ def test_other_channels(channels: int, images: torch.Tensor) -> None:
     )
     assert reconstruct(model, x).shape == x.shape
     assert vary(model, x, 2).shape == (4, 2, channels, 7, 9)
+
+
+def test_variations_belong_to_their_images(images: torch.Tensor) -> None:
+    kept = vary(build("selfvae", images), images, 3, "x")
+    assert torch.equal(kept, images[:, None].expand(-1, 3, -1, -1, -1))
 
 
 def test_names_and_aliases(images: torch.Tensor) -> None:
@@ -104,6 +122,8 @@ def test_names_and_aliases(images: torch.Tensor) -> None:
         "conditional_reconstruction": ["y1", "z0"],
         "Conditional generation": ["y1"],
         "super-resolution": ["y1"],
+        "super_resolution": ["y1"],
+        "conditional-generation": ["y1"],
         "u, z0": ["z2", "z0"],
         "x": ["y0"],
     }.items():
@@ -114,6 +134,8 @@ def test_names_and_aliases(images: torch.Tensor) -> None:
     for wrong in ("RS2", "CR", "y1", "z1", "nonsense"):
         with pytest.raises(ValueError, match=f"unknown variable '{wrong}': this model has z0, y0"):
             names(plain, wrong)
+    with pytest.raises(ValueError, match=r"operations are generation, reconstruction, rs, .*, x, rs1$"):
+        names(plain, "CR")
     chain = build("selfvae-halve", images)
     with pytest.raises(ValueError, match=r"unknown variable 'u': .* \(and no latents\)"):
         vary(chain, images, 2)
@@ -146,11 +168,13 @@ def test_temperature_by_variable_and_modes(images: torch.Tensor) -> None:
     values = infer(model, images, "RS")
     fixed = [complete(model, values, decode="mode", seed=s)["y0"] for s in (1, 2)]
     assert torch.equal(*fixed)
+    free = [complete(model, {}, (2, 16, 16), decode="mode", seed=s) for s in (1, 2)]
+    assert not torch.equal(free[0]["z2"], free[1]["z2"])  # latents are drawn as ever
     calm = [complete(model, values, temperature={"y2": 0, "y1": 0, "y0": 0}, seed=s)["y0"] for s in (1, 2)]
     assert torch.equal(calm[0], fixed[0]) and torch.equal(calm[1], fixed[0])
     only = [complete(model, values, temperature={"y2": 0}, seed=s) for s in (1, 2)]
     assert torch.equal(only[0]["y2"], only[1]["y2"]) and not torch.equal(only[0]["y1"], only[1]["y1"])
-    with pytest.raises(ValueError, match="0 or more; got -1"):
+    with pytest.raises(ValueError, match="finite and 0 or more; got -1"):
         generate(model, 1, temperature=-1)
     with pytest.raises(ValueError, match="'sample' or 'mode'; got 'best'"):
         generate(model, 1, decode="best")  # type: ignore[arg-type]
@@ -177,6 +201,9 @@ def test_interpolations_end_at_both_images(images: torch.Tensor) -> None:
         for strip in (line, arc):
             off = (strip[:, end].int() - expected.int()).abs()
             assert off.max() <= 1
+    assert not torch.equal(line[:, 2], arc[:, 2])
+    still = interpolate(model, a, a, 3, seed=1)
+    assert torch.equal(still[:, 0], still[:, 1])  # the same noise at every step
     a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     assert torch.allclose(tasks._slerp(a, b, 0.5), torch.tensor([[math.sqrt(0.5)] * 2]))
     assert torch.equal(tasks._slerp(a, a, 0.5), a)
@@ -196,6 +223,10 @@ def test_errors(images: torch.Tensor) -> None:
         generate(model, 0)
     with pytest.raises(ValueError, match="stands for 2 variables"):
         complete(model, {"RS2": images})
+    with pytest.raises(ValueError, match=r"z1 must be \(2, 16, 4, 4\) for images of 16 x 16; got"):
+        complete(model, {"z1": torch.zeros(2, 16, 3, 5)})
+    with pytest.raises(ValueError, match=r"y1 must be uint8 \(B, 3, H, W\); got uint8 \(3, 8, 8\)"):
+        complete(model, {"y1": images[0, :, :8, :8]})
     with pytest.raises(ValueError, match="computes no image"):
         enhance(build("vae-normal", images), images)
     with pytest.raises(ValueError, match="at least one image and pixel"):
@@ -217,6 +248,20 @@ def test_tiles_with_all_the_context_are_the_whole(name: str, images: torch.Tenso
     if name != "selfvae-halve":
         a, b = (infer(m, x, "RS", temperature=0.0) for m in (model, parts))
         assert all(torch.allclose(a[z], b[z], atol=1e-5) for z in a)
+
+
+def test_tiles_of_enough_context_are_the_whole(images: torch.Tensor) -> None:
+    """Residual blocks reach only so far: a margin beyond it changes nothing, though no tile sees all."""
+    model = build("selfvae-halve", images)
+    for level in model.levels:
+        for p in level.parameters():
+            p.data.add_(0.05 * torch.randn_like(p))
+    y = infer(model, images.repeat(1, 1, 6, 8)[:1], "y2")["y2"]
+    whole, near, short = (
+        enhance(m, y, 2, temperature=0.0).int() for m in (model, tiled(model, 16, 32), tiled(model, 16, 1))
+    )
+    assert ((whole - near).abs() > 0).float().mean() < 0.001
+    assert ((whole - short).abs() > 0).float().mean() > 0.001
 
 
 def test_tiles_report_progress_and_keep_memory_bounded(images: torch.Tensor) -> None:

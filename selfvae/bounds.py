@@ -130,7 +130,7 @@ def _draw(
         node.log_prior.append(p.log_prob(z).view(n, b).double())
         if pairs and name != top:
             for values, kept in ((z, node.z), (p.mean, node.mean), (p.log_var, node.log_var)):
-                kept.append(values.view(n, b, -1))
+                kept.append(values.reshape(n, b, -1))
         return z
 
     model.walk(pick, many[-1][:, :0])

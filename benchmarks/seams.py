@@ -5,6 +5,7 @@
 Prints, as means over the photographs, in grey levels:
     border, elsewhere
         absolute difference of neighbouring rows and columns that belong to different tiles; of all others
+        that belong to different blocks of the transform
     photo_border, photo_elsewhere
         the same of the photographs themselves, at the same places
     changed_border, changed_inside
@@ -29,14 +30,14 @@ from selfvae import pictures
 from selfvae.tasks import infer
 
 
-def jumps(x: Tensor, tile: int) -> tuple[Tensor, Tensor]:
-    """Mean differences of neighbours across tile borders, and elsewhere; x (1, C, H, W)."""
+def jumps(x: Tensor, tile: int, scale: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Mean differences of neighbours across tile borders, and across other blocks; x (1, C, H, W)."""
     across, within = [], []
-    for dim in (2, 3):
+    for dim, block in zip((2, 3), scale, strict=True):
         step = x.double().diff(dim=dim).abs().mean([d for d in range(4) if d != dim])
-        border = torch.arange(1, x.shape[dim]) % tile == 0
-        across.append(step[border])
-        within.append(step[~border])
+        at = torch.arange(1, x.shape[dim])
+        across.append(step[at % tile == 0])
+        within.append(step[(at % block == 0) & (at % tile != 0)])
     return torch.cat(across).mean(), torch.cat(within).mean()
 
 
@@ -76,8 +77,8 @@ def main(
         plain, whole = (selfvae.enhance(m, y, temperature=0.0) for m in (parts, net))
         changed = (plain.double() - whole.double()).abs().mean((0, 1))
         near = near_border(x, tile)
-        border, elsewhere = jumps(drawn, tile)
-        photo_border, photo_elsewhere = jumps(x, tile)
+        border, elsewhere = jumps(drawn, tile, net.scale(1))
+        photo_border, photo_elsewhere = jumps(x, tile, net.scale(1))
         values = {
             "border": border,
             "elsewhere": elsewhere,

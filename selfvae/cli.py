@@ -26,6 +26,7 @@ from selfvae import demo as first_run
 from selfvae import evaluate as scoring
 from selfvae import figures as sheets
 from selfvae import hub, pictures, plots, tasks
+from selfvae import ood as outliers
 from selfvae import train as loop
 from selfvae.model import SelfVAE
 from selfvae.presets import PRESETS, SIZES, build, configure
@@ -166,8 +167,7 @@ def evaluate(
     """
 
     net = hub.load(model).to(_device())
-    dataset = sources.load(data, net.config.image_shape[1] if _resizable(data) else None)
-    images = getattr(dataset, split)
+    images = _images(net, data, split)
     if enhance:
         result = scoring.enhancement(
             net, images, level, draws=draws, limit=limit, batch_size=batch_size, **drawing.how(net)
@@ -178,6 +178,47 @@ def evaluate(
         torch.manual_seed(drawing.seed)
         result = scoring.evaluate(net, images, iw=iw, limit=limit, batch_size=batch_size)
     _show(result, json)
+
+
+def ood(
+    model: _Run,
+    data: str = "photos",
+    out_sets: tuple[str, ...] = ("noise", "constant", "inverted", "rotated"),
+    limit: int | None = 1000,
+    batch_size: int = 32,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Out-of-distribution detection: AUROC of every score per image, for every out-set.
+
+    Args:
+        model: folder that training wrote.
+        data: the in-set, as for train; its test images.
+        out_sets: noise, constant, inverted, rotated (made from the in-set), or any data as for train.
+        limit: the first so many images of each.
+        batch_size: images at a time.
+        seed: of the latents and the random sets.
+        json: print one JSON object and nothing else.
+    """
+    net = hub.load(model).to(_device())
+    inside = _images(net, data)
+    outside = {name: None if name in outliers.ALTERED else _images(net, name) for name in out_sets}
+    result = outliers.ood(net, inside, outside, limit=limit, batch_size=batch_size, seed=seed)
+    if json:
+        _show(result, json)
+        return
+    print(f"AUROC, {result.pop('images')} images each")
+    names = list(next(iter(result.values())))
+    print(" " * 24 + "".join(f"{name:>10}" for name in names))
+    for out_set, values in result.items():
+        print(f"{out_set[-24:]:<24}" + "".join(f"{values[name]:>10.3f}" for name in names))
+
+
+def _images(net: SelfVAE, data: str, split: str = "test") -> sources.Images:
+    """A source's images at the model's size, where the source can be had in any."""
+    dataset = sources.load(data, net.config.image_shape[1] if _resizable(data) else None)
+    images: sources.Images = getattr(dataset, split)
+    return images
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -392,9 +433,10 @@ def figures(
     """
 
     net = hub.load(model).to(_device())
-    dataset = sources.load(data, net.config.image_shape[1] if _resizable(data) else None)
-    images = dataset.test.take(range(min(n, len(dataset.test))))
-    files = sheets.figures(net, images, out or model / "figures", **drawing.how(net))
+    images = _images(net, data)
+    files = sheets.figures(
+        net, images.take(range(min(n, len(images)))), out or model / "figures", **drawing.how(net)
+    )
     print(f"See {files[-1]}")
 
 
@@ -556,6 +598,7 @@ def main(argv: list[str] | None = None) -> int:
     commands: dict[str, Any] = {
         "train": train,
         "eval": evaluate,
+        "ood": ood,
         "generate": generate,
         "sample": generate,
         "enhance": enhance,

@@ -1,0 +1,118 @@
+"""Out-of-distribution detection: scores per image that should be high for images unlike the training set.
+
+| score | nats per image |
+|---|---|
+| nll | -ln p(x), by the bound at one draw of the latents |
+| re0, kl0, re1, ... | each level's terms of it |
+| ratio | ln p(y) - ln p(x given y): how much the finest level costs beyond all that it is given |
+| nll-png, nll-webp | nll minus the length of a PNG or WebP file: complexity-corrected |
+
+Sources: Serra et al. 2020 (input complexity); Ren et al. 2019 and Schirrmeister et al. 2020 (ratios).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfvae.baselines import lossless_bits
+from selfvae.data import Images
+from selfvae.evaluate import check_levels
+from selfvae.model import SelfVAE
+from selfvae.pictures import show
+
+__all__ = ["ALTERED", "auroc", "ood", "scores"]
+
+# out-sets made from the in-set: x uint8 (B, C, H, W), the largest value, a generator -> images of x's shape
+ALTERED: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
+    "noise": lambda x, top, g: torch.randint(0, top + 1, x.shape, generator=g, dtype=torch.uint8),
+    "constant": lambda x, top, g: torch.randint(
+        0, top + 1, (*x.shape[:2], 1, 1), generator=g, dtype=torch.uint8
+    ).expand_as(x),
+    "inverted": lambda x, top, g: top - x,
+    "rotated": lambda x, top, g: x.rot90(1, (2, 3)),
+}
+
+
+@torch.no_grad()
+def scores(model: SelfVAE, x: Tensor, batch_size: int = 32) -> dict[str, Tensor]:
+    """All scores of images x, uint8 (B, C, H, W): float64 (B,) nats each, by name."""
+    found = [model(part.to(model.device)) for part in x.split(batch_size)]
+    re, kl = (
+        torch.cat([torch.stack(getattr(terms, kind)) for terms in found], 1).cpu().double()
+        for kind in ("re", "kl")
+    )
+    levels = re + kl
+    out = {"nll": levels.sum(0)}
+    for k, level in enumerate(model.levels):
+        out[f"re{k}"] = re[k]
+        if level.has_latent:
+            out[f"kl{k}"] = kl[k]
+    if len(levels) > 1:
+        out["ratio"] = levels[0] - levels[1:].sum(0)
+    # files need 8 bits a value; two-channel images and fewer levels are files of their own kind
+    for name, format in (("png", "PNG"), ("webp", "WebP")):
+        if x.shape[1] in (1, 3):
+            length = lossless_bits(show(x, model.format), format)
+            out[f"nll-{name}"] = out["nll"] - length.double() * math.log(2)
+    return out
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """Probability that a score from outside (N,) is above one from inside (M,), ties counting a half.
+
+    >>> auroc(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]))
+    0.875
+    """
+    low, high = np.sort(inside.numpy()), outside.numpy()
+    below, upto = np.searchsorted(low, high, "left"), np.searchsorted(low, high, "right")
+    return float((below + upto).mean() / (2 * len(low)))
+
+
+def ood(
+    model: SelfVAE,
+    inside: Images,
+    outside: dict[str, Images | None],
+    *,
+    limit: int | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """AUROC of every score for every out-set against the first `limit` images of the in-set.
+
+    Arguments:
+        outside: by name; None: made from the in-set, as the name in `ALTERED` says.
+        seed: of the latents and of the sets that are random.
+
+    Returns {"images": n, out-set: {score: AUROC}}; 0.5 is chance, below it the out-set seems more likely.
+    """
+    n = len(inside) if limit is None else min(limit, len(inside))
+    if n < 2:
+        raise ValueError(f"at least 2 images are needed; got {n}")
+    check_levels(model, inside)
+    torch.manual_seed(seed)
+    x = inside.take(range(n))
+    known = scores(model, x, batch_size)
+    result: dict[str, Any] = {"images": n}
+    for name, images in outside.items():
+        if images is None:
+            if name not in ALTERED:
+                raise ValueError(f"unknown out-set {name!r}: give images, or one of {', '.join(ALTERED)}")
+            generator = torch.Generator().manual_seed(seed)
+            other = ALTERED[name](x, model.format.top, generator).contiguous()
+        else:
+            check_levels(model, images)
+            other = images.take(range(min(n, len(images))))
+        if other.shape[1:] != x.shape[1:]:
+            raise ValueError(
+                f"out-set {name!r} must hold images of {tuple(x.shape[1:])} as the in-set does; "
+                f"got {tuple(other.shape[1:])}"
+            )
+        strange = scores(model, other, batch_size)
+        result[name] = {score: auroc(known[score], strange[score]) for score in known}
+    return result

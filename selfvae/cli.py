@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
+import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +27,7 @@ from selfvae import evaluate as scoring
 from selfvae import figures as sheets
 from selfvae import hub, pictures, plots, tasks
 from selfvae import ood as outliers
+from selfvae import quality as samples
 from selfvae import train as loop
 from selfvae.model import SelfVAE
 from selfvae.presets import PRESETS, SIZES, build, configure
@@ -212,6 +213,47 @@ def ood(
     print(" " * 24 + "".join(f"{name:>10}" for name in names))
     for out_set, values in result.items():
         print(f"{out_set[-24:]:<24}" + "".join(f"{values[name]:>10.3f}" for name in names))
+
+
+def quality(
+    model: _Run,
+    data: str = "photos",
+    split: Literal["train", "validation", "test"] = "test",
+    n: int = 10_000,
+    features: str = "inception",
+    batch_size: int = 100,
+    json: bool = False,
+    drawing: _Drawing = _DRAWING,
+) -> None:
+    """Quality of samples: Frechet distance (FID), kernel distance (KID), precision and recall.
+
+    Args:
+        model: folder that training wrote.
+        data: as for train: the real images.
+        split: which of them; all are used.
+        n: images to generate; the papers take 10,000 against test and 50,000 against train.
+        features: inception, or MODULE:NAME, a network from images uint8 (B, 3, H, W) to (B, D).
+        batch_size: images at a time.
+        json: print one JSON object and nothing else.
+    """
+    _positive("n", n)
+    _positive("batch-size", batch_size)
+    sys.path.append(os.getcwd())  # where a user's own module lies
+    network = samples.load_network(features, _device())
+    net = hub.load(model).to(_device())
+    images, how = _images(net, data, split), drawing.how(net)
+    _, height, width = images.shape[1:]
+    chunks = [range(i, min(len(images), i + batch_size)) for i in range(0, len(images), batch_size)]
+    real = [
+        samples.features(network, images.take(chunk).to(_device()))
+        for chunk in _track(chunks, "real images")
+    ]
+    drawn = []
+    for start in _track(range(0, n, batch_size), "generated images"):
+        how["seed"] = drawing.seed + start
+        x = tasks.generate(net, min(batch_size, n - start), height, width, **how)
+        drawn.append(samples.features(network, pictures.show(x, net.format)))
+    _show(samples.report(torch.cat(real), torch.cat(drawn)), json)
 
 
 def _images(net: SelfVAE, data: str, split: str = "test") -> sources.Images:
@@ -449,8 +491,12 @@ def _fitting(net: SelfVAE, pixels: int) -> SelfVAE:
     """The model; in tiles, with a progress bar, for many pixels."""
     if pixels <= _WHOLE:
         return net
-    bar = functools.partial(track, console=Console(stderr=True), transient=True)
-    return tiled(net, _TILE, track=bar)
+    return tiled(net, _TILE, track=_track)
+
+
+def _track(sequence: Sequence[Any], description: str) -> Iterable[Any]:
+    """A progress bar, on standard error."""
+    return track(sequence, description, console=Console(stderr=True), transient=True)
 
 
 def _check_free(source: Path, out: Path) -> None:
@@ -598,6 +644,7 @@ def main(argv: list[str] | None = None) -> int:
     commands: dict[str, Any] = {
         "train": train,
         "eval": evaluate,
+        "quality": quality,
         "ood": ood,
         "generate": generate,
         "sample": generate,

@@ -55,9 +55,8 @@ def scores(model: SelfVAE, x: Tensor, batch_size: int = 32) -> dict[str, Tensor]
             out[f"kl{k}"] = kl[k]
     if len(levels) > 1:
         out["ratio"] = levels[0] - levels[1:].sum(0)
-    # files need 8 bits a value; two-channel images and fewer levels are files of their own kind
     for name, format in (("png", "PNG"), ("webp", "WebP")):
-        if x.shape[1] in (1, 3):
+        if x.shape[1] in (1, 3):  # without alpha: it would be compressed in a way of its own
             length = lossless_bits(show(x, model.format), format)
             out[f"nll-{name}"] = out["nll"] - length.double() * math.log(2)
     return out

@@ -213,3 +213,51 @@ def test_scores_of_a_data_set(images: Tensor) -> None:
     total = sum(scores["re_bits_per_dim"]) + sum(scores["kl_bits_per_dim"])
     assert scores["bits_per_dim"] == pytest.approx(total, rel=1e-5)
     assert scores["pairs_bits_per_dim_stderr"] > 0
+
+
+@pytest.mark.parametrize("consistent", [True, False])
+@torch.no_grad()
+def test_the_whole_bound_of_two_levels(consistent: bool) -> None:
+    """All 256 images of 2 x 4 pixels and 2 levels, y the means of pairs; three latents, integrated."""
+    torch.manual_seed(2)
+    model = selfvae.build(
+        "selfvae", "tiny", (1, 4, 8), levels=2, transforms=("mean1x2",), prior="normal",
+        latent_channels=1, components=2, width=0.06, consistent=consistent, anchored=False,
+    )  # fmt: skip
+    model.initialise(torch.randint(0, 2, (16, 1, 4, 8), dtype=torch.uint8))
+    for p in model.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    top, bottom = model.levels[1], model.levels[0]
+    assert top.latent_shape(2, 2) == (1, 1, 1) and bottom.latent_shape(2, 4) == (1, 1, 2)
+    x = torch.cartesian_prod(*[torch.arange(2, dtype=torch.uint8)] * 8).view(-1, 1, 2, 4)
+    y = model.pyramid(x)[1]
+
+    u = torch.linspace(-6, 6, 61)
+    blank = torch.zeros(61, 0, 2, 2, dtype=torch.uint8)
+    z1 = u.view(-1, 1, 1, 1)
+    log_u = top.prior(blank, None).log_prob(z1).double() + math.log(12 / 60)
+    grid = torch.linspace(-8, 8, 65)
+    z0 = torch.cartesian_prod(grid, grid).view(-1, 1, 1, 2)
+    exact = torch.empty(256, dtype=torch.float64)
+    for small in y.unique(dim=0):
+        which = (y == small).flatten(1).all(1).nonzero()[:, 0]
+        log_y = log_u + top.likelihood(blank, z1).log_prob(small.expand(61, 1, 2, 2)).double()
+        inner = bottom.prior(small.expand(61, 1, 2, 2), z1)
+        mean, log_var = inner.mean.flatten(1), inner.log_var.flatten(1)
+        squares = (z0.flatten(1)[:, None] - mean).square() * (-log_var).exp()
+        normal = -0.5 * (squares + log_var + math.log(2 * math.pi)).sum(2).double()
+        log_z = torch.logsumexp(log_y + normal + 2 * math.log(16 / 64), 1)  # (z0): p(z0, y)
+        p = bottom.likelihood(small.expand(len(z0), 1, 2, 2), z0)
+        for i in which:
+            exact[i] = torch.logsumexp(log_z + p.log_prob(x[i].expand(len(z0), 1, 2, 4)).double(), 0)
+    total = exact.exp().sum().item()
+    if consistent:
+        assert total == pytest.approx(1, abs=1e-3)
+    else:
+        assert total < 0.97
+    some = x[::17]
+    for pairs in (False, True):
+        found = iwae(model, some, 400, pairs=pairs, batch=400)
+        assert torch.allclose(found, exact[::17], atol=0.05)
+    elbo = torch.stack([model(some).elbo for _ in range(100)]).mean(0).double()
+    assert bool((elbo < exact[::17] + 0.02).all()) and elbo.mean() < exact[::17].mean()

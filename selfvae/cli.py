@@ -256,6 +256,23 @@ def quality(
     _show(samples.report(torch.cat(real), torch.cat(drawn)), json)
 
 
+def timing(
+    model: _Run,
+    counts: tuple[int, ...] = (1, 20, 100),
+    repeats: int = 5,
+    json: bool = False,
+) -> None:
+    """Seconds to generate and to reconstruct so many images at once, medians.
+
+    Args:
+        model: folder that training wrote.
+        counts: numbers of images.
+        repeats: timed runs of each, after one that is not counted.
+        json: print one JSON object and nothing else.
+    """
+    _show(scoring.timing(hub.load(model).to(_device()), counts, repeats), json)
+
+
 def _images(net: SelfVAE, data: str, split: str = "test") -> sources.Images:
     """A source's images at the model's size, where the source can be had in any."""
     dataset = sources.load(data, net.config.image_shape[1] if _resizable(data) else None)
@@ -646,6 +663,7 @@ def main(argv: list[str] | None = None) -> int:
         "eval": evaluate,
         "quality": quality,
         "ood": ood,
+        "time": timing,
         "generate": generate,
         "sample": generate,
         "enhance": enhance,

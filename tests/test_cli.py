@@ -250,3 +250,13 @@ def test_plain_enhancement_of_chains(transform: str, images: torch.Tensor) -> No
     flat = images.double().mean((2, 3), keepdim=True)
     assert plain.shape == images.shape
     assert evaluate.psnr(plain, images).mean() > evaluate.psnr(flat, images).mean() - 3
+
+
+@pytest.mark.parametrize("name", ["selfvae", "selfvae-halve"])
+def test_timing(name: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--counts", "1", "3", "--repeats", "2", "--json"]
+    assert main(["time", str(runs / name), *flags]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["generate_1_seconds"] > 0 and result["generate_3_seconds"] > 0
+    assert ("reconstruct_3_seconds" in result) == (name == "selfvae")
+    assert main(["time", str(runs / name), "--repeats", "0"]) == 2

@@ -28,6 +28,7 @@ from selfvae import figures as sheets
 from selfvae import hub, pictures, plots, tasks
 from selfvae import ood as outliers
 from selfvae import quality as samples
+from selfvae import report as whole
 from selfvae import train as loop
 from selfvae.model import SelfVAE
 from selfvae.presets import PRESETS, SIZES, build, configure
@@ -271,6 +272,30 @@ def timing(
         json: print one JSON object and nothing else.
     """
     _show(scoring.timing(hub.load(model).to(_device()), counts, repeats), json)
+
+
+def report(
+    models: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR")],
+    data: str = "photos",
+    out: Path = Path("report"),
+    settings: Annotated[whole.Settings, OmitArgPrefixes] = whole.Settings(),  # noqa: B008 (frozen)
+) -> None:
+    """All scores of trained models in one report: OUT/report.md and OUT/report.html; goes on if ended.
+
+    Args:
+        models: folders that training wrote.
+        data: as for train; its test images.
+        out: folder of the report and of its parts.
+    """
+    if not models:
+        raise ValueError("a report needs at least one folder with a model")
+    images = _images(hub.load(models[0]), data)
+    path = whole.report(
+        models, images, Path(data).name, out, settings, device=_device(),
+        command="selfvae " + " ".join(Path(word).name if "/" in word else word for word in sys.argv[1:]),
+        progress=lambda text: print(text, file=sys.stderr),
+    )  # fmt: skip
+    print(f"See {path}")
 
 
 def _images(net: SelfVAE, data: str, split: str = "test") -> sources.Images:
@@ -664,6 +689,7 @@ def main(argv: list[str] | None = None) -> int:
         "quality": quality,
         "ood": ood,
         "time": timing,
+        "report": report,
         "generate": generate,
         "sample": generate,
         "enhance": enhance,

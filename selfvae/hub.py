@@ -54,12 +54,16 @@ def write_tensors(
         raise
 
 
-def save(model: SelfVAE, folder: str | Path) -> None:
-    """Write folder/config.json and folder/model.safetensors; the model must come from `build`."""
+def save(model: SelfVAE, folder: str | Path, *, half: bool = False) -> None:
+    """Write folder/config.json and folder/model.safetensors; the model must come from `build`.
+
+    half: round the weights to float16, for half the bytes; they are float32 again when loaded.
+    """
     if not isinstance(model.config, ModelConfig):
         raise ValueError("only a model made by selfvae.build can be saved: this one has no config")
     folder = Path(folder)
-    write_tensors(folder / "model.safetensors", model.state_dict())
+    state = {k: v.half() if half and v.is_floating_point() else v for k, v in model.state_dict().items()}
+    write_tensors(folder / "model.safetensors", state)
     config: dict[str, Any] = {"format": _FORMAT, "model": model.config.to_dict()}
     write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 

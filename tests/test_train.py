@@ -239,6 +239,11 @@ def test_save_and_load_give_identical_bytes(tmp_path: Path) -> None:
     selfvae.save(selfvae.load(tmp_path / "a"), tmp_path / "b")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    selfvae.save(model, tmp_path / "half", half=True)
+    size, small = ((tmp_path / d / "model.safetensors").stat().st_size for d in ("a", "half"))
+    assert small < 0.7 * size
+    for a, b in zip(model.parameters(), selfvae.load(tmp_path / "half").parameters(), strict=True):
+        assert b.dtype == torch.float32 and torch.allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
 def test_loading_errors(tmp_path: Path) -> None:

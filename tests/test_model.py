@@ -219,7 +219,7 @@ def test_errors(images: torch.Tensor) -> None:
         model(images[:, :1])
     with pytest.raises(ValueError, match="unknown variable 'w'"):
         complete(model, {"w": images}, (4, 16, 16))
-    with pytest.raises(ValueError, match="k must be 1 to 1 .* got 5"):
+    with pytest.raises(ValueError, match="level must be 1 to 1 .* got 5"):
         enhance(model, images, 5)
     with pytest.raises(ValueError, match="y0 must be for 4 images; got 2"):
         complete(model, {"y0": images[:2]}, (4, 16, 16))

@@ -48,9 +48,10 @@ def save_grid(x: Tensor, path: str | Path, columns: int | None = None, zoom: int
 def save_figure(rows: list[tuple[str, Tensor]], path: str | Path, cell: int = 96) -> None:
     """Titled rows of images, every image enlarged (nearest neighbour) to about `cell` pixels."""
     gap, head = 4, 22
-    strips = []
+    largest = max(max(x.shape[2:]) for _, x in rows)
+    side, strips = largest * max(1, cell // largest), []
     for title, x in rows:
-        zoom = max(1, cell // max(x.shape[2:]))
+        zoom = side // max(x.shape[2:])
         strips.append((title, Image.fromarray(_array(grid(x.cpu(), len(x), zoom, gap)))))
     width = max(strip.width for _, strip in strips) + 2 * gap
     height = sum(strip.height + head for _, strip in strips) + gap

@@ -76,7 +76,7 @@ def bounds(model: SelfVAE, x: Tensor, draws: int = 64, *, pairs: bool = True, ba
     """All bounds at once, from the same draws; arguments as for `iwae` (without `pairs`: as `iwae`)."""
     if draws < 1 or batch < 1:
         raise ValueError(f"draws and batch must be at least 1; got {draws} and {batch}")
-    together = max(1, batch // draws) if any(level.has_latent for level in model.levels) else batch
+    together = max(1, batch // draws) if model.has_latents else batch
     parts = [_bounds(model, part, draws, pairs, batch) for part in x.split(together)]
     return Bounds(*(torch.cat(each) for each in zip(*parts, strict=True)))
 

@@ -167,8 +167,7 @@ def evaluate(
         draws: enhancements of each image.
         json: print one JSON object and nothing else.
     """
-
-    net = hub.load(model).to(_device())
+    net = _load(model)
     images = _images(net, data, split)
     if enhance:
         result = scoring.enhancement(
@@ -202,7 +201,7 @@ def ood(
         seed: of the latents and the random sets.
         json: print one JSON object and nothing else.
     """
-    net = hub.load(model).to(_device())
+    net = _load(model)
     inside = _images(net, data)
     outside = {name: None if name in outliers.ALTERED else _images(net, name) for name in out_sets}
     result = outliers.ood(net, inside, outside, limit=limit, batch_size=batch_size, seed=seed)
@@ -241,7 +240,7 @@ def quality(
     _positive("batch-size", batch_size)
     sys.path.append(os.getcwd())  # where a user's own module lies
     network = samples.load_network(features, _device())
-    net = hub.load(model).to(_device())
+    net = _load(model)
     images, how = _images(net, data, split), drawing.how(net)
     _, height, width = images.shape[1:]
     chunks = [range(i, min(len(images), i + batch_size)) for i in range(0, len(images), batch_size)]
@@ -271,7 +270,7 @@ def timing(
         repeats: timed runs of each, after one that is not counted.
         json: print one JSON object and nothing else.
     """
-    _show(scoring.timing(hub.load(model).to(_device()), counts, repeats), json)
+    _show(scoring.timing(_load(model), counts, repeats), json)
 
 
 def report(
@@ -313,6 +312,11 @@ def _option(text: str) -> tuple[str, Any]:
     return key, yaml.safe_load(value)
 
 
+def _load(folder: Path) -> SelfVAE:
+    """The model in a folder, where it is to score and draw."""
+    return hub.load(folder).to(_device())
+
+
 def _device() -> str:
     """Where to score and draw: the GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -344,7 +348,7 @@ def generate(
         zoom: pixels of the picture for one of an image.
     """
 
-    net = hub.load(model).to(_device())
+    net = _load(model)
     _positive("n", n)
     pictures.check_ending(out)
     how = drawing.how(net)
@@ -380,7 +384,7 @@ def enhance(
         n: draws; with more than one, OUT is a sheet: the picture and its draws.
     """
 
-    net = hub.load(model).to(_device())
+    net = _load(model)
     how = drawing.how(net)
     tasks.check_computed(net, level)
     _positive("n", n)
@@ -418,7 +422,7 @@ def reconstruct(
         given: what is kept: variables and the papers' operations, e.g. RS1, CR, u,z0.
     """
 
-    net = hub.load(model).to(_device())
+    net = _load(model)
     how, given_names = drawing.how(net), tasks.names(net, given)
 
     def work(picture: pictures.Picture, file: Path) -> None:
@@ -447,7 +451,7 @@ def vary(
         given: what is kept; the rest is drawn anew.
     """
 
-    net = hub.load(model).to(_device())
+    net = _load(model)
     how, given_names = drawing.how(net), tasks.names(net, given)
     _positive("n", n)
 
@@ -483,7 +487,7 @@ def interpolate(
         milliseconds: of a picture in an animation.
     """
 
-    net = hub.load(model).to(_device())
+    net = _load(model)
     pictures.check_ending(out)
     for file in (a, b):
         _check_free(file, out)
@@ -516,7 +520,7 @@ def figures(
         n: images in a row.
     """
 
-    net = hub.load(model).to(_device())
+    net = _load(model)
     images = _images(net, data)
     files = sheets.figures(
         net, images.take(range(min(n, len(images)))), out or model / "figures", **drawing.how(net)

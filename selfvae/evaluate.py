@@ -16,7 +16,7 @@ from torch import Tensor
 from selfvae.bounds import Bounds, bounds
 from selfvae.data import Images
 from selfvae.model import SelfVAE
-from selfvae.objective import Terms, bits_per_dim
+from selfvae.objective import Terms, bits_per_dim, gather
 from selfvae.tasks import Drawing, check_computed, enhance, generate, infer, reconstruct
 from selfvae.transforms import Chain, Format, MeanDownscale, Transform
 
@@ -41,6 +41,15 @@ def check_levels(model: SelfVAE, images: Images) -> None:
         )
 
 
+def _batches(model: SelfVAE, images: Images, limit: int | None, batch_size: int) -> tuple[int, list[range]]:
+    """The number of images to score, and their indices batch by batch; all checked."""
+    n = len(images) if limit is None else min(limit, len(images))
+    if n < 1 or batch_size < 1:
+        raise ValueError(f"limit and batch_size must be at least 1; got {n} and {batch_size}")
+    check_levels(model, images)
+    return n, [range(start, min(n, start + batch_size)) for start in range(0, n, batch_size)]
+
+
 @torch.no_grad()
 def evaluate(
     model: SelfVAE,
@@ -57,14 +66,11 @@ def evaluate(
     iwae_bits_per_dim, pairs_bits_per_dim (all combinations of the levels' draws) and, from the same draws,
     elbo_bits_per_dim. Every bits_per_dim comes with its standard error over images.
     """
-    n = len(images) if limit is None else min(limit, len(images))
-    if n < 1 or batch_size < 1:
-        raise ValueError(f"limit and batch_size must be at least 1; got {n} and {batch_size}")
-    check_levels(model, images)
+    n, batches = _batches(model, images, limit, batch_size)
     terms: list[Terms] = []
     found: list[Bounds] = []
-    for start in range(0, n, batch_size):
-        x = images.take(range(start, min(n, start + batch_size))).to(model.device)
+    for batch in batches:
+        x = images.take(batch).to(model.device)
         terms.append(model(x))
         if iw:
             found.append(bounds(model, x, iw, batch=batch_size))
@@ -79,8 +85,8 @@ def evaluate(
     elbo = torch.cat([t.elbo for t in terms])
     add("bits_per_dim", elbo)
     out["elbo_nats"] = elbo.cpu().double().mean().item()
-    for kind in ("re", "kl"):
-        means = torch.cat([torch.stack(getattr(t, kind)) for t in terms], 1).cpu().double().mean(1)
+    for kind, values in zip(("re", "kl"), gather(terms), strict=True):
+        means = values.mean(1)
         out[f"{kind}_nats"] = means.tolist()
         out[f"{kind}_bits_per_dim"] = bits_per_dim(means, dims).tolist()
     if iw:
@@ -165,10 +171,7 @@ def enhancement(
     check_computed(model, k)
     if draws < 2:
         raise ValueError(f"draws must be at least 2, to tell how they differ; got {draws}")
-    n = len(images) if limit is None else min(limit, len(images))
-    if n < 1 or batch_size < 1:
-        raise ValueError(f"limit and batch_size must be at least 1; got {n} and {batch_size}")
-    check_levels(model, images)
+    n, batches = _batches(model, images, limit, batch_size)
     seed = how.get("seed")
     scores: dict[str, list[Tensor]] = {}
 
@@ -186,12 +189,12 @@ def enhancement(
             scores.setdefault(f"{name}_{kind}", []).append(value.cpu())
 
     height, width = (size - size % m for size, m in zip(images.shape[2:], model.multiples[0], strict=True))
-    for start in range(0, n, batch_size):
-        x = images.take(range(start, min(n, start + batch_size)))[:, :, :height, :width].to(model.device)
+    for batch in batches:
+        x = images.take(batch)[:, :, :height, :width].to(model.device)
         y = infer(model, x, f"y{k}")[f"y{k}"]
         results = []
         for draw in range(draws):
-            how["seed"] = None if seed is None else seed + start * draws + draw
+            how["seed"] = None if seed is None else seed + batch.start * draws + draw
             results.append(enhance(model, y, k, **how))
             add("draw", x, results[-1], y)
         stack = torch.stack(results).double()
@@ -230,7 +233,7 @@ def timing(
     for n in counts:
         x = generate(model, n, seed=seed)
         tasks = {"generate": lambda n=n: generate(model, n, seed=seed)}
-        if any(level.has_latent for level in model.levels):
+        if model.has_latents:
             tasks["reconstruct"] = lambda x=x: reconstruct(model, x, seed=seed)
         for name, task in tasks.items():
             out[f"{name}_{n}_seconds"] = _median_seconds(task, repeats, model.device)

@@ -45,7 +45,7 @@ def figures(model: SelfVAE, x: Tensor, out: str | Path, **how: Unpack[Drawing]) 
     out = Path(out)
     x = x.to(model.device)
     pages: list[tuple[str, str, list[Row]]] = []
-    if any(level.has_latent for level in model.levels):
+    if model.has_latents:
         pages += [
             ("reconstructions", "Reconstructions by what is sent.", _reconstructions(model, x, **how)),
             ("interpolations", "Interpolations of u; the rest is drawn with one noise.",

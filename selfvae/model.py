@@ -51,6 +51,11 @@ class SelfVAE(nn.Module):
         format: Format = self.levels[0].format
         return format
 
+    @property
+    def has_latents(self) -> bool:
+        """Whether any level has a latent; without one every score is exact."""
+        return any(level.has_latent for level in self.levels)
+
     def pyramid(self, x: Tensor) -> list[Tensor]:
         """[x, y_1, ..., y_K], uint8."""
         check_image(x, self.format.channels)

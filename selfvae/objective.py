@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["Terms", "bits_per_dim"]
+__all__ = ["Terms", "bits_per_dim", "gather"]
 
 
 def bits_per_dim(nats: Tensor, dims: int) -> Tensor:
@@ -36,3 +38,9 @@ class Terms(NamedTuple):
     def bits_per_dim(self, dims: int) -> Tensor:
         """-elbo in bits per dimension (B,); `dims` counts those of x only: C * H * W."""
         return bits_per_dim(-self.elbo, dims)
+
+
+def gather(terms: Sequence[Terms]) -> tuple[Tensor, Tensor]:
+    """re and kl of several batches together: float64 (levels, images) each, nats, on the CPU."""
+    re, kl = (torch.cat([torch.stack(kind) for kind in kinds], 1) for kinds in zip(*terms, strict=True))
+    return re.cpu().double(), kl.cpu().double()

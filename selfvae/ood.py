@@ -24,6 +24,7 @@ from selfvae.baselines import lossless_bits
 from selfvae.data import Images
 from selfvae.evaluate import check_levels
 from selfvae.model import SelfVAE
+from selfvae.objective import gather
 from selfvae.pictures import show
 
 __all__ = ["ALTERED", "auroc", "ood", "scores"]
@@ -42,11 +43,7 @@ ALTERED: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
 @torch.no_grad()
 def scores(model: SelfVAE, x: Tensor, batch_size: int = 32) -> dict[str, Tensor]:
     """All scores of images x, uint8 (B, C, H, W): float64 (B,) nats each, by name."""
-    found = [model(part.to(model.device)) for part in x.split(batch_size)]
-    re, kl = (
-        torch.cat([torch.stack(getattr(terms, kind)) for terms in found], 1).cpu().double()
-        for kind in ("re", "kl")
-    )
+    re, kl = gather([model(part.to(model.device)) for part in x.split(batch_size)])
     levels = re + kl
     out = {"nll": levels.sum(0)}
     for k, level in enumerate(model.levels):

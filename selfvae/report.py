@@ -138,7 +138,7 @@ def _measure(
         "time": lambda: timing(model),
         "ood": lambda: ood(model, images, dict.fromkeys(ALTERED), limit=s.ood_limit, seed=s.seed, **common),
     }
-    if s.iw and any(level.has_latent for level in model.levels):
+    if s.iw and model.has_latents:
         tasks["iwae"] = lambda: evaluate(model, images, iw=s.iw, limit=s.iw_limit, **common)
     if len(model.levels) > 1:
         tasks["enhance"] = lambda: enhancement(

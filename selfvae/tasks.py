@@ -243,20 +243,20 @@ def complete(
     if min(n, height, width) < 1:
         raise ValueError(f"shape must be at least one image of 1 x 1 pixel; got {n, height, width}")
     padded = _up((height, width), model.multiples[0])
-    sizes = [padded]
+    sizes = [padded]  # of every y as the walk sees it, and what of it is wanted
     for level in model.levels[:-1]:
         sizes.append(level.transform.size(*sizes[-1]))
+    scales = [model.scale(k) for k in range(len(sizes))]
+    own = [(-(-height // rows), -(-width // cols)) for rows, cols in scales]
     taken: dict[str, Tensor] = {}
     for name, value in given.items():
         if value.shape[0] != n:
             raise ValueError(f"{name} must be for {n} images; got {value.shape[0]}")
         k = int(name[1:])
         if name[0] == "y":
-            rows, cols = model.scale(k)
-            size = -(-height // rows), -(-width // cols)
-            if tuple(value.shape[2:]) not in (size, sizes[k]):
+            if tuple(value.shape[2:]) not in (own[k], sizes[k]):
                 raise ValueError(
-                    f"{name} must be {size[0]} x {size[1]} pixels for images of {height} x {width}; "
+                    f"{name} must be {own[k][0]} x {own[k][1]} pixels for images of {height} x {width}; "
                     f"got {value.shape[2]} x {value.shape[3]}"
                 )
             value = _pad(value, sizes[k])
@@ -275,9 +275,8 @@ def complete(
 
     with _seeded(model, seed):
         model.walk(pick, model.blank(n, *padded))
-    for k in range(len(sizes)):
-        rows, cols = model.scale(k)
-        out[f"y{k}"] = out[f"y{k}"][:, :, : -(-height // rows), : -(-width // cols)]
+    for k, (rows, cols) in enumerate(own):
+        out[f"y{k}"] = out[f"y{k}"][:, :, :rows, :cols]
     return out
 
 

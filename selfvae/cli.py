@@ -148,6 +148,7 @@ def evaluate(
     enhance: bool = False,
     level: int = 1,
     draws: int = 8,
+    precision: scoring.Precision = "32-true",
     json: bool = False,
     drawing: _Drawing = _DRAWING,
 ) -> None:
@@ -165,6 +166,7 @@ def evaluate(
         enhance: score enhancement from y[LEVEL] instead of likelihood.
         level: which computed image is given.
         draws: enhancements of each image.
+        precision: of the networks; bf16-mixed is faster, likelihoods stay in float32.
         json: print one JSON object and nothing else.
     """
     net = _load(model)
@@ -177,7 +179,9 @@ def evaluate(
         if (drawing, level, draws) != (Drawing(seed=drawing.seed), 1, 8):
             raise ValueError("--level, --draws, --temperature and --decode go with --enhance")
         torch.manual_seed(drawing.seed)
-        result = scoring.evaluate(net, images, iw=iw, limit=limit, batch_size=batch_size)
+        result = scoring.evaluate(
+            net, images, iw=iw, limit=limit, batch_size=batch_size, precision=precision
+        )
     _show(result, json)
 
 
@@ -203,7 +207,7 @@ def ood(
     """
     net = _load(model)
     inside = _images(net, data)
-    outside = {name: None if name in outliers.ALTERED else _images(net, name) for name in out_sets}
+    outside = _outside(net, out_sets)
     result = outliers.ood(net, inside, outside, limit=limit, batch_size=batch_size, seed=seed)
     if json:
         _show(result, json)
@@ -213,6 +217,11 @@ def ood(
     print(" " * 24 + "".join(f"{name:>10}" for name in names))
     for out_set, values in result.items():
         print(f"{out_set[-24:]:<24}" + "".join(f"{values[name]:>10.3f}" for name in names))
+
+
+def _outside(net: SelfVAE, out_sets: Iterable[str]) -> dict[str, sources.Images | None]:
+    """Out-sets by name; None for those that are made from the in-set."""
+    return {name: None if name in outliers.ALTERED else _images(net, name) for name in out_sets}
 
 
 def quality(
@@ -236,24 +245,19 @@ def quality(
         batch_size: images at a time.
         json: print one JSON object and nothing else.
     """
-    _positive("n", n)
-    _positive("batch-size", batch_size)
-    sys.path.append(os.getcwd())  # where a user's own module lies
-    network = samples.load_network(features, _device())
+    network = _network(features)
     net = _load(model)
-    images, how = _images(net, data, split), drawing.how(net)
-    _, height, width = images.shape[1:]
-    chunks = [range(i, min(len(images), i + batch_size)) for i in range(0, len(images), batch_size)]
-    real = [
-        samples.features(network, images.take(chunk).to(_device()))
-        for chunk in _track(chunks, "real images")
-    ]
-    drawn = []
-    for start in _track(range(0, n, batch_size), "generated images"):
-        how["seed"] = drawing.seed + start
-        x = tasks.generate(net, min(batch_size, n - start), height, width, **how)
-        drawn.append(samples.features(network, pictures.show(x, net.format)))
-    _show(samples.report(torch.cat(real), torch.cat(drawn)), json)
+    images = _images(net, data, split)
+    result = samples.quality(
+        net, images, network, n, batch_size=batch_size, track=_track, **drawing.how(net)
+    )
+    _show(result, json)
+
+
+def _network(features: str) -> samples.Network:
+    """The feature network of that name, a user's own among them."""
+    sys.path.append(os.getcwd())  # where it may lie
+    return samples.load_network(features, _device())
 
 
 def timing(
@@ -277,6 +281,8 @@ def report(
     models: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR")],
     data: str = "photos",
     out: Path = Path("report"),
+    out_sets: tuple[str, ...] = tuple(outliers.ALTERED),
+    features: str | None = None,
     settings: Annotated[whole.Settings, OmitArgPrefixes] = whole.Settings(),  # noqa: B008 (frozen)
 ) -> None:
     """All scores of trained models in one report: OUT/report.md and OUT/report.html; goes on if ended.
@@ -285,12 +291,16 @@ def report(
         models: folders that training wrote.
         data: as for train; its test images.
         out: folder of the report and of its parts.
+        out_sets: as for ood.
+        features: as for quality (inception, or MODULE:NAME); by default sample quality is left out.
     """
     if not models:
         raise ValueError("a report needs at least one folder with a model")
-    images = _images(hub.load(models[0]), data)
+    first = hub.load(models[0])
+    images = _images(first, data)
     path = whole.report(
-        models, images, Path(data).name, out, settings, device=_device(),
+        models, images, Path(data).name, out, settings, outside=_outside(first, out_sets), device=_device(),
+        features=None if features is None else (features, _network(features)),
         command="selfvae " + " ".join(Path(word).name if "/" in word else word for word in sys.argv[1:]),
         progress=lambda text: print(text, file=sys.stderr),
     )  # fmt: skip

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -21,14 +21,18 @@ from selfvae.tasks import Drawing, check_computed, enhance, generate, infer, rec
 from selfvae.transforms import Chain, Format, MeanDownscale, Transform
 
 __all__ = [
+    "Precision",
     "check_levels",
     "enhancement",
     "evaluate",
     "plain_enhancement",
     "psnr",
     "ssim",
+    "summary",
     "timing",
 ]
+
+Precision = Literal["32-true", "bf16-mixed"]
 
 
 def check_levels(model: SelfVAE, images: Images) -> None:
@@ -50,6 +54,27 @@ def _batches(model: SelfVAE, images: Images, limit: int | None, batch_size: int)
     return n, [range(start, min(n, start + batch_size)) for start in range(0, n, batch_size)]
 
 
+def autocast(model: SelfVAE, precision: Precision) -> torch.autocast:
+    """A context in which the networks compute in bfloat16, if so wished; likelihoods stay in float32.
+
+    Every parameter of a likelihood gives a normalised one, so that a bound found so is a bound all the
+    same: of the model with rounded outputs.
+    """
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
+
+
+def summary(nats: dict[str, Tensor], dims: int) -> dict[str, float]:
+    """Means and standard errors over images, in bits/dim, of bounds of ln p(x), nats (B,), by name."""
+    out = {}
+    for name, values in nats.items():
+        bits = bits_per_dim(-values.cpu().double(), dims)
+        out[name] = bits.mean().item()
+        out[f"{name}_stderr"] = (
+            bits.std(correction=1).item() / math.sqrt(len(bits)) if len(bits) > 1 else 0.0
+        )
+    return out
+
+
 @torch.no_grad()
 def evaluate(
     model: SelfVAE,
@@ -58,32 +83,28 @@ def evaluate(
     iw: int = 0,
     limit: int | None = None,
     batch_size: int = 32,
+    precision: Precision = "32-true",
 ) -> dict[str, Any]:
     """Mean scores over the first `limit` images (all if None).
 
     Returns, as means over images: bits_per_dim (of the ELBO, one draw an image), elbo_nats, re and kl
     (lists over levels, in nats and in bits/dim), images; with iw > 0 the bounds of so many draws an image:
     iwae_bits_per_dim, pairs_bits_per_dim (all combinations of the levels' draws) and, from the same draws,
-    elbo_bits_per_dim. Every bits_per_dim comes with its standard error over images.
+    elbo_bits_per_dim. Every bits_per_dim comes with its standard error over images. With precision
+    "bf16-mixed" the networks compute in bfloat16 (see `autocast`).
     """
     n, batches = _batches(model, images, limit, batch_size)
     terms: list[Terms] = []
     found: list[Bounds] = []
     for batch in batches:
         x = images.take(batch).to(model.device)
-        terms.append(model(x))
-        if iw:
-            found.append(bounds(model, x, iw, batch=batch_size))
+        with autocast(model, precision):
+            terms.append(model(x))
+            if iw:
+                found.append(bounds(model, x, iw, batch=batch_size))
     dims = math.prod(images.shape[1:])
-    out: dict[str, Any] = {"images": n}
-
-    def add(name: str, nats: Tensor) -> None:
-        bits = bits_per_dim(-nats.cpu().double(), dims)
-        out[name] = bits.mean().item()
-        out[f"{name}_stderr"] = bits.std(correction=1).item() / math.sqrt(n) if n > 1 else 0.0
-
     elbo = torch.cat([t.elbo for t in terms])
-    add("bits_per_dim", elbo)
+    out: dict[str, Any] = {"images": n, **summary({"bits_per_dim": elbo}, dims)}
     out["elbo_nats"] = elbo.cpu().double().mean().item()
     for kind, values in zip(("re", "kl"), gather(terms), strict=True):
         means = values.mean(1)
@@ -91,8 +112,13 @@ def evaluate(
         out[f"{kind}_bits_per_dim"] = bits_per_dim(means, dims).tolist()
     if iw:
         out["iwae_draws"] = iw
-        for kind in ("elbo", "iwae", "pairs"):
-            add(f"{kind}_bits_per_dim", torch.cat([getattr(b, kind) for b in found]))
+        out |= summary(
+            {
+                f"{kind}_bits_per_dim": torch.cat([getattr(b, kind) for b in found])
+                for kind in Bounds._fields
+            },
+            dims,
+        )
     return out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 from typing import Unpack
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from selfvae.hub import write_atomic
 from selfvae.model import SelfVAE
+from selfvae.pages import figure, page
 from selfvae.pictures import show
 from selfvae.plots import save_figure
 from selfvae.presets import TRANSFORMS, transform
@@ -71,18 +71,9 @@ def figures(model: SelfVAE, x: Tensor, out: str | Path, **how: Unpack[Drawing]) 
         file = out / f"{name}.png"
         save_figure(rows, file)
         files.append(file)
-        sections.append(
-            f'<figure><img src="{file.name}" alt="{html.escape(caption)}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        )
-    title = html.escape(f"selfvae: {getattr(model.config, 'name', 'model')}")
-    page = (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
-        "<style>body{font:16px/1.5 sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
-        "figure{margin:2rem 0}img{max-width:100%}</style>\n"
-        f"<h1>{title}</h1>\n" + "\n".join(sections) + "\n</html>\n"
-    )
-    write_atomic(out / "index.html", page.encode())
+        sections.append(figure(file.name, caption))
+    title = f"selfvae: {getattr(model.config, 'name', 'model')}"
+    write_atomic(out / "index.html", page(title, sections))
     return [*files, out / "index.html"]
 
 

@@ -8,13 +8,18 @@ The papers' protocol: sampled uint8 images, not means; as many generated as real
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
-__all__ = ["features", "frechet_distance", "kernel_distance", "load_network", "precision_recall"]
+from selfvae.data import Images
+from selfvae.model import SelfVAE
+from selfvae.pictures import show
+from selfvae.tasks import Drawing, generate
+
+__all__ = ["features", "frechet_distance", "kernel_distance", "load_network", "precision_recall", "quality"]
 
 Network = Callable[[Tensor], Tensor]
 
@@ -159,3 +164,42 @@ def report(real: Tensor, drawn: Tensor) -> dict[str, Any]:
         "precision": pr.precision,
         "recall": pr.recall,
     }
+
+
+def _as_they_come(steps: Sequence[range], description: str) -> Iterable[range]:
+    return steps
+
+
+def quality(
+    model: SelfVAE,
+    images: Images,
+    network: Network,
+    n: int = 10_000,
+    *,
+    batch_size: int = 100,
+    track: Callable[[Sequence[range], str], Iterable[range]] = _as_they_come,
+    **how: Unpack[Drawing],
+) -> dict[str, Any]:
+    """`report` for all images against n drawn ones of the same size.
+
+    Arguments:
+        n: images to draw; the papers take 10,000 against test and 50,000 against train.
+        track: given the steps and what they are, hands them on: to show progress.
+        how: as for `tasks.generate`; the seed goes up with every batch.
+    """
+    if n < 1 or batch_size < 1:
+        raise ValueError(f"n and batch_size must be at least 1; got {n} and {batch_size}")
+
+    def chunks(count: int) -> list[range]:
+        return [range(i, min(count, i + batch_size)) for i in range(0, count, batch_size)]
+
+    real = [
+        features(network, show(images.take(chunk).to(model.device), model.format))
+        for chunk in track(chunks(len(images)), "real images")
+    ]
+    drawn, seed = [], how.get("seed")
+    for chunk in track(chunks(n), "generated images"):
+        how["seed"] = None if seed is None else seed + chunk.start
+        x = generate(model, len(chunk), *images.shape[2:], **how)
+        drawn.append(features(network, show(x, model.format)))
+    return report(torch.cat(real), torch.cat(drawn))

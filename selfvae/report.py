@@ -10,20 +10,26 @@ import datetime
 import hashlib
 import html
 import json
+import math
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import selfvae
+from selfvae import pages
+from selfvae.bounds import Bounds, bounds
 from selfvae.data import Images
-from selfvae.evaluate import enhancement, evaluate, timing
+from selfvae.evaluate import Precision, autocast, enhancement, evaluate, summary, timing
+from selfvae.figures import figures
 from selfvae.hub import load, write_atomic
 from selfvae.ood import ALTERED, ood
+from selfvae.quality import Network, quality
 
 __all__ = ["PAPERS", "Settings", "report"]
 
@@ -61,20 +67,28 @@ PAPERS = (
 class Settings:
     """What is measured.
 
-    limit: images for the ELBO. iw: draws of the importance-weighted bounds, of iw_limit images.
-    enhance_limit: images enhanced, draws times each. ood_limit: images of each set. seed: of all draws.
+    limit: images for the ELBO. iw: draws of the importance-weighted bounds (also 1, 8 and 64), of iw_limit
+    images. precision: of the networks for the bounds; bf16-mixed is faster. enhance_limit: images enhanced,
+    draws times each. ood_limit: images of each set. quality_n: images drawn for the sample quality.
+    figures: images in a row of the figures; 0: none. seed: of all draws.
     """
 
     limit: int = 10_000
     iw: int = 512
     iw_limit: int = 1000
+    precision: Precision = "32-true"
     enhance_limit: int = 500
     draws: int = 8
     ood_limit: int = 1000
+    quality_n: int = 10_000
+    figures: int = 8
     batch_size: int = 64
     seed: int = 0
 
 
+_BLOCK = 20  # images whose importance-weighted bounds are kept at a time
+Outside = dict[str, Images | None]
+Part = dict[str, Any]
 Table = tuple[str, list[str], list[list[str]]]  # caption, columns, rows
 
 
@@ -85,6 +99,8 @@ def report(
     out: Path,
     settings: Settings = Settings(),
     *,
+    outside: Outside | None = None,
+    features: tuple[str, Network] | None = None,
     command: str = "",
     device: str = "cpu",
     progress: Callable[[str], None] = lambda text: None,
@@ -93,6 +109,8 @@ def report(
 
     Arguments:
         data: what the images are called in the report.
+        outside: out-sets, as for `ood`; by default all that are made from the images.
+        features: name and network for the sample quality, which is left out without.
         command: noted in the report.
         progress: told what is measured next.
 
@@ -100,101 +118,174 @@ def report(
     """
     if not runs:
         raise ValueError("a report needs at least one folder with a model")
-    found = {run: _measure(run, images, data, out / "parts", settings, device, progress) for run in runs}
+    outside = dict.fromkeys(ALTERED) if outside is None else outside
     names = {run: run.name if len({r.name for r in runs}) == len(runs) else str(run) for run in runs}
-    rows = {names[run]: parts for run, parts in found.items()}
-    tables = [_likelihood(rows), _enhancement(rows), _ood(rows), _time(rows), _papers()]
+    rows = {}
+    for run in runs:
+        work = _Work(run, images, data, out, settings, outside, features, device, progress)
+        rows[names[run]] = work.measure()
+    tables = [
+        _likelihood(rows), _draws(rows), _enhancement(rows), _ood(rows), _quality(rows, features),
+        _time(rows), _papers(),
+    ]  # fmt: skip
     tables = [table for table in tables if table[2]]
+    pictures = [
+        (f"{name}: {Path(file).stem}", file)
+        for name, parts in rows.items()
+        for file in parts.get("figures", {"files": []})["files"]
+    ]
     notes = [
         f"Command: `{command}`" if command else "",
         f"Data: {data}, {len(images)} images, {settings.limit} at most for the ELBO, "
-        f"{settings.iw_limit} for IWAE-{settings.iw}. Seed {settings.seed}.",
+        f"{settings.iw_limit} for IWAE-{settings.iw} ({settings.precision}). Seed {settings.seed}.",
         f"selfvae {_commit()}, torch {torch.__version__}, {_machine(device)}, "
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.",
         "Terms are nats per image; bits/dim counts the dimensions of x only; +- is the standard error over "
         "images.",
     ]
     notes = [note for note in notes if note]
-    write_atomic(out / "report.md", _markdown(notes, tables).encode())
-    write_atomic(out / "report.html", _html(notes, tables).encode())
+    write_atomic(out / "report.md", _markdown(notes, tables, pictures).encode())
+    sections = [f"<p>{html.escape(note)}</p>" for note in notes]
+    for caption, columns, lines in tables:
+        sections += [f"<h2>{html.escape(caption)}</h2>", pages.table(columns, lines)]
+    sections += [pages.figure(file, caption) for caption, file in pictures]
+    write_atomic(out / "report.html", pages.page("selfvae report", sections))
     return out / "report.md"
 
 
-def _measure(
-    run: Path,
-    images: Images,
-    data: str,
-    parts: Path,
-    settings: Settings,
-    device: str,
-    progress: Callable[[str], None],
-) -> dict[str, dict[str, Any]]:
-    model = load(run).to(device)
-    weights = hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
-    s = settings
-    common: dict[str, Any] = {"batch_size": s.batch_size}
-    tasks: dict[str, Callable[[], dict[str, Any]]] = {
-        "elbo": lambda: evaluate(model, images, limit=s.limit, **common),
-        "time": lambda: timing(model),
-        "ood": lambda: ood(model, images, dict.fromkeys(ALTERED), limit=s.ood_limit, seed=s.seed, **common),
-    }
-    if s.iw and model.has_latents:
-        tasks["iwae"] = lambda: evaluate(model, images, iw=s.iw, limit=s.iw_limit, **common)
-    if len(model.levels) > 1:
-        tasks["enhance"] = lambda: enhancement(
-            model, images, draws=s.draws, limit=s.enhance_limit, seed=s.seed, **common
-        )
-    out = {}
-    for name, task in tasks.items():
-        key = hashlib.sha256(
-            json.dumps([weights, name, data, images.shape, device, asdict(s)]).encode()
-        ).hexdigest()[:16]
-        file = parts / f"{run.name}-{name}-{key}.json"
+@dataclass
+class _Work:
+    """The measurements of one model."""
+
+    run: Path
+    images: Images
+    data: str
+    out: Path
+    settings: Settings
+    outside: Outside
+    features: tuple[str, Network] | None
+    device: str
+    progress: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self.model = load(self.run).to(self.device)
+        weights = hashlib.sha256((self.run / "model.safetensors").read_bytes()).hexdigest()
+        self.base = [weights, self.data, self.images.shape, self.device]
+
+    def kept(self, name: str, on: list[Any], task: Callable[[], Part]) -> Part:
+        """The result of a task, from its file if there is one for what it depends `on`."""
+        text = json.dumps([*self.base, name, self.settings.seed, *on])
+        key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        file = self.out / "parts" / f"{self.run.name}-{name}-{key}.json"
         if not file.exists():
-            progress(f"{run.name}: {name}")
-            torch.manual_seed(s.seed)
+            self.progress(f"{self.run.name}: {name}")
+            torch.manual_seed(self.settings.seed)
             write_atomic(file, json.dumps(task()).encode())
-        out[name] = json.loads(file.read_text())
-    return out
+        part: Part = json.loads(file.read_text())
+        return part
+
+    def measure(self) -> dict[str, Part]:
+        model, images, s = self.model, self.images, self.settings
+        size: dict[str, Any] = {"batch_size": s.batch_size}
+        how: dict[str, Any] = {**size, "seed": s.seed}
+        parts = {
+            "elbo": self.kept(
+                "elbo", [s.limit, s.precision],
+                lambda: evaluate(model, images, limit=s.limit, precision=s.precision, **size),
+            ),
+            "time": self.kept("time", [], lambda: timing(model)),
+        }  # fmt: skip
+        if self.outside:
+            parts["ood"] = self.kept(
+                "ood", [s.ood_limit, sorted(self.outside)],
+                lambda: ood(model, images, self.outside, limit=s.ood_limit, **how),
+            )  # fmt: skip
+        if s.iw and model.has_latents:
+            parts["iwae"] = {
+                str(draws): self.iwae(draws)
+                for draws in sorted({n for n in (1, 8, 64) if n < s.iw} | {s.iw})
+            }
+        if len(model.levels) > 1:
+            parts["enhance"] = self.kept(
+                "enhance", [s.enhance_limit, s.draws],
+                lambda: enhancement(model, images, draws=s.draws, limit=s.enhance_limit, **how),
+            )  # fmt: skip
+        if self.features is not None:
+            name, network = self.features
+            parts["quality"] = self.kept(
+                "quality", [name, s.quality_n],
+                lambda: quality(model, images, network, s.quality_n, **how),
+            )  # fmt: skip
+        if s.figures:
+            parts["figures"] = self.kept("figures", [s.figures], self.draw)
+        return parts
+
+    def iwae(self, draws: int) -> Part:
+        """Means over images, in bits/dim, found block by block."""
+        s, n = self.settings, min(self.settings.iw_limit, len(self.images))
+        found: dict[str, list[float]] = {kind: [] for kind in Bounds._fields}
+        for start in range(0, n, _BLOCK):
+            block = range(start, min(n, start + _BLOCK))
+            part = self.kept(
+                f"iwae-{draws}-{start}", [len(block), s.precision], partial(self.block, block, draws)
+            )
+            for kind, values in found.items():
+                values += part[kind]
+        dims = math.prod(self.images.shape[1:])
+        nats = {kind: torch.tensor(values, dtype=torch.float64) for kind, values in found.items()}
+        return {**summary(nats, dims), "images": n}
+
+    def block(self, block: range, draws: int) -> Part:
+        """The bounds of some images: nats."""
+        torch.manual_seed(self.settings.seed + block.start)
+        x = self.images.take(block).to(self.device)
+        with autocast(self.model, self.settings.precision):
+            found = bounds(self.model, x, draws, batch=self.settings.batch_size)
+        return {kind: values.tolist() for kind, values in found._asdict().items()}
+
+    def draw(self) -> Part:
+        x = self.images.take(range(min(self.settings.figures, len(self.images))))
+        files = figures(self.model, x, self.out / "figures" / self.run.name, seed=self.settings.seed)
+        return {"files": [str(file.relative_to(self.out)) for file in files if file.suffix == ".png"]}
 
 
 def _numbers(values: Sequence[float]) -> str:
     return ", ".join(f"{v:.0f}" for v in values)
 
 
+def _with_error(part: Part, name: str) -> str:
+    return f"{part[name]:.3f} +- {part[f'{name}_stderr']:.3f}"
+
+
 def _likelihood(rows: dict[str, Any]) -> Table:
     columns = [
-        "model",
-        "parameters",
-        "ELBO, bits/dim",
-        "IWAE",
-        "all pairs",
-        "RE_0, RE_1, ...",
-        "KL_0, KL_1, ...",
-    ]
+        "model", "parameters", "ELBO, bits/dim", "IWAE", "all pairs", "RE_0, RE_1, ...", "KL_0, KL_1, ...",
+    ]  # fmt: skip
     lines = []
     for name, parts in rows.items():
-        elbo, iwae = parts["elbo"], parts.get("iwae")
-        bounds = [
-            f"{iwae[f'{kind}_bits_per_dim']:.3f} +- {iwae[f'{kind}_bits_per_dim_stderr']:.3f}"
-            if iwae
-            else "exact"
-            for kind in ("iwae", "pairs")
-        ]
-        if iwae:  # what a correct IWAE gains, on the same images and draws
-            gain = iwae["elbo_bits_per_dim"] - iwae["iwae_bits_per_dim"]
-            bounds[0] += f" ({gain:.3f} below their ELBO)"
-        lines.append(
-            [
-                name,
-                f"{parts['time']['parameters'] / 1e6:.2f} M",
-                f"{elbo['bits_per_dim']:.3f} +- {elbo['bits_per_dim_stderr']:.3f}",
-                *bounds,
-                _numbers(elbo["re_nats"]),
-                _numbers(elbo["kl_nats"]),
-            ]
-        )
+        elbo, found = parts["elbo"], ["exact", "exact"]
+        if "iwae" in parts:
+            iwae = list(parts["iwae"].values())[-1]
+            # what a correct IWAE gains, on the same images and draws
+            gain = iwae["elbo"] - iwae["iwae"]
+            found = [
+                f"{_with_error(iwae, 'iwae')} ({gain:.3f} below their ELBO)", _with_error(iwae, "pairs"),
+            ]  # fmt: skip
+        lines.append([
+            name, f"{parts['time']['parameters'] / 1e6:.2f} M", _with_error(elbo, "bits_per_dim"), *found,
+            _numbers(elbo["re_nats"]), _numbers(elbo["kl_nats"]),
+        ])  # fmt: skip
     return "Density estimation", columns, lines
+
+
+def _draws(rows: dict[str, Any]) -> Table:
+    columns = ["model", "draws", "images", "ELBO of these draws", "IWAE", "all pairs"]
+    lines = [
+        [name, draws, str(part["images"]), *(_with_error(part, kind) for kind in Bounds._fields)]
+        for name, parts in rows.items()
+        for draws, part in parts.get("iwae", {}).items()
+    ]
+    return "Bounds by the number of draws, bits/dim", columns, lines
 
 
 def _enhancement(rows: dict[str, Any]) -> Table:
@@ -211,13 +302,29 @@ def _enhancement(rows: dict[str, Any]) -> Table:
 
 
 def _ood(rows: dict[str, Any]) -> Table:
-    columns = ["model", "score", *ALTERED]
+    found = {name: parts["ood"] for name, parts in rows.items() if "ood" in parts}
+    sets = [key for key in next(iter(found.values()), {}) if key != "images"]
     lines = [
-        [name, score, *(f"{parts['ood'][out_set][score]:.3f}" for out_set in ALTERED)]
-        for name, parts in rows.items()
-        for score in parts["ood"][next(iter(ALTERED))]
+        [name, score, *(f"{part[out_set][score]:.3f}" for out_set in sets)]
+        for name, part in found.items()
+        for score in part[sets[0]]
     ]
-    return "Out-of-distribution detection, AUROC", columns, lines
+    return "Out-of-distribution detection, AUROC", ["model", "score", *sets], lines
+
+
+def _quality(rows: dict[str, Any], features: tuple[str, Network] | None) -> Table:
+    keys = ["frechet_distance", "kernel_distance", "precision", "recall"]
+    columns = ["model", "drawn", "real", "Frechet distance", "kernel distance", "precision", "recall"]
+    lines = [
+        [
+            name,
+            *(str(part[f"{kind}_images"]) for kind in ("drawn", "real")),
+            *(f"{part[k]:.4g}" for k in keys),
+        ]
+        for name, parts in rows.items()
+        if (part := parts.get("quality"))
+    ]
+    return f"Sample quality by the features of {features[0] if features else ''}", columns, lines
 
 
 def _time(rows: dict[str, Any]) -> Table:
@@ -265,28 +372,11 @@ def _machine(device: str) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def _markdown(notes: list[str], tables: list[Table]) -> str:
+def _markdown(notes: list[str], tables: list[Table], pictures: list[tuple[str, str]]) -> str:
     text = ["# selfvae report", "", *(f"{note}\n" for note in notes)]
     for caption, columns, rows in tables:
         text += [f"## {caption}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
         text += [f"| {' | '.join(row)} |" for row in rows]
         text.append("")
+    text += [f"![{caption}]({file})\n" for caption, file in pictures]
     return "\n".join(text)
-
-
-def _html(notes: list[str], tables: list[Table]) -> str:
-    def cells(tag: str, row: list[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>\n"
-
-    text = [
-        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>selfvae report</title>\n'
-        "<style>body{font:16px/1.5 sans-serif;max-width:80rem;margin:2rem auto;padding:0 1rem}"
-        "table{border-collapse:collapse}td,th{padding:.2rem .7rem;border-bottom:1px solid #ccc;"
-        "text-align:left}</style>\n<h1>selfvae report</h1>\n"
-    ]
-    text += [f"<p>{html.escape(note)}</p>\n" for note in notes]
-    for caption, columns, rows in tables:
-        text.append(f"<h2>{html.escape(caption)}</h2>\n<table>\n{cells('th', columns)}")
-        text += [cells("td", row) for row in rows]
-        text.append("</table>\n")
-    return "".join(text) + "</html>\n"

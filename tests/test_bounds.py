@@ -215,6 +215,12 @@ def test_scores_of_a_data_set(images: Tensor) -> None:
     assert scores["pairs_bits_per_dim_stderr"] > 0
 
 
+def test_lower_precision_changes_scores_little(images: Tensor) -> None:
+    model = build("selfvae-halve", images)  # exact: no draws that could differ
+    full, low = (evaluate(model, Images(images.numpy()), precision=p) for p in ("32-true", "bf16-mixed"))
+    assert 0 < abs(full["bits_per_dim"] - low["bits_per_dim"]) < 0.01
+
+
 @pytest.mark.parametrize("consistent", [True, False])
 @torch.no_grad()
 def test_the_whole_bound_of_two_levels(consistent: bool) -> None:

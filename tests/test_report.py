@@ -1,7 +1,10 @@
 """The report: whole, resumable, and what it prints is what was measured."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +16,14 @@ from selfvae.cli import main
 from selfvae.data import Images
 from selfvae.report import PAPERS, Settings, report
 
-SMALL = Settings(limit=5, iw=3, iw_limit=4, enhance_limit=3, draws=2, ood_limit=4)
+SMALL = Settings(
+    limit=5, iw=3, iw_limit=4, enhance_limit=3, draws=2, ood_limit=4, quality_n=6, figures=2
+)  # fmt: skip
+
+
+def corners(x: torch.Tensor) -> torch.Tensor:
+    """Features for the sample quality."""
+    return x[:, :, 0, 0].float()
 
 
 def test_report(tmp_path: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,27 +35,45 @@ def test_report(tmp_path: Path, images: torch.Tensor, monkeypatch: pytest.Monkey
         runs.append(tmp_path / name)
     data = Images(images.repeat(2, 1, 1, 1).numpy())
     told: list[str] = []
-    path = report(runs[:2], data, "smooth", tmp_path / "out", SMALL, command="x", progress=told.append)
+    sets: dict[str, Images | None] = {"noise": None, "dark": Images((images // 4).numpy())}
+    how: dict[str, Any] = {"outside": sets, "features": ("corners", corners), "progress": told.append}
+    monkeypatch.setattr(module, "_BLOCK", 3)
+    path = report(runs[:2], data, "smooth", tmp_path / "out", SMALL, command="x", **how)
     text = path.read_text()
+    latent = ["elbo", "time", "ood", *(f"iwae-{s}-{i}" for s in (1, 3) for i in (0, 3)), "enhance"]
+    exact = ["elbo", "time", "ood", "enhance"]
     assert told == [
         f"{run}: {part}"
-        for run, parts in (
-            ("selfvae", "elbo time ood iwae enhance"),
-            ("selfvae-halve", "elbo time ood enhance"),
-        )
-        for part in parts.split()
+        for run, parts in (("selfvae", latent), ("selfvae-halve", exact))
+        for part in (*parts, "quality", "figures")
     ]
-    elbo = json.loads(next((tmp_path / "out/parts").glob("selfvae-elbo-*")).read_text())
+
+    def part(name: str) -> Any:
+        return json.loads(next((tmp_path / "out/parts").glob(f"{name}-*")).read_text())
+
+    elbo = part("selfvae-elbo")
     assert f"| {elbo['bits_per_dim']:.3f} +- {elbo['bits_per_dim_stderr']:.3f} |" in text
     assert "| exact | exact |" in text and "command: `x`" in text.lower() and "IWAE-3" in text
+    assert f"{part('selfvae-ood')['dark']['nll']:.3f}" in text and "features of corners" in text
+    assert f"| {part('selfvae-quality')['frechet_distance']:.4g} |" in text
+    # the blocks' values, put together
+    values = part("selfvae-iwae-3-0")["iwae"] + part("selfvae-iwae-3-3")["iwae"]
+    assert len(values) == 4
+    assert f"| {-np.mean(values) / np.log(2) / 768:.3f} +- " in text
     page = (tmp_path / "out/report.html").read_text()
-    assert page.count("<table>") == text.count("## ") == 5
+    assert page.count("<table>") == text.count("## ") == 7
+    for picture in re.findall(r'<img src="([^"]+)"', page):
+        assert (tmp_path / "out" / picture).exists() and picture in text
     # goes on: nothing is measured twice, another model is added, other settings are measured anew
     told.clear()
-    report(runs, data, "smooth", tmp_path / "out", SMALL, progress=told.append)
-    assert told == ["vae-normal: elbo", "vae-normal: time", "vae-normal: ood", "vae-normal: iwae"]
+    report(runs, data, "smooth", tmp_path / "out", SMALL, **how)
+    assert set(told) == {f"vae-normal: {part}" for part in latent if part != "enhance"} | {
+        "vae-normal: quality", "vae-normal: figures"
+    }  # fmt: skip
+    told.clear()
     monkeypatch.setattr(module, "evaluate", lambda *args, **how: pytest.fail("measured twice"))
-    report(runs, data, "smooth", tmp_path / "out", SMALL)
+    report(runs, data, "smooth", tmp_path / "out", replace(SMALL, draws=3), **how)
+    assert told == ["selfvae: enhance", "selfvae-halve: enhance"]
     with pytest.raises(ValueError, match="at least one folder"):
         report([], data, "smooth", tmp_path / "out")
 
@@ -62,8 +90,10 @@ def test_command(tmp_path: Path, images: torch.Tensor, capsys: pytest.CaptureFix
     model = selfvae.build("selfvae-halve", "tiny", (3, 16, 16), width=0.06, components=2)
     model.initialise(images)
     selfvae.save(model, tmp_path / "run")
-    np.save(tmp_path / "a.npy", images.repeat(5, 1, 1, 1).numpy())
+    np.save(tmp_path / "a.npy", images.repeat(10, 1, 1, 1).numpy())
     flags = ["--data", str(tmp_path / "a.npy"), "--out", str(tmp_path / "out"), "--limit", "2"]
+    flags += ["--out-sets", "noise", str(tmp_path / "a.npy"), "--features", "tests.test_report:corners"]
+    flags += ["--quality-n", "5", "--figures", "2", "--precision", "bf16-mixed"]
     flags += ["--enhance-limit", "2", "--draws", "2", "--ood-limit", "2"]
     assert main(["report", str(tmp_path / "run"), *flags]) == 0
     assert "report.md" in capsys.readouterr().out and (tmp_path / "out/report.html").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from selfvae.distributions import DiagonalNormal
@@ -12,6 +13,8 @@ from selfvae.priors import LatentDistribution
 from selfvae.transforms import Blank, Format, Subsample, Support, Transform
 
 __all__ = ["Level"]
+
+Core = tuple[slice, slice]
 
 
 class Level(nn.Module):
@@ -70,18 +73,23 @@ class Level(nn.Module):
         """Whether y_up keeps pixels of y, so that the level works at y_up's resolution."""
         return self.consistent and isinstance(self.transform, Subsample)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the networks."""
+        return next(self.decoder.parameters()).dtype
+
     def context(self, y_up: Tensor) -> Tensor:
-        """What the decoder sees of y_up: float32 (B, C', h, w) in [-1, 1]; no channels at the top."""
+        """What the decoder sees of y_up: (B, C', h, w) in [-1, 1]; no channels at the top."""
         if y_up.shape[1] == 0:
-            return y_up.float()
-        if self.fills_in:
-            return to_unit(y_up, self.format.levels)
-        return to_unit(self.transform.estimate(y_up, self.format), self.format.levels)
+            return y_up.to(self.dtype)
+        if not self.fills_in:
+            y_up = self.transform.estimate(y_up.to(self.dtype), self.format)
+        return to_unit(y_up, self.format.levels, self.dtype)
 
     def posterior(self, y: Tensor) -> DiagonalNormal:
         """q(z | y) for y uint8 (B, C, H, W)."""
         assert self.encoder is not None
-        return DiagonalNormal.from_params(self.encoder(to_unit(y, self.format.levels)))
+        return DiagonalNormal.from_params(self.encoder(to_unit(y, self.format.levels, self.dtype)))
 
     def prior(self, y_up: Tensor, z_up: Tensor | None) -> LatentDistribution:
         """p(z | y_up, z_up)."""
@@ -90,20 +98,31 @@ class Level(nn.Module):
             top: LatentDistribution = self.prior_net(y_up, z_up)
             return top
         up = self.transform.format(self.format)
-        return DiagonalNormal.from_params(self.prior_net(to_unit(y_up, up.levels), z_up))
+        return DiagonalNormal.from_params(self.prior_net(to_unit(y_up, up.levels, self.dtype), z_up))
 
-    def likelihood(self, y_up: Tensor, z: Tensor | None) -> PixelMixture:
-        """p(y | y_up, z)."""
+    def likelihood(self, y_up: Tensor, z: Tensor | None, core: Core | None = None) -> PixelMixture:
+        """p(y | y_up, z); with `core`, rows and columns of y_up, of y's part there alone."""
+        params = self.decoder(self.context(y_up), z)
+        if core is not None:
+            rows, cols = (1, 1) if self.fills_in else self.transform.scale
+            params = params[..., _times(core[0], rows), _times(core[1], cols)]
+        guess = self.transform.estimate(y_up.to(self.dtype), self.format) if self.anchored else None
+        if core is not None:
+            rows, cols = self.transform.scale
+            y_up = y_up[..., core[0], core[1]]
+            if guess is not None:
+                guess = guess[..., _times(core[0], rows), _times(core[1], cols)]
         support = (
             self.transform.support(y_up, self.format) if self.consistent else Support(y_up, self.format)
         )
-        params = self.decoder(self.context(y_up), z)
         if self.fills_in:
             b, p, h, w = params.shape
-            params = params.view(b, support.groups, p // support.groups, h, w)
+            params = params.reshape(b, support.groups, p // support.groups, h, w)
         else:
             params = support.phases(params)
-        anchor = None
-        if self.anchored:
-            anchor = support.split(self.transform.estimate(y_up, self.format))
+        anchor = None if guess is None else support.split(guess)
         return PixelMixture(params, support, self.format, anchor=anchor, coefficients=self.coefficients)
+
+
+def _times(part: slice, n: int) -> slice:
+    return slice(part.start * n, part.stop * n)

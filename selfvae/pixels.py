@@ -27,9 +27,9 @@ _LOG_SCALE_START, _LOG_SCALE_START_ANCHORED = -1.5, -3.5
 _REACH, _REACH_ANCHORED = 1.0, 0.1
 
 
-def to_unit(x: Tensor, levels: int) -> Tensor:
-    """Values 0..levels-1 (uint8 or float) -> float32 in [-1, 1], what the networks see."""
-    return x.float() * (2.0 / (levels - 1)) - 1.0
+def to_unit(x: Tensor, levels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values 0..levels-1 (uint8 or float) -> [-1, 1], what the networks see."""
+    return x.to(dtype) * (2.0 / (levels - 1)) - 1.0
 
 
 def param_count(channels: int, components: int) -> int:
@@ -146,14 +146,14 @@ class PixelMixture:
     def _bounds(self, v: Tensor) -> tuple[Tensor, Tensor] | None:
         return self.support.bounds(v) if self.support.truncates else None
 
-    def _means(self, v: Tensor) -> Tensor:
+    def means(self, v: Tensor) -> Tensor:
         """The components' means before the channels' coefficients: (B, G, C, M, h, w), levels."""
         if self.anchor is None:
             return self.offsets
         return self.offsets + self.support.refine(self.anchor, v)[:, :, :, None]
 
     def _channel(self, c: int, v: Tensor, means: Tensor) -> _Logistics:
-        """The logistics of channel c given `_means` and the entries v of the channels before it."""
+        """The logistics of channel c given `means` and the entries v of the channels before it."""
         mean, first = means[:, :, c], c * (c - 1) // 2
         for j in range(c):
             known = v[:, :, j, None].to(mean.dtype)
@@ -166,7 +166,7 @@ class PixelMixture:
 
     def _component_masses(self, v: Tensor, channels: int) -> Tensor:
         """ln of every component's weight times its mass of the first channels: (B, G, M, h, w)."""
-        bounds, means = self._bounds(v), self._means(v)
+        bounds, means = self._bounds(v), self.means(v)
         out = self.logits
         for c in range(channels):
             at = None if bounds is None else (bounds[0][:, :, c, None], bounds[1][:, :, c, None])
@@ -190,7 +190,7 @@ class PixelMixture:
         """
         one = slice(group, group + 1)
         weight = torch.log_softmax(self._component_masses(v, channel)[:, group], 1)  # B, M, h, w
-        logistics = self._channel(channel, v, self._means(v))
+        logistics = self._channel(channel, v, self.means(v))
         logistics = _Logistics(
             logistics.mean[:, one, ..., None], logistics.inverse_scale[:, one, ..., None],
             self.format.top,
@@ -220,7 +220,7 @@ class PixelMixture:
             for channel in range(c):
                 lo, hi = self.support.bounds(v)
                 lo, hi = lo[:, group, channel], hi[:, group, channel]
-                every = self._channel(channel, v, self._means(v))
+                every = self._channel(channel, v, self.means(v))
                 one = _Logistics(
                     every.mean.gather(2, pick)[:, group, 0],
                     every.inverse_scale.gather(2, pick)[:, group, 0],

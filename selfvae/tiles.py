@@ -20,22 +20,28 @@ from selfvae.level import Level
 from selfvae.model import SelfVAE
 from selfvae.transforms import Blank
 
-__all__ = ["tiled"]
+__all__ = ["Tile", "split", "tiled"]
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """Rows or columns in units: what is computed (outer) and what is kept of it (core)."""
 
     outer: slice
     core: slice
 
+    @property
+    def inner(self) -> slice:
+        """The core, counted from the start of the outer part."""
+        return slice(self.core.start - self.outer.start, self.core.stop - self.outer.start)
 
-def _split(length: int, tile: int, margin: int) -> Iterator[_Tile]:
+
+def split(length: int, tile: int, margin: int) -> Iterator[Tile]:
+    """Tiles of at most `tile` units that cover a length, with a margin on both sides where there is one."""
     for start in range(0, length, tile):
         stop = min(length, start + tile)
-        yield _Tile(slice(max(0, start - margin), min(length, stop + margin)), slice(start, stop))
+        yield Tile(slice(max(0, start - margin), min(length, stop + margin)), slice(start, stop))
 
 
 class _Map:
@@ -94,8 +100,8 @@ class TiledLevel(nn.Module):
         grid = _Map(units)
         tiles = [
             (r, c)
-            for r in _split(units[0], self.tile[0], self.margin[0])
-            for c in _split(units[1], self.tile[1], self.margin[1])
+            for r in split(units[0], self.tile[0], self.margin[0])
+            for c in split(units[1], self.tile[1], self.margin[1])
         ]
         out: Tensor | None = None
         for r, c in self.track(tiles, f"{name}{self.k}") if self.track else tiles:
@@ -104,11 +110,7 @@ class TiledLevel(nn.Module):
             if out is None:
                 size = [n * u // t for n, u, t in zip(drawn.shape[2:], units, high, strict=True)]
                 out = drawn.new_empty(*drawn.shape[:2], *size)
-            inner = _Map(high).cut(
-                drawn,
-                slice(r.core.start - r.outer.start, r.core.stop - r.outer.start),
-                slice(c.core.start - c.outer.start, c.core.stop - c.outer.start),
-            )
+            inner = _Map(high).cut(drawn, r.inner, c.inner)
             grid.cut(out, r.core, c.core).copy_(inner)
         assert out is not None
         return out

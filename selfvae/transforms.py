@@ -65,6 +65,10 @@ def check_image(x: Tensor, channels: int | None = None, name: str = "x") -> None
         raise kind(f"{name} must be uint8 (B, {c}, H, W); got {got}{hint}")
 
 
+def _real(y: Tensor) -> Tensor:
+    return y if y.dtype == torch.float64 else y.float()
+
+
 class Support:
     """What y = d(x) leaves open of x, in coding order.
 
@@ -143,8 +147,11 @@ class Transform(nn.Module):
         return Support(y, format)
 
     def estimate(self, y: Tensor, format: Format) -> Tensor:
-        """A plain guess at x from y alone: float32 (B, C, H, W) on x's scale of 0..levels-1."""
-        return y.float()
+        """A plain guess at x from y alone: (B, C, H, W) on x's scale of 0..levels-1.
+
+        float64 for a y given in float64, float32 for any other.
+        """
+        return _real(y)
 
     def size(self, h: int, w: int) -> tuple[int, int]:
         """The height and width of d(x) for x of height h and width w, in pixels."""
@@ -169,7 +176,7 @@ class Blank(Transform):
 
     def estimate(self, y: Tensor, format: Format) -> Tensor:
         b, _, h, w = y.shape
-        return torch.full((b, format.channels, h, w), format.top / 2, device=y.device)
+        return _real(y).new_full((b, format.channels, h, w), format.top / 2)
 
 
 # --- downscaling -----------------------------------------------------------------------------------
@@ -243,7 +250,7 @@ class MeanDownscale(Transform):
 
     def estimate(self, y: Tensor, format: Format) -> Tensor:
         size = (y.shape[2] * self.scale[0], y.shape[3] * self.scale[1])
-        return F.interpolate(y.float(), size, mode="bilinear", align_corners=False)
+        return F.interpolate(_real(y), size, mode="bilinear", align_corners=False)
 
     def extra_repr(self) -> str:
         return f"{self.scale[0]}, {self.scale[1]}"
@@ -289,7 +296,7 @@ class Subsample(Transform):
 
     def estimate(self, y: Tensor, format: Format) -> Tensor:
         """Linear interpolation between the kept pixels; past the last one it is repeated."""
-        out = y.float()
+        out = _real(y)
         for dim, n in zip((2, 3), self.scale, strict=True):
             after = torch.cat([out.narrow(dim, 1, out.shape[dim] - 1), out.narrow(dim, -1, 1)], dim)
             steps = [out + (after - out) * (i / n) for i in range(n)]
@@ -374,7 +381,7 @@ class BicubicDownscale(Transform):
 
     def estimate(self, y: Tensor, format: Format) -> Tensor:
         size = (y.shape[2] * self.scale[0], y.shape[3] * self.scale[1])
-        out = F.interpolate(y.float(), size, mode="bicubic", align_corners=False)
+        out = F.interpolate(_real(y), size, mode="bicubic", align_corners=False)
         return out.clamp(0, format.top)
 
     def extra_repr(self) -> str:
@@ -417,7 +424,7 @@ class BitDepth(Transform):
 
     def estimate(self, y: Tensor, format: Format) -> Tensor:
         step = 1 << (8 - self.bits)
-        return y.float() * step + (step - 1) / 2
+        return _real(y) * step + (step - 1) / 2
 
     def extra_repr(self) -> str:
         return f"{self.bits}"
@@ -467,7 +474,7 @@ class Greyscale(Transform):
         return _GreySupport(y, format)
 
     def estimate(self, y: Tensor, format: Format) -> Tensor:
-        return y.float().expand(-1, format.channels, -1, -1)
+        return _real(y).expand(-1, format.channels, -1, -1)
 
 
 @functools.cache

@@ -1,0 +1,12 @@
+"""Compression without loss: files whose size is the model's likelihood, the same on every machine.
+
+codec = Codec(selfvae.load("runs/halve"))
+data = codec.compress(x)           # bytes
+x = codec.decompress(data)         # uint8 (1, C, H, W), bit for bit
+y = codec.decompress(data, "y2")   # a smaller version, from the first bytes of the file
+"""
+
+from selfvae.codec.container import CodecError, Header, read_header
+from selfvae.codec.progressive import Codec, fingerprint
+
+__all__ = ["Codec", "CodecError", "Header", "fingerprint", "read_header"]

@@ -1,0 +1,176 @@
+"""The file: a header, then the parts, the coarsest first. Format 1.
+
+    magic "SVAE", version (1 byte), fingerprint of the model (8 bytes)
+    channels, levels - 1, height, width of the picture; number of parts       varints
+    for every part, y_K first: bytes of notes, words of code (varints), CRC-32 of y_k's pixels (4 bytes)
+    CRC-32 of all that follows the header (4 bytes), CRC-32 of the header (4 bytes)
+    the parts: notes, then words of 4 bytes
+
+Numbers are little-endian; a varint has 7 bits a byte, the lowest first, and the high bit set in all but the
+last byte. The words are one ANS stack, its top first: a prefix of the file decodes a prefix of the parts.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+__all__ = ["CodecError", "Header", "Part", "Reader", "read", "varint", "write"]
+
+MAGIC, VERSION = b"SVAE", 1
+_PARTS = 64  # more are in no model
+
+
+class CodecError(ValueError):
+    """The file cannot be decoded; the message says why."""
+
+
+def varint(n: int) -> bytes:
+    """A number >= 0, 7 bits a byte."""
+    out = bytearray()
+    while n > 127:
+        out.append(n & 127 | 128)
+        n >>= 7
+    return bytes([*out, n])
+
+
+class Reader:
+    """Reads from the front of bytes; what is not there is an error."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def take(self, n: int) -> bytes:
+        """The next n bytes."""
+        part = self.data[self.at : self.at + n]
+        if len(part) < n:
+            raise CodecError(f"the file ends inside its header: {len(self.data)} bytes are there")
+        self.at += n
+        return part
+
+    def varint(self) -> int:
+        """The next number."""
+        n = 0
+        for shift in range(0, 63, 7):
+            byte = self.take(1)[0]
+            n |= (byte & 127) << shift
+            if byte < 128:
+                return n
+        raise CodecError("the file is damaged: a number in it has more than 63 bits")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One image y_k: bytes of notes, words of code, checksum of the pixels."""
+
+    notes: int
+    words: int
+    crc: int
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return self.notes + 4 * self.words
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself. parts: y_K first."""
+
+    fingerprint: bytes
+    channels: int
+    levels: int
+    height: int
+    width: int
+    parts: tuple[Part, ...]
+    size: int = 0  # bytes of the header
+    crc: int = 0  # of all that follows it
+
+    def to_bytes(self, payload: bytes) -> bytes:
+        """The header of that payload."""
+        out = bytearray(MAGIC + bytes([VERSION]) + self.fingerprint)
+        for n in (self.channels, self.levels - 1, self.height, self.width, len(self.parts)):
+            out += varint(n)
+        for part in self.parts:
+            out += varint(part.notes) + varint(part.words) + struct.pack("<I", part.crc)
+        out += struct.pack("<I", zlib.crc32(payload))
+        return bytes(out + struct.pack("<I", zlib.crc32(out)))
+
+
+def write(header: Header, notes: list[bytes], words: list[np.ndarray]) -> bytes:
+    """A file from the parts, y_K first; words uint32, in the order of the file."""
+    payload = b"".join(n + w.astype("<u4").tobytes() for n, w in zip(notes, words, strict=True))
+    return header.to_bytes(payload) + payload
+
+
+def read(data: bytes, partial: bool = False) -> tuple[Header, list[tuple[bytes, np.ndarray]]]:
+    """The header of a file, and notes and words of its parts, y_K first.
+
+    partial: take a file that was cut short; the parts that are whole are returned.
+
+    Raises CodecError that says what is wrong.
+    """
+    header = read_header(data)
+    payload = data[header.size :]
+    whole = sum(part.size for part in header.parts)
+    if len(payload) > whole:
+        raise CodecError(
+            f"{len(payload) - whole} bytes follow the end of the picture: the file is damaged, or several "
+            "were joined"
+        )
+    if len(payload) < whole:
+        if not partial:
+            raise CodecError(
+                f"the file is cut short: {len(data)} of {header.size + whole} bytes are there; what they "
+                "hold can be had by asking for a partial picture (--partial)"
+            )
+    elif zlib.crc32(payload) != header.crc:
+        raise CodecError("the file is damaged: its checksum does not fit")
+    parts, at = [], 0
+    for part in header.parts:
+        if at + part.size > len(payload):
+            break
+        words = np.frombuffer(payload, "<u4", part.words, at + part.notes).astype(np.uint32)
+        parts.append((payload[at : at + part.notes], words))
+        at += part.size
+    return header, parts
+
+
+def read_header(data: bytes) -> Header:
+    """The header alone; data may end anywhere after it."""
+    if not data:
+        raise CodecError("the file is empty")
+    if data[:4] != MAGIC[: len(data)]:
+        raise CodecError(f"not an .svae file: it begins with {data[:4]!r}, not with {MAGIC!r}")
+    reader = Reader(data)
+    reader.take(4)
+    version = reader.take(1)[0]
+    if version != VERSION:
+        raise CodecError(f"the file has format {version}; this version of selfvae reads format {VERSION}")
+    fingerprint = reader.take(8)
+    channels, top, height, width, count = (reader.varint() for _ in range(5))
+    if count > _PARTS:
+        raise CodecError(f"the file is damaged: it claims {count} parts")
+    parts = tuple(
+        Part(reader.varint(), reader.varint(), struct.unpack("<I", reader.take(4))[0]) for _ in range(count)
+    )
+    crc = struct.unpack("<I", reader.take(4))[0]
+    checked = data[: reader.at]
+    if zlib.crc32(checked) != struct.unpack("<I", reader.take(4))[0]:
+        raise CodecError("the file is damaged: its header's checksum does not fit")
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and height * width > limit:
+        raise CodecError(
+            f"the picture claims {height} x {width} pixels; more than {limit} are not decoded (raise "
+            "PIL.Image.MAX_IMAGE_PIXELS if you trust the file)"
+        )
+    if not (height and width and 1 <= channels <= 4 and 1 <= top <= 255 and parts):
+        raise CodecError(
+            f"the header makes no sense: {channels} channels of {top + 1} levels, {height} x {width} "
+            f"pixels, {count} parts"
+        )
+    return Header(fingerprint, channels, top + 1, height, width, parts, reader.at, crc)

@@ -7,6 +7,7 @@ a camera noted is applied; of an animation the first frame is taken. Alpha is ke
 
 from __future__ import annotations
 
+import contextlib
 import io
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ __all__ = [
     "check_ending",
     "open_picture",
     "read",
+    "read_exactly",
     "save",
     "show",
     "to_format",
@@ -66,6 +68,29 @@ def read(path: str | Path) -> Picture:
     values = np.atleast_3d(np.asarray(open_picture(Path(path))))
     x = torch.from_numpy(values.transpose(2, 0, 1).copy())[None]
     return Picture(x[:, :-1], x[:, -1:]) if x.shape[1] in (2, 4) else Picture(x)
+
+
+def read_exactly(path: str | Path) -> Tensor:
+    """A picture file's pixels, uint8 (1, C, H, W), C = 1 or 3; ValueError where that would lose any.
+
+    Refused are more than 8 bits a channel and an alpha channel that says anything.
+    """
+    path = Path(path)
+    with contextlib.suppress(UnidentifiedImageError, OSError), Image.open(path) as file:
+        if file.mode.startswith("I") or file.mode == "F" or _deep(file):
+            raise ValueError(f"{path} has more than 8 bits a channel: convert it first, which loses some")
+    picture = read(path)
+    if picture.alpha is not None and int(picture.alpha.min()) < 255:
+        raise ValueError(f"{path} has an alpha channel, which would be lost: remove it first")
+    return picture.pixels
+
+
+def _deep(file: Image.Image) -> bool:
+    """Whether the file has more bits than Pillow gives: 16-bit colour is read as 8 bits."""
+    if file.format == "PNG":
+        return any(tile[3] == "RGB;16B" or str(tile[3]).endswith(";16B") for tile in file.tile)  # type: ignore[attr-defined]
+    bits = getattr(file, "tag_v2", {}).get(258, (8,))
+    return max(bits if isinstance(bits, tuple) else (bits,)) > 8
 
 
 def to_format(picture: Picture, format: Format) -> Tensor:

@@ -103,7 +103,7 @@ def test_a_folder_goes_on_past_a_broken_file(
     model = ["--model", str(runs / "selfvae-halve")]
     assert main(["enhance", str(source), str(out), *model, "--level", "2"]) == 1
     told = capsys.readouterr()
-    assert "3 of 4 pictures" in told.out and "b.png cannot be read" in told.err
+    assert "3 of 4 files" in told.out and "b.png cannot be read" in told.err
     made = sorted(str(f.relative_to(out)) for f in out.rglob("*.*"))
     assert made == ["a.bmp.png", "a.png.png", "sub/c.png"]
     (source / "b.png").unlink()
@@ -120,7 +120,7 @@ def test_a_folder_goes_on_past_a_broken_file(
     ("flags", "message"),
     [
         (["enhance", "PHOTO", "PHOTO", "--model", "selfvae"], "is the input itself"),
-        (["enhance", "nowhere.png", "o.png", "--model", "selfvae"], "no picture or folder at nowhere.png"),
+        (["enhance", "nowhere.png", "o.png", "--model", "selfvae"], "no file or folder at nowhere.png"),
         (["enhance", "PHOTO", "o.jpg", "--model", "selfvae"], "JPEG files hold no alpha"),
         (["enhance", "PHOTO", "o.png", "--model", "vae-normal"], "computes no image"),
         (["enhance", "PHOTO", "o.png", "--model", "selfvae", "--level", "2"], "must be 1 to 1"),

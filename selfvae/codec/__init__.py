@@ -7,6 +7,7 @@ y = codec.decompress(data, "y2")   # a smaller version, from the first bytes of 
 """
 
 from selfvae.codec.container import CodecError, Header, read_header
+from selfvae.codec.plugin import use
 from selfvae.codec.progressive import Codec, fingerprint
 
-__all__ = ["Codec", "CodecError", "Header", "fingerprint", "read_header"]
+__all__ = ["Codec", "CodecError", "Header", "fingerprint", "read_header", "use"]

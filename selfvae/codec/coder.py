@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from selfvae.codec.lattice import ONE, Channel, Ints, cumulative
+from selfvae.codec.lattice import ONE, Channel, Ints, cumulative, level_bits
 
 __all__ = ["Decoder", "Encoder", "code"]
 
@@ -113,7 +113,8 @@ class _Cumulative:
             self.mass = self._whole(self.high) - self.start
 
     def _whole(self, edge: Ints) -> Ints:
-        inside = cumulative(edge, *self.channel)
+        bits = level_bits(self.levels)
+        inside = cumulative((edge << bits) - (1 << bits - 1), *self.channel)
         return np.where(edge >= self.levels, 1 << ONE, np.where(edge <= 0, 0, inside))
 
     def __call__(self, edge: Ints) -> Ints:

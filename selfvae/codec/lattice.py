@@ -28,7 +28,7 @@ Ints = np.ndarray  # int64
 
 MARGIN = 2.0**-20  # of a grid step
 
-MEAN = 5  # bits: steps of 1/32 level
+MEAN = 13  # bits: steps of 1/8192 of the range, 1/32 of 256 levels
 COEFFICIENT = 8  # bits
 _WEIGHT, _LEAST = 8, -128  # steps a nat of a log-weight; the least one that counts
 _SCALE, _FLATTEST, _SHARPEST = 8, -18 * 8, 4 * 8  # steps an octave of a scale; log2 of its inverse
@@ -69,14 +69,19 @@ def _tail_table() -> tuple[Ints, Ints]:
     return tail, np.append(np.diff(tail), 0)
 
 
-def cumulative(edge: Ints, mean: Ints, inverse: Ints) -> Ints:
-    """2^36 times the logistic's distribution function at the lower edge of a level.
+def level_bits(levels: int) -> int:
+    """Bits of a level's width, in the steps of the means."""
+    return MEAN - (levels - 1).bit_length()
 
-    edge: (n,), levels. mean: (M, n), in 1/32 levels. inverse: (M, n) of the scale, 2^20 / levels.
+
+def cumulative(point: Ints, mean: Ints, inverse: Ints) -> Ints:
+    """2^36 times the logistic's distribution function.
+
+    point: (n,), and mean: (M, n), in 1/8192 of the range. inverse: (M, n), of the scale in 1/256 of the
+    range, times 2^20.
     """
     tail, slope = _tail_table()
-    distance = ((edge << MEAN) - (1 << MEAN - 1))[None] - mean
-    t = (distance * inverse) >> (MEAN + _INVERSE - _ARGUMENT)
+    t = ((point[None] - mean) * inverse) >> (MEAN - 8 + _INVERSE - _ARGUMENT)
     far = np.minimum(np.abs(t), _FAR << _ARGUMENT)
     i, rest = far >> (_ARGUMENT - _TABLE), far & ((1 << _ARGUMENT - _TABLE) - 1)
     lower = tail[i] + ((slope[i] * rest) >> (_ARGUMENT - _TABLE))
@@ -122,7 +127,7 @@ class Notes:
 
 
 class Channel(NamedTuple):
-    """One channel's logistics, (M, n) each: means in 1/32 levels, inverse scales in 2^20 / levels."""
+    """One channel's logistics, (M, n) each: means and inverse scales as `cumulative` takes them."""
 
     mean: Ints
     inverse: Ints
@@ -150,6 +155,7 @@ class Lattice:
     def __post_init__(self) -> None:
         self.means: list[Ints] = []  # of the channels so far, before their coefficients
         self.values: list[Ints] = []
+        self.bits = level_bits(self.mixture.format.levels)
 
     def weights(self) -> Ints:
         """The components' weights before any channel is known: (M, n)."""
@@ -160,16 +166,17 @@ class Lattice:
         mixture, c, notes = self.mixture, len(self.means), self.notes
         if c:
             self.values.append(_rows(v[:, self.group, c - 1, None])[0].astype(np.int64))
-        mean = _rows(mixture.means(v)[:, self.group, c]) * (1 << MEAN)
+        mean = _rows(mixture.means(v)[:, self.group, c]) * (1 << self.bits)
         mean = notes.snap(np.clip(mean, -_REACH, _REACH))
         self.means.append(mean)
         for j in range(c):
             coefficient = notes.snap(
                 _rows(mixture.coefs[:, self.group, c * (c - 1) // 2 + j]) * (1 << COEFFICIENT)
             )
-            centre = mixture.format.top << MEAN - 1 if mixture.coefficients == "raw" else self.means[j]
-            known = (self.values[j] << MEAN)[None] - centre
+            middle = mixture.format.top << self.bits - 1
+            centre = middle if mixture.coefficients == "raw" else self.means[j]
+            known = (self.values[j] << self.bits)[None] - centre
             mean = mean + ((coefficient * known + (1 << COEFFICIENT - 1)) >> COEFFICIENT)
-        octaves = np.log2(_rows(mixture.inverse_scales[:, self.group, c])) * _SCALE
-        steps = notes.snap(np.clip(octaves, _FLATTEST, _SHARPEST))
+        octaves = np.log2(_rows(mixture.inverse_scales[:, self.group, c])) - (self.bits - (MEAN - 8))
+        steps = notes.snap(np.clip(octaves * _SCALE, _FLATTEST, _SHARPEST))
         return Channel(np.clip(mean, -_REACH, _REACH), _inverse_table()[steps - _FLATTEST])

@@ -1,0 +1,7 @@
+"""python -m selfvae.cli"""
+
+import sys
+
+from selfvae.cli import main
+
+sys.exit(main())

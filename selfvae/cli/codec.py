@@ -1,0 +1,79 @@
+"""Commands that compress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from selfvae import codec as coding
+from selfvae import pictures
+from selfvae.cli.common import In, Out, each, load_model, progress, show
+from selfvae.hub import write_atomic
+
+_ENDING = ".svae"
+
+
+def compress(source: In, out: Out, model: Path, verify: bool = True) -> int:
+    """Compress a picture without loss: every pixel comes back. For a folder: every picture in it.
+
+    Pixels alone are kept: no palette, no camera's notes; the orientation that they ask for is applied. The
+    file opens with the same model only.
+
+    Args:
+        source: picture file, or a folder.
+        out: file ending in .svae, or folder for them.
+        model: folder that training wrote; of a model without latents, e.g. selfvae-halve.
+        verify: decode every file and compare, which takes twice as long.
+    """
+    packer = coding.Codec(load_model(model))
+
+    def work(file: Path, target: Path) -> None:
+        if target.suffix.lower() != _ENDING:
+            raise ValueError(f"{target}: a compressed picture ends in {_ENDING}; got {target.suffix!r}")
+        data = packer.compress(pictures.read_exactly(file), verify=verify, track=progress)
+        write_atomic(target, data)
+
+    return each(source, out, work, ending=_ENDING)
+
+
+def decompress(source: In, out: Out, model: Path, upto: str = "y0", partial: bool = False) -> int:
+    """The picture in a compressed file, or the pictures in all files of a folder.
+
+    Args:
+        source: .svae file, or a folder.
+        out: picture file (.png and .webp are lossless), or folder for them.
+        model: the model that compressed it.
+        upto: y1, y2, ...: the smaller or greyer version of that name, exactly, from the file's first bytes.
+        partial: take a file that was cut short: the best picture so far, the rest as is most likely.
+    """
+    packer = coding.Codec(load_model(model))
+
+    def work(file: Path, target: Path) -> None:
+        pictures.check_ending(target)
+        x = packer.decompress(file.read_bytes(), upto, partial=partial, track=progress)
+        format = packer.model.levels[int(upto[1:])].format
+        pictures.write(pictures.show(x[0], format), target)
+
+    return each(source, out, work, (_ENDING,))
+
+
+def describe(file: Path, json: bool) -> None:
+    """What a compressed file says of itself, and the bytes of its parts."""
+    data = file.read_bytes()
+    header = coding.read_header(data)
+    top = len(header.parts) - 1
+    result: dict[str, Any] = {
+        "bytes": len(data),
+        "height": header.height,
+        "width": header.width,
+        "channels": header.channels,
+        "levels": header.levels,
+        "bits_per_subpixel": 8 * len(data) / (header.height * header.width * header.channels),
+        "model": header.fingerprint.hex(),
+        "header_bytes": header.size,
+        **{f"y{top - i}_bytes": part.size for i, part in enumerate(header.parts)},
+    }
+    missing = header.size + sum(part.size for part in header.parts) - len(data)
+    if missing:
+        result["missing_bytes"] = missing
+    show(result, json)

@@ -1,0 +1,198 @@
+"""What the commands share: arguments, loading, progress, files and folders."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from selfvae import data as sources
+from selfvae import hub, pictures, tasks
+from selfvae.model import SelfVAE
+from selfvae.tiles import tiled
+from selfvae.transforms import Format
+
+TILE = 192  # pixels of a tile's side
+
+
+WHOLE = (2 * TILE) ** 2  # pixels, of all pictures drawn together, that are worked on without tiles
+
+
+Run = Annotated[Positional[Path], arg(metavar="DIR")]
+
+
+In = Annotated[Positional[Path], arg(metavar="IN")]
+
+
+Out = Annotated[Positional[Path], arg(metavar="OUT")]
+
+
+def show(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+        return
+    width = max(map(len, result))
+    for key, value in result.items():
+        if isinstance(value, float):
+            value = f"{value:.4f}"
+        elif isinstance(value, list):
+            digits = 4 if "bits" in key else 1
+            value = ", ".join(f"{v:.{digits}f}" if isinstance(v, float) else str(v) for v in value)
+        print(f"{key:<{width}}  {value}")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How variables are drawn.
+
+    Args:
+        temperature: of every draw, 0.7, or by variable, y0=0.3,z1=1; below 1 plainer, 0 the modes.
+        decode: sample, or mode: the most likely image at every level.
+        seed: of the draws.
+    """
+
+    temperature: str = "1"
+    decode: Literal["sample", "mode"] = "sample"
+    seed: int = 0
+
+    def how(self, net: SelfVAE) -> dict[str, Any]:
+        """The keyword arguments of `tasks`, checked for the model."""
+        heat: Any
+        try:
+            if "=" in self.temperature:
+                pairs = (part.split("=") for part in self.temperature.split(","))
+                heat = {name.strip() or "?": float(value) for name, value in pairs}
+            else:
+                heat = float(self.temperature)
+        except ValueError:
+            raise ValueError(
+                f"--temperature takes a number, or NAME=NUMBER,...; got {self.temperature!r}"
+            ) from None
+        tasks.temperatures(net, heat, self.decode)
+        return {"temperature": heat, "decode": self.decode, "seed": self.seed}
+
+
+DrawingFlags = Annotated[Drawing, OmitArgPrefixes]
+
+
+DRAWING = Drawing()
+
+
+def load_images(net: SelfVAE, data: str, split: str = "test") -> sources.Images:
+    """A source's images at the model's size, where the source can be had in any."""
+    dataset = sources.load(data, net.config.image_shape[1] if _resizable(data) else None)
+    images: sources.Images = getattr(dataset, split)
+    return images
+
+
+def load_model(folder: Path) -> SelfVAE:
+    """The model in a folder, where it is to score and draw."""
+    return hub.load(folder).to(device())
+
+
+def device() -> str:
+    """Where to score and draw: the GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _resizable(data: str) -> bool:
+    """Whether the source can be had in the model's size (arrays have their own)."""
+    path = Path(data)
+    return not (path.suffix == ".npy" or (path / "train.npy").exists())
+
+
+def positive(flag: str, n: int) -> None:
+    if n < 1:
+        raise ValueError(f"--{flag} must be at least 1; got {n}")
+
+
+def fitted(net: SelfVAE, pixels: int) -> SelfVAE:
+    """The model; in tiles, with a progress bar, for many pixels."""
+    if pixels <= WHOLE:
+        return net
+    return tiled(net, TILE, track=progress)
+
+
+def progress(sequence: Sequence[Any], description: str) -> Iterable[Any]:
+    """A progress bar, on standard error."""
+    return track(sequence, description, console=Console(stderr=True), transient=True)
+
+
+def check_free(source: Path, out: Path) -> None:
+    if source.exists() and out.exists() and out.samefile(source):
+        raise ValueError(f"{out} is the input itself: write to another file")
+
+
+def alpha_of(picture: pictures.Picture, format: Format) -> torch.Tensor | None:
+    """The picture's alpha, unless the model itself has drawn one."""
+    return None if picture.alpha is None or format.channels in (2, 4) else picture.alpha[0, 0]
+
+
+def each(
+    source: Path,
+    out: Path,
+    work: Callable[[Path, Path], None],
+    endings: tuple[str, ...] = pictures.ENDINGS,
+    ending: str = ".png",
+) -> int:
+    """work(file, output file) for a file, or for every file below a folder whose ending is among `endings`.
+
+    In a folder a broken file is passed over and reported at the end: the exit status is then 1. Outputs
+    there have the given ending.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"no file or folder at {source}")
+    if source.is_file():
+        out = out / f"{source.stem}{ending}" if out.is_dir() else out
+        check_free(source, out)
+        work(source, out)
+        print(f"{out}")
+        return 0
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{source} is a folder, so OUT must be one; {out} is a file")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{out} lies in the input folder: write to another one")
+    files = sorted(f for f in source.rglob("*") if f.suffix.lower() in endings)
+    if not files:
+        raise ValueError(f"{source} holds no fitting files: expected some ending in {', '.join(endings)}")
+    stems = Counter(f.with_suffix("") for f in files)
+    failed = []
+    for file in files:
+        target = out / file.relative_to(source)
+        # two inputs that differ in their endings alone keep them
+        alone = stems[file.with_suffix("")] == 1
+        target = target.with_suffix(ending) if alone else target.with_name(f"{target.name}{ending}")
+        try:
+            work(file, target)
+        except (ValueError, OSError) as error:
+            failed.append(f"{file}: {error}")
+    print(f"{len(files) - len(failed)} of {len(files)} files in {out}")
+    for line in failed:
+        print(f"selfvae: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def each_picture(
+    source: Path, out: Path, work: Callable[[pictures.Picture, Path], None], alpha: bool = False
+) -> int:
+    """`each` for pictures: work(picture, output file).
+
+    `alpha` says whether the picture's alpha is to be written, so that a file that cannot hold it is refused
+    before the work.
+    """
+
+    def read(file: Path, target: Path) -> None:
+        picture = pictures.read(file)
+        pictures.check_ending(target, alpha and picture.alpha is not None)
+        work(picture, target)
+
+    return each(source, out, read)

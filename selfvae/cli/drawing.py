@@ -1,0 +1,227 @@
+"""Commands that draw pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from tyro.conf import Positional, arg
+
+from selfvae import figures as sheets
+from selfvae import pictures, plots, tasks
+from selfvae.cli.common import (
+    DRAWING,
+    WHOLE,
+    DrawingFlags,
+    In,
+    Out,
+    Run,
+    alpha_of,
+    check_free,
+    each_picture,
+    fitted,
+    load_images,
+    load_model,
+    positive,
+)
+
+
+def generate(
+    model: Run,
+    out: Path = Path("grid.png"),
+    n: int = 64,
+    height: int | None = None,
+    width: int | None = None,
+    zoom: int = 2,
+    drawing: DrawingFlags = DRAWING,
+) -> None:
+    """Draw images from nothing into one picture.
+
+    Args:
+        model: folder that training wrote.
+        out: picture file.
+        n: number of images.
+        height: of an image, in pixels; by default what the model was built for.
+        width: of an image, in pixels.
+        zoom: pixels of the picture for one of an image.
+    """
+
+    net = load_model(model)
+    positive("n", n)
+    pictures.check_ending(out)
+    how = drawing.how(net)
+    height, width = height or net.config.image_shape[1], width or net.config.image_shape[2]
+    fitting, chunk = fitted(net, height * width), max(1, WHOLE // (height * width))
+    parts = [
+        tasks.generate(fitting, min(chunk, n - i), height, width, **{**how, "seed": how["seed"] + i})
+        for i in range(0, n, chunk)
+    ]
+    images = torch.cat(parts)
+    plots.save_grid(pictures.show(images, net.format), out, zoom=zoom)
+    print(f"{n} images in {out}")
+
+
+def enhance(
+    source: In,
+    out: Out,
+    model: Path,
+    level: int = 1,
+    n: int = 1,
+    drawing: DrawingFlags = DRAWING,
+) -> int:
+    """Enlarge, colour or de-band a picture of your own: whichever undoes the model's transform.
+
+    The picture is taken as y[LEVEL]: colour becomes grey for a model that colours, 8 bits become fewer for
+    one that de-bands. Alpha is kept.
+
+    Args:
+        source: picture file, or a folder: every picture in it.
+        out: picture file (.png and .webp are lossless), or folder for them.
+        model: folder that training wrote.
+        level: which computed image the picture is.
+        n: draws; with more than one, OUT is a sheet: the picture and its draws.
+    """
+
+    net = load_model(model)
+    how = drawing.how(net)
+    tasks.check_computed(net, level)
+    positive("n", n)
+    rows, cols = net.scale(level)
+
+    def work(picture: pictures.Picture, file: Path) -> None:
+        y = pictures.to_format(picture, net.levels[level].format)
+        fitting = fitted(net, y.shape[2] * rows * y.shape[3] * cols)
+        draws = [tasks.enhance(fitting, y, level, **{**how, "seed": how["seed"] + i})[0] for i in range(n)]
+        shown = [pictures.show(x, net.format) for x in draws]
+        if n == 1:
+            pictures.write(shown[0], file, alpha_of(picture, net.format))
+        else:
+            given = pictures.show(y, net.levels[level].format)
+            given = given.repeat_interleave(rows, 2).repeat_interleave(cols, 3)
+            sheet = [plots.to_rgb(x) for x in (given, *(x[None] for x in shown))]
+            plots.save_grid(torch.cat([x.cpu() for x in sheet]), file, zoom=1)
+
+    return each_picture(source, out, work, alpha=n == 1 and net.format.channels in (1, 3))
+
+
+def reconstruct(
+    source: In,
+    out: Out,
+    model: Path,
+    given: str = "reconstruction",
+    drawing: DrawingFlags = DRAWING,
+) -> int:
+    """Draw a picture again from what the model infers of it. Alpha is kept.
+
+    Args:
+        source: picture file, or a folder: every picture in it.
+        out: picture file (.png and .webp are lossless), or folder for them.
+        model: folder that training wrote.
+        given: what is kept: variables and the papers' operations, e.g. RS1, CR, u,z0.
+    """
+
+    net = load_model(model)
+    how, given_names = drawing.how(net), tasks.names(net, given)
+
+    def work(picture: pictures.Picture, file: Path) -> None:
+        x = pictures.to_format(picture, net.format)
+        drawn = tasks.reconstruct(fitted(net, x[0, 0].numel()), x, given_names, **how)
+        pictures.write(pictures.show(drawn[0], net.format), file, alpha_of(picture, net.format))
+
+    return each_picture(source, out, work, alpha=net.format.channels in (1, 3))
+
+
+def vary(
+    source: In,
+    out: Out,
+    model: Path,
+    n: int = 8,
+    given: str = "u",
+    drawing: DrawingFlags = DRAWING,
+) -> int:
+    """Variations of a picture in one sheet, the picture itself first.
+
+    Args:
+        source: picture file, or a folder: every picture in it.
+        out: picture file, or folder for them.
+        model: folder that training wrote.
+        n: number of variations.
+        given: what is kept; the rest is drawn anew.
+    """
+
+    net = load_model(model)
+    how, given_names = drawing.how(net), tasks.names(net, given)
+    positive("n", n)
+
+    def work(picture: pictures.Picture, file: Path) -> None:
+        x = pictures.to_format(picture, net.format)
+        drawn = tasks.vary(fitted(net, n * x[0, 0].numel()), x, n, given_names, **how)[0].cpu()
+        plots.save_grid(pictures.show(torch.cat([x, drawn]), net.format), file, zoom=1)
+
+    return each_picture(source, out, work)
+
+
+def interpolate(
+    a: Annotated[Positional[Path], arg(metavar="A")],
+    b: Annotated[Positional[Path], arg(metavar="B")],
+    out: Out,
+    model: Path,
+    steps: int = 8,
+    given: str = "u",
+    spherical: bool = False,
+    milliseconds: int = 100,
+    drawing: DrawingFlags = DRAWING,
+) -> None:
+    """From one picture to another through the latents: a strip, or an animation (.gif, .webp).
+
+    Args:
+        a: picture file to start from.
+        b: picture file to end with, of the same size.
+        out: .gif or .webp for an animation, any other picture file for a strip.
+        model: folder that training wrote.
+        steps: pictures, both ends included.
+        given: the latents that are interpolated, e.g. u or u,z0.
+        spherical: along an arc instead of a line.
+        milliseconds: of a picture in an animation.
+    """
+
+    net = load_model(model)
+    pictures.check_ending(out)
+    for file in (a, b):
+        check_free(file, out)
+    ends = [pictures.to_format(pictures.read(file), net.format) for file in (a, b)]
+    fitting = fitted(net, ends[0][0, 0].numel())
+    frames = tasks.interpolate(
+        fitting, ends[0], ends[1], steps, given, spherical=spherical, **drawing.how(net)
+    )
+    frames = pictures.show(frames[0], net.format)
+    if out.suffix.lower() in (".gif", ".webp"):
+        plots.save_animation(frames, out, milliseconds)
+    else:
+        plots.save_grid(frames, out, columns=steps, zoom=1)
+    print(f"{steps} steps in {out}")
+
+
+def figures(
+    model: Run,
+    data: str = "photos",
+    out: Path | None = None,
+    n: int = 8,
+    drawing: DrawingFlags = DRAWING,
+) -> None:
+    """The papers' figures from a trained model, and a page that shows them: OUT/index.html.
+
+    Args:
+        model: folder that training wrote.
+        data: as for train; the first N test images are shown.
+        out: folder; by default figures inside the model's.
+        n: images in a row.
+    """
+
+    net = load_model(model)
+    images = load_images(net, data)
+    files = sheets.figures(
+        net, images.take(range(min(n, len(images)))), out or model / "figures", **drawing.how(net)
+    )
+    print(f"See {files[-1]}")

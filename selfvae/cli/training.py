@@ -1,0 +1,106 @@
+"""The command that trains."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from lightning_fabric import Fabric
+from tyro.conf import OmitArgPrefixes
+
+from selfvae import data as sources
+from selfvae import hub
+from selfvae import train as loop
+from selfvae.presets import configure
+from selfvae.train import TrainConfig
+
+_SETTINGS = "train.yaml"
+
+
+def train(
+    out: Path,
+    model: str = "selfvae",
+    size: Literal["tiny", "small", "paper"] = "small",
+    data: str = "photos",
+    image_size: int | None = None,
+    options: tuple[str, ...] = (),
+    resume: bool = False,
+    devices: int = 1,
+    nodes: int = 1,
+    training: Annotated[TrainConfig, OmitArgPrefixes] = TrainConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Train a model; Ctrl-C saves and ends, --resume goes on (with the flags of the first call).
+
+    Args:
+        out: folder for the model, the checkpoint, the curve (log.csv) and samples.
+        model: name of a preset (selfvae info --presets lists them).
+        size: of the networks.
+        data: photos, cifar10, imagenet32, imagenet64, imagenette, celeba, or a path to images.
+        image_size: height and width in pixels; by default the data's own.
+        options: fields of the model's configuration, e.g. width=0.25 latents=top.
+        resume: go on with the run in OUT.
+        devices: GPUs or processes a node.
+        nodes: how many nodes.
+    """
+    if not resume:
+        loop.check_free(out)
+    dataset = sources.load(data, image_size)
+    overrides = dict(map(_option, options))
+    _, c, h, w = dataset.train.shape
+    config = configure(model, size, (c, h, w), **overrides)
+    if not resume:
+        flags = {
+            "model": model, "size": size, "data": data, "image-size": image_size,
+            "options": list(options), "devices": devices, "nodes": nodes,
+            **{k.replace("_", "-"): v for k, v in vars(training).items()},
+        }  # fmt: skip
+        text = yaml.safe_dump({k: v for k, v in flags.items() if v not in (None, [])}, sort_keys=False)
+        hub.write_atomic(out / _SETTINGS, text.encode())
+    fabric = Fabric(devices=devices, num_nodes=nodes, precision=training.precision)
+    loop.train(config, dataset, out, training, resume=resume, fabric=fabric)
+    print(f"model and curve are in {out}")
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """A model option KEY=VALUE."""
+    key, given, value = text.partition("=")
+    if not given or key in ("name", "size", "image_shape"):
+        raise ValueError(f"--options takes fields of the model as KEY=VALUE, e.g. width=0.25; got {text!r}")
+    return key, yaml.safe_load(value)
+
+
+def expand(argv: list[str]) -> list[str]:
+    """Replace --config FILE, and --resume's saved settings, by the flags they stand for, put first."""
+    settings: list[Path] = []
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    if "--config" in argv:
+        at = argv.index("--config")
+        if at + 1 == len(argv):
+            raise ValueError("--config needs a YAML file")
+        settings.append(Path(argv[at + 1]))
+        del argv[at : at + 2]
+    if argv[:1] == ["train"] and "--resume" in argv and "--out" in argv[:-1]:
+        saved = Path(argv[argv.index("--out") + 1]) / _SETTINGS
+        if saved.exists():
+            settings.append(saved)
+    flags: list[str] = []
+    for path in settings:
+        try:
+            values = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must map flags to values, e.g. 'steps: 1000'")
+        for key, value in values.items():
+            key = key.replace("_", "-")
+            if isinstance(value, bool):
+                flags.append(f"--{key}" if value else f"--no-{key}")
+            elif isinstance(value, list):
+                flags += [f"--{key}", *map(str, value)]
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{path}: {key} must be finite")
+            elif value is not None:
+                flags += [f"--{key}", str(value)]
+    return [*argv[:1], *flags, *argv[1:]]

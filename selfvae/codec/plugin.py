@@ -1,0 +1,85 @@
+"""Pillow opens and saves .svae files, with the models that `use` has told of.
+
+import selfvae.codec
+selfvae.codec.use(selfvae.load("runs/halve"))
+Image.open("photo.png").save("photo.svae")
+Image.open("photo.svae")
+"""
+
+from __future__ import annotations
+
+from typing import IO, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile
+
+from selfvae.codec.container import MAGIC, CodecError, read_header
+from selfvae.codec.progressive import Codec
+from selfvae.model import SelfVAE
+
+__all__ = ["use"]
+
+_FORMAT = "SVAE"
+_codecs: dict[bytes, Codec] = {}  # by fingerprint; the last one saves
+
+
+def use(model: SelfVAE) -> Codec:
+    """Open files of that model, and save with it, from now on."""
+    codec = Codec(model)
+    _codecs.pop(codec.fingerprint, None)
+    _codecs[codec.fingerprint] = codec
+    return codec
+
+
+class SvaeImageFile(ImageFile.ImageFile):
+    """A picture that is decoded when its pixels are asked for."""
+
+    format = _FORMAT
+    format_description = "selfvae, lossless"
+
+    def _open(self) -> None:
+        assert self.fp is not None
+        self._data = self.fp.read()
+        header = read_header(self._data)
+        if header.levels != 256:
+            raise CodecError(f"Pillow shows pictures of 256 levels; this one has {header.levels}")
+        if header.channels not in (1, 3):
+            raise CodecError(f"Pillow shows pictures of 1 or 3 channels; this one has {header.channels}")
+        self._size = header.width, header.height
+        self._mode = "L" if header.channels == 1 else "RGB"
+        self._fingerprint = header.fingerprint
+        self.tile = []
+
+    def load(self) -> Any:
+        if self._data:
+            if self._fingerprint not in _codecs:
+                raise CodecError(
+                    f"the file needs the model {self._fingerprint.hex()}: make it known by "
+                    "selfvae.codec.use(model)"
+                )
+            codec = _codecs[self._fingerprint]
+            x = codec.decompress(self._data, partial=ImageFile.LOAD_TRUNCATED_IMAGES)
+            self._data = b""
+            pixels = x[0].permute(1, 2, 0).numpy().tobytes()
+            self.im = Image.frombytes(self.mode, self.size, pixels).im
+        return super().load()
+
+
+def _save(image: Image.Image, file: IO[bytes], name: str | bytes) -> None:
+    if not _codecs:
+        raise CodecError("which model is to compress? Say selfvae.codec.use(model) first")
+    if image.mode not in ("L", "RGB"):
+        raise OSError(f"cannot write mode {image.mode} as {_FORMAT}: convert it to L or RGB")
+    x = torch.from_numpy(np.atleast_3d(np.asarray(image)).transpose(2, 0, 1).copy())[None]
+    file.write(list(_codecs.values())[-1].compress(x))
+
+
+def _register() -> None:
+    Image.register_open(_FORMAT, SvaeImageFile, lambda start: start[:4] == MAGIC)
+    Image.register_save(_FORMAT, _save)
+    Image.register_extension(_FORMAT, ".svae")
+    Image.register_mime(_FORMAT, "image/x-svae")
+
+
+_register()

@@ -1,0 +1,566 @@
+"""The codec: every pixel back, at the length that the model promises, from damaged files nothing."""
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+from torch import Tensor
+
+import selfvae
+from selfvae.cli import main
+from selfvae.codec import Codec, CodecError, fingerprint, lattice, plugin, read_header, use
+from selfvae.codec.coder import Decoder, Encoder, _length, code
+from selfvae.codec.container import Header, Part, Reader, varint
+from selfvae.codec.lattice import ONE, Channel, Notes, cumulative
+from selfvae.pixels import PixelMixture, param_count
+from selfvae.transforms import Format, Support
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def fixed(name: str = "selfvae-halve", **options: Any) -> selfvae.SelfVAE:
+    """A small model whose weights are the same everywhere: multiples of 1/1000, by counting."""
+    how = {"image_shape": (3, 16, 16), "width": 0.06, "components": 3, "latents": "none", **options}
+    model = selfvae.build(name, "tiny", **how)
+    for i, (key, value) in enumerate(sorted(model.state_dict().items())):
+        if key.endswith("initialised"):
+            value.fill_(True)
+            continue
+        n = torch.arange(value.numel()).view(value.shape) * 7919 + 104729 * (i + 1)
+        value.copy_((n % 1009 - 504) / 1000 * (0.3 if key.endswith("gain") else 1.0))
+    return model
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    return Codec(fixed())
+
+
+@pytest.fixture(scope="module")
+def picture() -> Tensor:
+    """A smooth picture with an edge and some noise, uint8 (1, 3, 24, 32)."""
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(32.0), indexing="ij")
+    base = 100 + 3 * x + 2 * y + 60 * (x + y > 30)
+    noise = torch.randn(3, 24, 32, generator=generator)
+    return (base + torch.tensor([0.0, 10.0, -20.0]).view(3, 1, 1) + 4 * noise).clamp(0, 255).byte()[None]
+
+
+def bits(model: selfvae.SelfVAE, x: Tensor) -> float:
+    with torch.no_grad():
+        return -model(x).elbo.item() / math.log(2)
+
+
+# --- whole numbers ------------------------------------------------------------------------------------
+
+
+def test_the_logistics_table() -> None:
+    """Against float64's own, at means and scales from one end to the other."""
+    inverse = lattice._inverse_table()
+    assert inverse[-lattice._FLATTEST] == 1 << 20 and (np.diff(inverse) >= 0).all()
+    mean = np.array([[-5000, 0, 16, 4080, 4081, 9000]] * len(inverse))
+    steps = np.arange(len(inverse))[:, None] + np.zeros_like(mean)
+    for edge in (1, 100, 128, 255):
+        found = cumulative(np.full(6, 32 * edge - 16), mean, inverse[steps]) / 2.0**ONE
+        t = (edge - 0.5 - mean / 32) * (inverse[steps] / 2**20)
+        assert np.abs(found - 1 / (1 + np.exp(-np.clip(t, -40, 40)))).max() < 1e-4
+    fine = cumulative(np.full(1, 200), np.arange(-3000, 3000)[:, None], np.full((6000, 1), inverse[100]))
+    assert (np.diff(fine[:, 0]) <= 0).all()  # ever less below an edge as the mean goes up
+
+
+def test_tables_are_the_same_everywhere() -> None:
+    """Golden checksums: another value would make other machines' files unreadable."""
+    tables = [lattice._weight_table(), lattice._inverse_table(), *lattice._tail_table()]
+    assert [zlib.crc32(t.astype("<i8").tobytes()) for t in tables] == json.loads(
+        (GOLDEN / "tables.json").read_text()
+    )
+
+
+def test_lengths() -> None:
+    n = np.array([0, 1, 2, 3, 4, 255, 256, 2**38 - 1, 2**38, 2**62 - 1])
+    assert _length(n).tolist() == [int(i).bit_length() for i in n]
+
+
+def mixture(levels: int, components: int, n: int, seed: int = 0, spread: float = 2.0) -> PixelMixture:
+    generator = torch.Generator().manual_seed(seed)
+    format = Format(3, levels)
+    params = spread * torch.randn(
+        1, 1, param_count(3, components), 1, n, generator=generator, dtype=torch.float64
+    )
+    return PixelMixture(params, Support(torch.zeros(1, 3, 1, n), format), format)
+
+
+def through(p: PixelMixture, v: Tensor | None, coder: Encoder | Decoder, notes: Notes) -> Tensor:
+    grid, found = (
+        lattice.Lattice(p, 0, notes),
+        torch.zeros(1, 1, 3, 1, p.logits.shape[-1], dtype=torch.long),
+    )
+    weights = grid.weights()
+    for c in range(3):
+        known = None if v is None else v[0, 0, c, 0].numpy()
+        values, weights = code(coder, weights, grid.channel(found), p.format.levels, None, known)
+        found[0, 0, c, 0] = torch.from_numpy(values)
+    return found
+
+
+@pytest.mark.parametrize(("levels", "components"), [(256, 10), (256, 1), (2, 3), (32, 64), (8, 2)])
+def test_code_length_is_the_likelihood(levels: int, components: int) -> None:
+    p = mixture(levels, components, 20_000, spread=1.0)
+    torch.manual_seed(0)
+    x = p.sample()
+    encoder, notes = Encoder(), Notes()
+    v = x[:, None].long()
+    assert torch.equal(through(p, v, encoder, notes), v)
+    encoder.push()
+    words = encoder.words()
+    ideal = -p.log_prob(x).item() / math.log(2)
+    assert 32 * len(words) == pytest.approx(ideal, rel=2e-3, abs=100)
+    decoder = Decoder(words)
+    assert torch.equal(through(p, None, decoder, Notes(notes.tobytes())), v)
+    assert decoder.left() == 0
+
+
+def test_values_far_from_every_mean_come_back() -> None:
+    p = mixture(256, 2, 600, spread=30.0)  # sharp, far apart, some beyond the range
+    for v in (torch.zeros(1, 1, 3, 1, 600).long(), torch.full((1, 1, 3, 1, 600), 255)):
+        encoder, notes = Encoder(), Notes()
+        through(p, v, encoder, notes)
+        encoder.push()
+        assert torch.equal(through(p, None, Decoder(encoder.words()), Notes(notes.tobytes())), v)
+
+
+def test_intervals() -> None:
+    """Only the interval's values are coded: one value costs nothing, two at most a bit."""
+    rng, n = np.random.default_rng(0), 4000
+    channel = Channel(
+        rng.integers(-9000, 9000, (3, n)), lattice._inverse_table()[rng.integers(0, 176, (3, n))]
+    )
+    weights = rng.integers(0, 1 << 20, (3, n))
+    lo = rng.integers(0, 256, n)
+    for width in (1, 2, 7, 256):
+        hi = np.minimum(lo + width - 1, 255)
+        v = rng.integers(lo, hi + 1)
+        encoder = Encoder()
+        code(encoder, weights, channel, 256, (lo, hi), v)
+        encoder.push()
+        words = encoder.words()
+        found, after = code(Decoder(words), weights, channel, 256, (lo, hi), None)
+        assert np.array_equal(found, v) and after.max() < 1 << 20 and after.min() >= 0
+        assert len(words) == 0 if width == 1 else len(words) > 0
+
+
+def test_rounding_near_a_border_follows_the_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.array([0.2, 0.5, 1.5 - 1e-9, -0.5 + 1e-9, 7.4999, 1e6 + 0.5])
+    notes = Notes()
+    whole = notes.snap(values)
+    assert whole.tolist() == [0, 1, 1, 0, 7, 1000001]
+    for shift in (-1e-7, 1e-7):
+        assert Notes(notes.tobytes()).snap(values + shift).tolist() == whole.tolist()
+    assert Notes(b"").snap(values - 1e-7).tolist() != whole.tolist()
+    plain = Notes()
+    plain.snap(np.array([0.2, 0.3]))
+    assert plain.tobytes() == b""
+    with pytest.raises(CodecError, match="not finite"):
+        plain.snap(np.array([np.nan]))
+    with pytest.raises(CodecError, match="corrects a value that does not exist"):
+        Notes(varint(1) + varint(100)).snap(values)
+
+
+# --- pictures -----------------------------------------------------------------------------------------
+
+
+def test_round_trip_at_the_model_s_length(codec: Codec, picture: Tensor) -> None:
+    data = codec.compress(picture)
+    assert torch.equal(codec.decompress(data), picture)
+    header = read_header(data)
+    assert (header.channels, header.levels, header.height, header.width) == (3, 256, 24, 32)
+    ideal = bits(fixed(), picture)
+    assert 8 * (len(data) - header.size) == pytest.approx(ideal, rel=0.003, abs=100)
+    assert codec.compress(picture, verify=False) == data
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"transforms": ("bits3",)}, {"transforms": ("mean2",)}, {"transforms": ("grey",)},
+        {"transforms": ("subsample3",)}, {"transforms": ("bicubic2",), "consistent": False},
+        {"transforms": ("sketch", "mean2")}, {"transforms": ("mean1x2", "bits1"), "levels": 8},
+        {"transforms": ("mean3",), "anchored": False, "coefficients": "raw"},
+        {"image_shape": (1, 16, 16)}, {"image_shape": (4, 16, 16), "transforms": ("mean2",)},
+    ],
+)  # fmt: skip
+def test_every_transform(options: dict[str, Any], picture: Tensor) -> None:
+    try:
+        model = fixed("selfvae", **{"backbone": "residual", "width": 0.03, **options})
+    except ValueError:
+        pytest.skip("the transform does not fit")
+    channels, levels = model.format.channels, model.format.levels
+    x = torch.cat([picture, picture[:, :1].flip(3)], 1)[:, :channels, :9, :13] // (256 // levels)
+    codec = Codec(model)
+    data = codec.compress(x, verify=False)
+    assert torch.equal(codec.decompress(data), x)
+    for k in range(1, len(model.levels)):  # every prefix, exactly
+        rows, cols = model.scale(k)
+        y = selfvae.infer(model, x, f"y{k}")[f"y{k}"][:, :, : -(-9 // rows), : -(-13 // cols)]
+        assert torch.equal(codec.decompress(data, f"y{k}"), y)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(1, 19), width=st.integers(1, 19), channels=st.sampled_from([1, 3]),
+    kind=st.sampled_from(["black", "white", "noise", "checkered", "gradient"]),
+)  # fmt: skip
+def test_any_size_and_content(height: int, width: int, channels: int, kind: str) -> None:
+    shape = (1, channels, height, width)
+    i = torch.arange(math.prod(shape)).view(shape)
+    x = {
+        "black": 0 * i, "white": 0 * i + 255, "checkered": 255 * (i % 2), "gradient": i % 256,
+        "noise": (i * 7919 + 13) * 104729 // 64 % 256,
+    }[kind].byte()  # fmt: skip
+    codec = _CODEC
+    assert torch.equal(codec.decompress(codec.compress(x, verify=False)), x)
+
+
+_CODEC = Codec(fixed())
+
+
+def test_tiles_do_not_matter_much(codec: Codec, picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another tile is another format, but the length stays: the margin covers the networks' reach."""
+    whole = codec.compress(picture)
+    monkeypatch.setattr("selfvae.codec.progressive._TILE", 5)
+    seen: dict[str, int] = {}
+
+    def track(tiles: Any, name: str) -> Any:
+        seen[name] = len(tiles)
+        return tiles
+
+    data = codec.compress(picture, verify=False, track=track)
+    assert seen["y0"] == 5 * 4 and abs(len(data) - len(whole)) < 40
+    assert torch.equal(codec.decompress(data), picture)
+
+
+def test_a_file_cut_short(codec: Codec, picture: Tensor) -> None:
+    data = codec.compress(picture)
+    header = read_header(data)
+    with pytest.raises(CodecError, match=r"cut short: \d+ of \d+ bytes"):
+        codec.decompress(data[:-1])
+    end, images = header.size, []
+    for part in header.parts[:-1]:
+        end += part.size
+        x = codec.decompress(data[: end + 3], partial=True)
+        assert x.shape == picture.shape
+        assert torch.equal(x, codec.decompress(data[: end + 3], partial=True))
+        images.append((x.double() - picture).square().mean().item())
+        y = codec.decompress(data[:end], f"y{len(header.parts) - len(images)}", partial=True)
+        assert torch.equal(y, codec.decompress(data, f"y{len(header.parts) - len(images)}"))
+    assert images[-1] < images[0]
+    assert torch.equal(codec.decompress(data, partial=True), picture)
+    with pytest.raises(CodecError, match="before the end of its coarsest part"):
+        codec.decompress(data[: header.size + 2], partial=True)
+
+
+# --- the same on every machine ------------------------------------------------------------------------
+
+
+class Noisy:
+    """Adds noise to what every decoder computes, inside the block."""
+
+    def __init__(self, codec: Codec, size: float) -> None:
+        self.codec, self.size = codec, size
+
+    def __enter__(self) -> None:
+        def add(module: Any, inputs: Any, output: Tensor) -> Tensor:
+            return output + self.size * (2 * torch.rand_like(output) - 1)
+
+        self.hooks = [level.decoder.register_forward_hook(add) for level in self.codec.model.levels]
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+# a mean moves by half of 255 levels for an unanchored output of one, in steps of 1/32: no parameter by more
+STEPS = 127.5 * 32
+
+
+@pytest.mark.parametrize("margin", [lattice.MARGIN, 0.01])
+def test_noise_below_the_margin_changes_nothing(
+    picture: Tensor, margin: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the true margin, and with one so wide that thousands of values are noted."""
+    monkeypatch.setattr(lattice, "MARGIN", margin)
+    codec = Codec(fixed())
+    data = codec.compress(picture)
+    noted = sum(part.notes for part in read_header(data).parts)
+    assert noted > 500 or margin == lattice.MARGIN
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with Noisy(codec, 0.9 * margin / STEPS):
+            assert torch.equal(codec.decompress(data), picture)
+    with Noisy(codec, 0.01), pytest.raises(CodecError, match="does not come back as it was"):
+        codec.decompress(data)
+
+
+def _outputs(codec: Codec, x: Tensor) -> list[Tensor]:
+    ys = [y for _, y in sorted(selfvae.infer(codec.model, x, "y0").items())]
+    with torch.no_grad():
+        return [
+            level.decoder(level.context(y), None)
+            for level, y in zip(codec.model.levels[:-1], ys[1:], strict=True)
+        ]
+
+
+def test_the_margin_is_a_thousand_times_what_computers_differ_by() -> None:
+    """1 and 2 threads, batches of 1 and 16, with and without oneDNN; a model of the usual width."""
+    codec = Codec(fixed(width=0.25, image_shape=(3, 32, 32)))
+    x = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = _outputs(codec, x)
+        single = [torch.cat(parts) for parts in zip(*(_outputs(codec, i[None]) for i in x), strict=True)]
+        torch.set_num_threads(2)
+        two = _outputs(codec, x)
+        with torch.backends.mkldnn.flags(enabled=False):
+            without = _outputs(codec, x)
+    finally:
+        torch.set_num_threads(threads)
+    differences = [
+        (a - b).abs().max().item()
+        for other in (single, two, without)
+        for a, b in zip(one, other, strict=True)
+    ]
+    assert 1000 * max(differences) * STEPS < lattice.MARGIN
+    assert max(differences) < 1e-12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_reads_what_a_cpu_wrote(codec: Codec, picture: Tensor) -> None:
+    other = Codec(fixed().cuda())
+    assert torch.equal(other.decompress(codec.compress(picture)), picture)
+
+
+def _golden() -> dict[str, Any]:
+    return json.loads((GOLDEN / "checksums.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["colour", "grey", "one-pixel"])
+def test_golden_files(codec: Codec, name: str) -> None:
+    x = codec.decompress((GOLDEN / f"{name}.svae").read_bytes())
+    assert [list(x.shape), zlib.crc32(x.numpy().tobytes())] == _golden()[name]
+
+
+def test_golden_files_with_other_instructions() -> None:
+    """Another process whose vector instructions are switched off."""
+    script = (
+        "import sys, zlib; sys.path.insert(0, 'tests'); import torch; from test_codec import *; "
+        "assert torch.backends.cpu.get_cpu_capability() == 'DEFAULT'; "
+        "x = Codec(fixed()).decompress((GOLDEN / 'colour.svae').read_bytes()); "
+        "print(zlib.crc32(x.numpy().tobytes()))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+        cwd=Path(__file__).parents[1], capture_output=True, text=True,
+    )  # fmt: skip
+    assert out.stdout.strip() == str(_golden()["colour"][1]), out.stderr
+
+
+# --- damage -------------------------------------------------------------------------------------------
+
+
+def _mutations(data: bytes) -> Iterator[tuple[str, bytes]]:
+    rng = np.random.default_rng(0)
+    for _ in range(1200):  # flipped bits, one to three
+        changed = bytearray(data)
+        for at in rng.integers(0, 8 * len(data), rng.integers(1, 4)):
+            changed[at // 8] ^= 1 << at % 8
+        yield "flip", bytes(changed)
+    for _ in range(400):
+        yield "cut", data[: rng.integers(0, len(data))]
+    for _ in range(200):  # a byte lost, doubled, replaced in the header
+        at = int(rng.integers(0, 80))
+        yield "lost", data[:at] + data[at + 1 :]
+        yield "doubled", data[:at] + data[at : at + 1] + data[at:]
+        yield "replaced", data[:at] + bytes([rng.integers(256)]) + data[at + 1 :]
+
+
+def test_2000_damaged_files(codec: Codec, picture: Tensor) -> None:
+    data = codec.compress(picture)
+    refused = count = 0
+    for kind, damaged in _mutations(data):
+        if damaged == data:
+            continue
+        count += 1
+        for partial in (False, True):
+            try:
+                x = codec.decompress(damaged, partial=partial)
+            except CodecError as error:
+                refused += not partial
+                assert str(error)
+            else:
+                assert partial and kind == "cut" and x.shape == picture.shape, kind
+    assert refused == count and count >= 2000
+
+
+def _forged(codec: Codec, data: bytes, **changes: Any) -> bytes:
+    """The file with another header, its checksums right."""
+    header = read_header(data)
+    fields = {**header.__dict__, **changes}
+    payload = data[header.size :]
+    return Header(**fields).to_bytes(payload) + payload
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"height": 2**31}, "more than"),
+        ({"width": 0}, "makes no sense"),
+        ({"channels": 5}, "makes no sense"),
+        ({"levels": 128}, "does not fit the model"),
+        ({"parts": ()}, "makes no sense"),
+        ({"parts": (Part(0, 2**40, 0),) * 5}, "cut short"),
+        ({"parts": (Part(0, 0, 0),) * 65}, "claims 65 parts"),
+        ({"height": 25}, "does not come back"),
+        ({"fingerprint": b"12345678"}, "another model: 3132333435363738"),
+    ],
+)
+def test_hostile_headers(codec: Codec, picture: Tensor, changes: dict[str, Any], words: str) -> None:
+    data = _forged(codec, codec.compress(picture), **changes)
+    with pytest.raises(CodecError, match=words):
+        codec.decompress(data)
+
+
+def test_notes_and_numbers_of_an_enemy(codec: Codec, picture: Tensor) -> None:
+    header = read_header(codec.compress(picture))
+    notes = varint(2**62)
+    parts = (Part(len(notes), 0, 0), *(Part(0, 0, 0) for _ in header.parts[1:]))
+    forged = Header(header.fingerprint, 3, 256, 24, 32, parts).to_bytes(notes) + notes
+    with pytest.raises(CodecError):
+        codec.decompress(forged)
+    with pytest.raises(CodecError, match="63 bits"):
+        Reader(b"\xff" * 20).varint()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "empty"),
+        (b"\x89PNG\r\n", "not an .svae file"),
+        (b"SV", "ends inside its header"),
+        (b"SVAE", "ends inside its header"),
+        (b"SVAE\x07", "format 7"),
+    ],
+)
+def test_other_files(codec: Codec, data: bytes, words: str) -> None:
+    with pytest.raises(CodecError, match=words):
+        codec.decompress(data)
+
+
+def test_wrong_input(codec: Codec, picture: Tensor) -> None:
+    data = codec.compress(picture)
+    with pytest.raises(CodecError, match="several were joined"):
+        codec.decompress(data + data)
+    with pytest.raises(CodecError, match="the file holds y0, .*; got 'y9'"):
+        codec.decompress(data, "y9")
+    with pytest.raises(CodecError, match="another model"):
+        Codec(fixed(components=2)).decompress(data)
+    with pytest.raises(ValueError, match="one picture uint8"):
+        codec.compress(picture.expand(2, -1, -1, -1))
+    with pytest.raises(ValueError, match="one picture uint8"):
+        codec.compress(picture[:, :2])
+    with pytest.raises(TypeError, match="uint8"):
+        codec.compress(picture.float())
+    with pytest.raises(ValueError, match="levels 0 to 7"):
+        Codec(fixed(levels=8)).compress(picture)
+    with pytest.raises(ValueError, match="without latents"):
+        Codec(selfvae.build("selfvae", "tiny", (3, 16, 16)))
+
+
+def test_fingerprints() -> None:
+    model, other = fixed(), fixed()
+    assert fingerprint(model) == fingerprint(other) == fingerprint(fixed().double())
+    next(other.parameters()).data[0] += 1e-3
+    assert fingerprint(other) != fingerprint(model)
+    assert fingerprint(model).hex() == _golden()["fingerprint"]
+
+
+# --- Pillow and the command line ------------------------------------------------------------------------
+
+
+def test_pillow(codec: Codec, picture: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "_codecs", {})
+    image = Image.fromarray(picture[0].permute(1, 2, 0).numpy())
+    with pytest.raises(CodecError, match="which model"):
+        image.save(tmp_path / "x.svae")
+    use(fixed())
+    image.save(tmp_path / "x.svae")
+    image.convert("L").save(tmp_path / "grey.svae")
+    opened = Image.open(tmp_path / "x.svae")
+    assert (opened.format, opened.mode, opened.size) == ("SVAE", "RGB", image.size)
+    assert opened.tobytes() == image.tobytes()
+    assert Image.open(tmp_path / "grey.svae").tobytes() == image.convert("L").tobytes()
+    with pytest.raises(OSError, match="cannot write mode RGBA"):
+        image.convert("RGBA").save(tmp_path / "alpha.svae")
+    data = (tmp_path / "x.svae").read_bytes()
+    with pytest.raises(CodecError, match="cut short"):
+        Image.open(io.BytesIO(data[:-9])).load()
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert Image.open(io.BytesIO(data[:-9])).size == image.size
+    Image.open(io.BytesIO(data[:-9])).load()
+    plugin._codecs.clear()
+    with pytest.raises(CodecError, match="needs the model"):
+        Image.open(tmp_path / "x.svae").load()
+
+
+def test_commands(picture: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    selfvae.save(fixed(), tmp_path / "run")
+    run = ["--model", str(tmp_path / "run")]
+    pictures = tmp_path / "in"
+    (pictures / "deep").mkdir(parents=True)
+    image = Image.fromarray(picture[0].permute(1, 2, 0).numpy())
+    image.save(pictures / "a.png")
+    image.convert("L").save(pictures / "deep" / "b.png")
+    packed, back = tmp_path / "packed", tmp_path / "back"
+    assert main(["compress", str(pictures), str(packed), *run]) == 0
+    assert main(["decompress", str(packed), str(back), *run]) == 0
+    for name in ("a.png", "deep/b.png"):
+        one, two = Image.open(pictures / name), Image.open(back / name)
+        assert one.mode == two.mode and one.tobytes() == two.tobytes()
+    file = packed / "a.svae"
+    capsys.readouterr()
+    assert main(["info", str(file), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    parts = [value for key, value in told.items() if key[0] == "y"]
+    assert told["header_bytes"] + sum(parts) == told["bytes"] == file.stat().st_size and len(parts) == 5
+    assert main(["decompress", str(file), str(tmp_path / "y2.png"), "--upto", "y2", *run]) == 0
+    assert Image.open(tmp_path / "y2.png").size == (16, 12)
+    short = tmp_path / "short.svae"
+    short.write_bytes(file.read_bytes()[:-200])
+    assert main(["info", str(short)]) == 0
+    assert "missing_bytes" in capsys.readouterr().out
+    assert main(["decompress", str(short), str(tmp_path / "s.png"), *run]) == 2
+    assert "--partial" in capsys.readouterr().err and not (tmp_path / "s.png").exists()
+    assert main(["decompress", str(short), str(tmp_path / "s.png"), "--partial", *run]) == 0
+    # what would lose something is refused
+    image.putalpha(100)
+    image.save(pictures / "alpha.png")
+    Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(pictures / "deep.png")
+    for name, words in (("alpha.png", "alpha channel"), ("deep.png", "more than 8 bits")):
+        assert main(["compress", str(pictures / name), str(tmp_path / "x.svae"), *run]) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "x.svae").exists()
+    assert main(["compress", str(pictures / "a.png"), str(tmp_path / "x.png"), *run]) == 2
+    assert "ends in .svae" in capsys.readouterr().err

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from json import dumps as encode
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
 
 from selfvae import codec as coding
 from selfvae import pictures
 from selfvae.cli.common import In, Out, each, load_model, progress, show
+from selfvae.codec import bench as race
 from selfvae.hub import write_atomic
 
 _ENDING = ".svae"
@@ -55,6 +59,40 @@ def decompress(source: In, out: Out, model: Path, upto: str = "y0", partial: boo
         pictures.write(pictures.show(x[0], format), target)
 
     return each(source, out, work, (_ENDING,))
+
+
+def bench(
+    what: Annotated[Positional[Literal["codec"]], arg(metavar="codec")],
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")],
+    model: Path,
+    out: Path | None = None,
+    limit: int | None = None,
+    prefixes: bool = True,
+    json: bool = False,
+) -> None:
+    """Sizes and speeds beside PNG, WebP, JPEG XL and JPEG 2000; prefixes beside JPEG, WebP and AVIF.
+
+    Args:
+        what: the codec.
+        folder: pictures.
+        model: folder that training wrote; of a model without latents.
+        out: folder for codec.md, codec.json and codec.png; by default nothing is written.
+        limit: the first so many pictures.
+        prefixes: measure how good the picture is that a prefix of the file gives.
+        json: print one JSON object and nothing else.
+    """
+    packer = coding.Codec(load_model(model))
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in pictures.ENDINGS)[:limit]
+    if not files:
+        raise ValueError(f"{folder} holds no pictures")
+    result = race.bench(
+        packer, [pictures.read_exactly(file) for file in files], prefixes=prefixes, track=progress
+    )
+    if out:
+        write_atomic(out / "codec.json", (encode(result, indent=1) + "\n").encode())
+        write_atomic(out / "codec.md", race.markdown(result).encode())
+        race.plot(result, out / "codec.png")
+    print(encode(result) if json else race.markdown(result))
 
 
 def describe(file: Path, json: bool) -> None:

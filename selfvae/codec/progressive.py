@@ -20,7 +20,7 @@ from selfvae.codec.lattice import Lattice, Notes
 from selfvae.level import Level
 from selfvae.model import SelfVAE
 from selfvae.tasks import Drawing, complete, infer
-from selfvae.tiles import Tile, split
+from selfvae.tiles import Tile, split, tiled
 from selfvae.transforms import check_image
 
 __all__ = ["Codec", "fingerprint"]
@@ -62,6 +62,7 @@ class Codec:
             )
         self.fingerprint = fingerprint(model)
         self.model = copy.deepcopy(model).double().eval().requires_grad_(False)
+        self._drawing = tiled(model, _TILE, _MARGIN)  # what is missing in a file may be computed in haste
 
     @torch.no_grad()
     def compress(self, x: Tensor, *, verify: bool = True, track: Track = _as_they_come) -> bytes:
@@ -131,7 +132,7 @@ class Codec:
             how = {"decode": "mode", **how}
             channels = self.model.format.channels
             shape = (1, *size)
-            ys |= complete(self.model, {name: y[:, :channels] for name, y in ys.items()}, shape, **how)
+            ys |= complete(self._drawing, {name: y[:, :channels] for name, y in ys.items()}, shape, **how)
         rows, cols = self.model.scale(last)
         out = ys[upto][:, :, : -(-size[0] // rows), : -(-size[1] // cols)].cpu()
         if header.channels < out.shape[1]:

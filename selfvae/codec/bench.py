@@ -1,0 +1,235 @@
+"""The codec beside PNG, WebP, JPEG XL and JPEG 2000, and its prefixes beside JPEG, WebP and AVIF."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from selfvae.codec.container import read_header
+from selfvae.codec.progressive import Codec
+from selfvae.evaluate import psnr
+from selfvae.hub import write_atomic
+
+__all__ = ["LOSSLESS", "LOSSY", "bench", "markdown", "plot"]
+
+Options = dict[str, Any]
+LOSSLESS: dict[str, tuple[str, Options]] = {
+    "PNG": ("PNG", {"optimize": True}),
+    "WebP": ("WEBP", {"lossless": True, "quality": 100, "method": 6}),
+    "JPEG 2000": ("JPEG2000", {"irreversible": False}),
+    "JPEG XL": ("JXL", {"lossless": True, "effort": 7}),
+}
+LOSSY: dict[str, tuple[str, Callable[[int], Options]]] = {
+    "JPEG": ("JPEG", lambda q: {"quality": q, "optimize": True}),
+    "WebP": ("WEBP", lambda q: {"quality": q, "method": 6}),
+    "AVIF": ("AVIF", lambda q: {"quality": q}),
+}
+_QUALITIES = (10, 25, 40, 60, 75, 85, 92, 97)
+_OURS = "selfvae"
+
+
+def _known(formats: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
+    """Those that Pillow can write here."""
+    with contextlib.suppress(ImportError):
+        import pillow_jxl  # noqa: F401 (registers JPEG XL)
+    Image.init()
+    return {name: how for name, how in formats.items() if how[0] in Image.SAVE}
+
+
+def _image(x: Tensor) -> Image.Image:
+    values = x[0].permute(1, 2, 0).numpy()
+    return Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)
+
+
+def _tensor(data: bytes, mode: str) -> Tensor:
+    values = np.atleast_3d(np.asarray(Image.open(io.BytesIO(data)).convert(mode)))
+    return torch.from_numpy(values.transpose(2, 0, 1).copy())[None]
+
+
+def _file(image: Image.Image, format: str, options: Options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def _ms_ssim(a: Tensor, b: Tensor) -> float | None:
+    """Multi-scale structural similarity (Wang et al. 2003); None for a picture too small for 5 scales."""
+    if min(a.shape[2:]) <= 160:
+        return None
+    try:
+        from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as measure
+    except ImportError:
+        return None
+    return float(measure(a.float(), b.float(), data_range=255.0))
+
+
+def bench(
+    codec: Codec,
+    pictures: Sequence[Tensor],
+    *,
+    prefixes: bool = True,
+    track: Callable[[Sequence[Tensor], str], Iterable[Tensor]] = lambda pictures, text: pictures,
+) -> dict[str, Any]:
+    """Sizes and speeds over pictures, uint8 (1, C, H, W) each; every lossless file is decoded and compared.
+
+    Returns {"pictures", "subpixels", "lossless": {name: {bytes, bits_per_subpixel, encode_mb_s,
+    decode_mb_s}}, "lossy": {name: [{setting, bits_per_subpixel, psnr, ms_ssim}]}}: means over pictures (of
+    bytes: sums); MB are of raw pixels. "selfvae" in "lossy" are the prefixes of its file, part by part.
+    """
+    if not pictures:
+        raise ValueError("at least one picture is needed")
+    lossless, lossy = _known(LOSSLESS), _known(LOSSY) if prefixes else {}
+    totals: dict[str, dict[str, float]] = {}
+    curves: dict[str, dict[str, list[tuple[float, float, float | None]]]] = {}
+    mb = sum(x.numel() for x in pictures) / 1e6
+    for x in track(pictures, "pictures"):
+        image = _image(x)
+        ways: dict[str, tuple[Callable[[], bytes], Callable[[bytes], Tensor]]] = {
+            _OURS: (lambda x=x: codec.compress(x, verify=False), codec.decompress)  # type: ignore[misc]
+        }
+        for name, (format, options) in lossless.items():
+            ways[name] = (
+                lambda image=image, format=format, options=options: _file(image, format, options),  # type: ignore[misc]
+                lambda data, mode=image.mode: _tensor(data, mode),  # type: ignore[misc]
+            )
+        for name, (encode, decode) in ways.items():
+            began = time.perf_counter()
+            data = encode()
+            encoded = time.perf_counter()
+            back = decode(data)
+            decoded = time.perf_counter()
+            if not torch.equal(back, x):
+                raise RuntimeError(f"{name} did not give the picture back")
+            total = totals.setdefault(name, dict.fromkeys(("bytes", "encode", "decode"), 0.0))
+            total["bytes"] += len(data)
+            total["encode"] += encoded - began
+            total["decode"] += decoded - encoded
+            if name == _OURS and prefixes:
+                for setting, cut in _cuts(data):
+                    shown = codec.decompress(data[:cut], partial=True)
+                    _add(curves, _OURS, setting, cut, x, shown)
+        for name, (format, options_at) in lossy.items():
+            for quality in _QUALITIES:
+                data = _file(image, format, options_at(quality))
+                _add(curves, name, f"quality {quality}", len(data), x, _tensor(data, image.mode))
+    subpixels = sum(x.numel() for x in pictures)
+    return {
+        "pictures": len(pictures),
+        "subpixels": subpixels,
+        "lossless": {
+            name: {
+                "bytes": int(total["bytes"]),
+                "bits_per_subpixel": 8 * total["bytes"] / subpixels,
+                "encode_mb_s": mb / total["encode"],
+                "decode_mb_s": mb / total["decode"],
+            }
+            for name, total in totals.items()
+        },
+        "lossy": {
+            name: [{"setting": setting, **_mean(points)} for setting, points in settings.items()]
+            for name, settings in curves.items()
+        },
+    }
+
+
+def _cuts(data: bytes) -> list[tuple[str, int]]:
+    """Where each part ends but the last, with its name."""
+    header = read_header(data)
+    end, cuts = header.size, []
+    for i, part in enumerate(header.parts[:-1]):
+        end += part.size
+        cuts.append((f"y{len(header.parts) - 1 - i}", end))
+    return cuts
+
+
+def _add(
+    curves: dict[str, dict[str, list[tuple[float, float, float | None]]]],
+    name: str, setting: str, length: int, x: Tensor, shown: Tensor,
+) -> None:  # fmt: skip
+    point = (8 * length / x.numel(), psnr(shown, x).item(), _ms_ssim(shown, x))
+    curves.setdefault(name, {}).setdefault(setting, []).append(point)
+
+
+def _mean(points: list[tuple[float, float, float | None]]) -> dict[str, float | None]:
+    rates, decibels, similar = zip(*points, strict=True)
+    known = [s for s in similar if s is not None]
+    return {
+        "bits_per_subpixel": float(np.mean(rates)),
+        "psnr": float(np.mean(decibels)),
+        "ms_ssim": float(np.mean(known)) if known else None,
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables."""
+    lines = [
+        "| lossless | bytes | bits per sub-pixel | encode, MB/s | decode, MB/s |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in sorted(result["lossless"].items(), key=lambda item: item[1]["bytes"]):
+        lines.append(
+            f"| {name} | {row['bytes']:,} | {row['bits_per_subpixel']:.3f} | {row['encode_mb_s']:.3g} | "
+            f"{row['decode_mb_s']:.3g} |"
+        )
+    if result["lossy"]:
+        lines += [
+            "",
+            "| prefix or quality | bits per sub-pixel | PSNR, dB | MS-SSIM |",
+            "|---|---|---|---|",
+        ]
+    for name, rows in result["lossy"].items():
+        for row in rows:
+            similar = "" if row["ms_ssim"] is None else f"{row['ms_ssim']:.4f}"
+            rate = f"{row['bits_per_subpixel']:.3f}"
+            lines.append(f"| {name}, {row['setting']} | {rate} | {row['psnr']:.2f} | {similar} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Sizes as bars; PSNR and MS-SSIM against real bytes."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("plots need matplotlib: pip install 'selfvae[bench]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    curves = [
+        (name, rows, key)
+        for key in ("psnr", "ms_ssim")
+        for name, rows in result["lossy"].items()
+        if all(row[key] is not None for row in rows)
+    ]
+    kinds = [key for key in ("psnr", "ms_ssim") if any(curve[2] == key for curve in curves)]
+    figure, axes = plt.subplots(1, 1 + len(kinds), figsize=(5 * (1 + len(kinds)), 4), squeeze=False)
+    rows = sorted(result["lossless"].items(), key=lambda item: item[1]["bytes"])
+    bars = axes[0][0].barh(
+        [name for name, _ in rows], [row["bits_per_subpixel"] for _, row in rows],
+        color=["tab:red" if name == _OURS else "tab:grey" for name, _ in rows],
+    )  # fmt: skip
+    axes[0][0].bar_label(bars, fmt="%.3f", padding=3)
+    axes[0][0].margins(x=0.15)
+    axes[0][0].set(xlabel="bits per sub-pixel", title=f"lossless, {result['pictures']} pictures")
+    for kind, axis in zip(kinds, axes[0][1:], strict=True):
+        for name, points, key in curves:
+            if key == kind:
+                label, color = ("selfvae, prefixes", "tab:red") if name == _OURS else (name, None)
+                rates = [p["bits_per_subpixel"] for p in points]
+                axis.plot(rates, [p[key] for p in points], marker="o", label=label, color=color)
+        axis.set(xlabel="bits per sub-pixel", title={"psnr": "PSNR, dB", "ms_ssim": "MS-SSIM"}[kind])
+        axis.set_xscale("log")
+        axis.legend()
+    figure.tight_layout()
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=100)
+    plt.close(figure)
+    write_atomic(path, out.getvalue())

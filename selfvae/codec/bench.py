@@ -25,7 +25,7 @@ Options = dict[str, Any]
 LOSSLESS: dict[str, tuple[str, Options]] = {
     "PNG": ("PNG", {"optimize": True}),
     "WebP": ("WEBP", {"lossless": True, "quality": 100, "method": 6}),
-    "JPEG 2000": ("JPEG2000", {"irreversible": False}),
+    "JPEG 2000": ("JPEG2000", {"irreversible": False, "mct": 1}),  # with its colour transform
     "JPEG XL": ("JXL", {"lossless": True, "effort": 7}),
 }
 LOSSY: dict[str, tuple[str, Callable[[int], Options]]] = {
@@ -57,6 +57,8 @@ def _tensor(data: bytes, mode: str) -> Tensor:
 
 def _file(image: Image.Image, format: str, options: Options) -> bytes:
     out = io.BytesIO()
+    if image.mode == "L":
+        options = {key: value for key, value in options.items() if key != "mct"}
     image.save(out, format, **options)
     return out.getvalue()
 

@@ -21,7 +21,17 @@ from torch import Tensor
 
 import selfvae
 from selfvae.cli import main
-from selfvae.codec import Codec, CodecError, fingerprint, lattice, plugin, read_header, use
+from selfvae.codec import (
+    Archive,
+    Codec,
+    CodecError,
+    fingerprint,
+    lattice,
+    pack,
+    plugin,
+    read_header,
+    use,
+)
 from selfvae.codec.coder import Decoder, Encoder, _length, code
 from selfvae.codec.container import Header, Part, Reader, varint
 from selfvae.codec.lattice import ONE, Channel, Notes, cumulative
@@ -496,6 +506,133 @@ def test_fingerprints() -> None:
     next(other.parameters()).data[0] += 1e-3
     assert fingerprint(other) != fingerprint(model)
     assert fingerprint(model).hex() == _golden()["fingerprint"]
+
+
+# --- archives -----------------------------------------------------------------------------------------
+
+
+def _album(picture: Tensor) -> list[tuple[str, Tensor]]:
+    """Ten pictures: some alike in size, some grey, one of a pixel."""
+    album = [(f"deep/{i}.png", (picture.int() + i).clamp(max=255).byte()) for i in range(6)]
+    album.insert(2, ("grey.png", picture[:, :1]))
+    album += [("small.jpg", picture[:, :, :5, :7]), ("one.png", picture[:, :, :1, :1])]
+    return [*album, ("grey small.png", picture[:, :1, :5, :7])]
+
+
+@pytest.mark.parametrize("block", [1, 3, 64])
+def test_archives(codec: Codec, picture: Tensor, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    album = _album(picture)
+    data = pack(codec, album, block=block)
+    archive = Archive(codec, data)
+    assert len(archive) == 10 and [entry.name for entry in archive.entries] == [name for name, _ in album]
+    for (name, x), (found, back) in zip(album, archive, strict=True):
+        assert name == found and torch.equal(x, back)
+    decoded = 0
+    monkeypatch.setattr(codec, "pop", lambda *args: (_count(), Codec.pop(codec, *args))[1])
+
+    def _count() -> None:
+        nonlocal decoded
+        decoded += 1
+
+    assert torch.equal(archive["grey.png"], album[2][1]) and torch.equal(archive[9], album[9][1])
+    assert decoded == {1: 2, 3: 3, 64: 8}[block]  # groups of one size, no further than needed
+    with pytest.raises(KeyError, match="no picture 'x'"):
+        archive["x"]
+    with pytest.raises(IndexError, match="holds 10 pictures"):
+        archive[10]
+
+
+def test_an_archive_is_as_long_as_the_scores(codec: Codec, picture: Tensor) -> None:
+    album = [(str(i), (picture.int() + i).clamp(max=255).byte()) for i in range(40)]
+    model = fixed()
+    ideal = sum(bits(model, x) for _, x in album)
+    data = pack(codec, album, verify=False)
+    index = 21 + int.from_bytes(data[13:17], "little")
+    assert 8 * (len(data) - index) == pytest.approx(ideal, rel=0.003, abs=200)
+    assert index < 40 * 12
+
+
+def test_damaged_archives(codec: Codec, picture: Tensor) -> None:
+    data, album = pack(codec, _album(picture), block=4, verify=False), _album(picture)
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        changed = bytearray(data)
+        at = int(rng.integers(len(data)))
+        changed[at] ^= 1 << int(rng.integers(8))
+        with pytest.raises(CodecError):
+            list(Archive(codec, bytes(changed)))
+        with pytest.raises(CodecError):
+            list(Archive(codec, data[:at]))
+    # one damaged block leaves the others
+    changed = bytearray(data)
+    changed[-1] ^= 1
+    assert torch.equal(Archive(codec, bytes(changed))[0], album[0][1])
+    for wrong in (b"", b"SVAE" + data[4:], data[:4] + b"\x02" + data[5:], data + b"x"):
+        with pytest.raises(CodecError):
+            Archive(codec, wrong)
+    with pytest.raises(CodecError, match="another model"):
+        Archive(Codec(fixed(components=2)), data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pictures": [["../../etc/x", 1, 1, 3, 0]]}, "path inside the archive"),
+        ({"pictures": [["/x", 1, 1, 3, 0]]}, "path inside the archive"),
+        ({"pictures": [["x", 2**20, 2**20, 3, 0]]}, "the limit is"),
+        ({"pictures": [["x", 0, 1, 3, 0]]}, "makes no sense"),
+        ({"pictures": [["x", 1]]}, "makes no sense"),
+        ({"pictures": 3}, "makes no sense"),
+        ({"pictures": []}, "do not hold its pictures"),
+        ({"blocks": [[1, -5, 0], [0, 5, 0]]}, "do not hold|bytes long"),
+        ({"levels": 8}, "does not fit the model"),
+    ],
+)
+def test_hostile_indices(codec: Codec, picture: Tensor, changes: dict[str, Any], words: str) -> None:
+    data = pack(codec, [("x", picture)], verify=False)
+    size = int.from_bytes(data[13:17], "little")
+    index = json.loads(zlib.decompress(data[21 : 21 + size]))
+    packed = zlib.compress(json.dumps({**index, **changes}).encode())
+    head = len(packed).to_bytes(4, "little") + zlib.crc32(packed).to_bytes(4, "little")
+    with pytest.raises(CodecError, match=words):
+        Archive(codec, data[:13] + head + packed + data[21 + size :])
+
+
+def test_what_cannot_be_packed(codec: Codec, picture: Tensor) -> None:
+    with pytest.raises(ValueError, match="a name of its own"):
+        pack(codec, [("a", picture), ("a", picture)])
+    with pytest.raises(ValueError, match="path inside"):
+        pack(codec, [("../a", picture)])
+    with pytest.raises(ValueError, match="at least 1"):
+        pack(codec, [("a", picture)], block=0)
+    assert len(Archive(codec, pack(codec, []))) == 0
+
+
+def test_archive_commands(picture: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    selfvae.save(fixed(), tmp_path / "run")
+    run = ["--model", str(tmp_path / "run")]
+    for name, x in _album(picture):
+        if name != "small.jpg":
+            target = tmp_path / "in" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            selfvae.pictures.write(x[0], target)
+    file = tmp_path / "all.svaes"
+    assert main(["pack", str(tmp_path / "in"), str(file), *run]) == 0
+    assert f"9 pictures in {file}: {file.stat().st_size} bytes" in capsys.readouterr().out
+    assert main(["unpack", str(file), str(tmp_path / "out"), *run]) == 0
+    before, after = (
+        {f.relative_to(root).as_posix(): f for root in [tmp_path / where] for f in root.rglob("*.png")}
+        for where in ("in", "out")
+    )
+    assert before.keys() == after.keys() and len(before) == 9
+    for name, one in before.items():
+        a, b = Image.open(one), Image.open(after[name])
+        assert a.mode == b.mode and a.tobytes() == b.tobytes()
+    assert main(["unpack", str(file), str(tmp_path / "one"), "--only", "deep/3.png", *run]) == 0
+    assert [f.name for f in (tmp_path / "one").rglob("*.png")] == ["3.png"]
+    assert main(["unpack", str(file), str(tmp_path / "one"), "--only", "x", *run]) == 2
+    assert main(["pack", str(tmp_path / "in"), str(tmp_path / "a.zip"), *run]) == 2
+    assert main(["pack", str(tmp_path / "in" / "one.png"), str(file), *run]) == 2
 
 
 # --- Pillow and the command line ------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 
 from selfvae import demo as first_run
 from selfvae import hub
-from selfvae.cli.codec import bench, compress, decompress, describe
+from selfvae.cli.codec import bench, compress, decompress, describe, pack, unpack
 from selfvae.cli.common import show
 from selfvae.cli.drawing import enhance, figures, generate, interpolate, reconstruct, vary
 from selfvae.cli.scores import evaluate, ood, quality, report, timing
@@ -91,6 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         "figures": figures,
         "compress": compress,
         "decompress": decompress,
+        "pack": pack,
+        "unpack": unpack,
         "bench": bench,
         "info": info,
         "demo": demo,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from json import dumps as encode
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,8 @@ from selfvae.cli.common import In, Out, each, load_model, progress, show
 from selfvae.codec import bench as race
 from selfvae.hub import write_atomic
 
-_ENDING = ".svae"
+_ENDING, _ARCHIVE = ".svae", ".svaes"
+_LOSSLESS = (".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def compress(source: In, out: Out, model: Path, verify: bool = True) -> int:
@@ -59,6 +61,61 @@ def decompress(source: In, out: Out, model: Path, upto: str = "y0", partial: boo
         pictures.write(pictures.show(x[0], format), target)
 
     return each(source, out, work, (_ENDING,))
+
+
+def pack(source: In, out: Out, model: Path, block: int = 64, verify: bool = True) -> None:
+    """Compress all pictures of a folder into one archive, without loss.
+
+    Args:
+        source: folder of pictures; what lies in folders below it too.
+        out: file ending in .svaes.
+        model: folder that training wrote; of a model without latents, e.g. selfvae-halve.
+        block: pictures that are decoded together: more are smaller, fewer are quicker to take one out of.
+        verify: decode everything and compare, which takes twice as long.
+    """
+    if out.suffix.lower() != _ARCHIVE:
+        raise ValueError(f"{out}: an archive ends in {_ARCHIVE}; got {out.suffix!r}")
+    if not source.is_dir():
+        raise ValueError(f"{source} is not a folder: for one picture, use selfvae compress")
+    files = sorted(f for f in source.rglob("*") if f.suffix.lower() in pictures.ENDINGS)
+    if not files:
+        raise ValueError(f"{source} holds no pictures")
+    named = [(file.relative_to(source).as_posix(), pictures.read_exactly(file)) for file in files]
+    packer = coding.Codec(load_model(model))
+    data = coding.pack(packer, named, block=block, verify=verify, track=progress)
+    write_atomic(out, data)
+    subpixels = sum(x.numel() for _, x in named)
+    rate = 8 * len(data) / subpixels
+    print(f"{len(named)} pictures in {out}: {len(data)} bytes, {rate:.3f} bits a sub-pixel")
+
+
+def unpack(source: In, out: Out, model: Path, only: str | None = None) -> None:
+    """The pictures of an archive, as PNG files under their names (another lossless ending is kept).
+
+    Args:
+        source: .svaes file.
+        out: folder.
+        model: the model that packed it.
+        only: the name of one picture, to take out without the rest.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; expected a folder")
+    packer = coding.Codec(load_model(model))
+    archive = coding.Archive(packer, source.read_bytes())
+    names = [entry.name for entry in archive.entries]
+    if only is not None and only not in names:
+        raise ValueError(f"{source} holds no picture {only!r}; it holds {', '.join(names[:5])}, ...")
+    stems = Counter(Path(name).with_suffix("") for name in names)
+    found = archive if only is None else [(only, archive[only])]
+    count = 0
+    for name, x in found:
+        target = out / name
+        if target.suffix.lower() not in _LOSSLESS:
+            alone = stems[Path(name).with_suffix("")] == 1
+            target = target.with_suffix(".png") if alone else target.with_name(f"{target.name}.png")
+        pictures.write(pictures.show(x[0], packer.model.format), target)
+        count += 1
+    print(f"{count} of {len(names)} pictures in {out}")
 
 
 def bench(

@@ -6,8 +6,9 @@ x = codec.decompress(data)         # uint8 (1, C, H, W), bit for bit
 y = codec.decompress(data, "y2")   # a smaller version, from the first bytes of the file
 """
 
+from selfvae.codec.archive import Archive, pack
 from selfvae.codec.container import CodecError, Header, read_header
 from selfvae.codec.plugin import use
 from selfvae.codec.progressive import Codec, fingerprint
 
-__all__ = ["Codec", "CodecError", "Header", "fingerprint", "read_header", "use"]
+__all__ = ["Archive", "Codec", "CodecError", "Header", "fingerprint", "pack", "read_header", "use"]

@@ -6,8 +6,8 @@ import copy
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Unpack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -45,6 +45,14 @@ def _as_they_come(tiles: Sequence[Square], name: str) -> Iterable[Square]:
     return tiles
 
 
+class Written(NamedTuple):
+    """What was put on a stack, level by level, y_0 first."""
+
+    notes: list[bytes]
+    ends: list[int]  # words below the state after each
+    sums: list[int]  # CRC-32 of the pixels
+
+
 class Codec:
     """Compresses pictures with a model, without loss: `compress` to bytes, `decompress` to the picture.
 
@@ -75,24 +83,18 @@ class Codec:
 
         Raises ValueError for a picture that does not fit the model; CodecError if the check fails.
         """
-        channels, levels = self._check(x)
-        ys = [y.cpu() for _, y in sorted(infer(self.model, x.expand(-1, channels, -1, -1), "y0").items())]
-        ys.append(ys[-1][:, :0])
-        encoder, notes, ends = Encoder(), [], []
-        for k, level in enumerate(self.model.levels):  # a stack: what is decoded last is coded first
-            taken = Notes()
-            self._code(level, ys[k + 1], encoder, taken, track, f"y{k}", ys[k])
-            notes.append(taken.tobytes())
-            ends.append(encoder.push())
+        self.check(x)
+        encoder = Encoder()
+        written = self.push(x, encoder, track)
         stack = encoder.words()
-        ends[-1] = len(stack)
+        ends = [*written.ends[:-1], len(stack)]
         words = [stack[a:b][::-1] for a, b in zip([0, *ends], ends, strict=False)]
         parts = [
-            Part(len(n), len(w), zlib.crc32(y.numpy().tobytes()))
-            for n, w, y in zip(notes, words, ys, strict=False)
+            Part(len(n), len(w), crc) for n, w, crc in zip(written.notes, words, written.sums, strict=True)
         ]
+        levels = self.model.format.levels
         header = Header(self.fingerprint, x.shape[1], levels, x.shape[2], x.shape[3], tuple(parts[::-1]))
-        data = container.write(header, notes[::-1], words[::-1])
+        data = container.write(header, written.notes[::-1], words[::-1])
         if verify and not torch.equal(self.decompress(data, track=track), x.cpu()):
             raise CodecError("the picture came back changed: please report this, with the picture")
         return data
@@ -146,20 +148,45 @@ class Codec:
         words = np.concatenate([words for _, words in parts])[::-1]
         decoder = Decoder(np.ascontiguousarray(words))
         left, ys = len(words), {}
-        rows, cols = self.model.multiples[0]
-        y = self.model.blank(1, -(-header.height // rows) * rows, -(-header.width // cols) * cols).cpu()
-        top = len(self.model.levels) - 1
-        for i, (noted, own) in enumerate(parts):
-            k = top - i
-            y = self._code(self.model.levels[k], y, decoder, Notes(noted), track, f"y{k}")
+        found = self._levels(1, (header.height, header.width), decoder, [n for n, _ in parts], track)
+        for (k, y), part, (_, own) in zip(found, header.parts, parts, strict=False):
             left -= len(own)
-            if zlib.crc32(y.numpy().tobytes()) != header.parts[i].crc or (k and decoder.left() != left):
+            if zlib.crc32(y.numpy().tobytes()) != part.crc or (k and decoder.left() != left):
                 raise CodecError(
                     f"y{k} does not come back as it was: the file was written so, or the model computes "
                     "something else here; please report this, with the file"
                 )
             ys[f"y{k}"] = y
         return ys
+
+    def push(self, x: Tensor, encoder: Encoder, track: Track = _as_they_come) -> Written:
+        """Put pictures x, uint8 (B, C, H, W), on a stack, all levels of all of them."""
+        x = x.expand(-1, self.model.format.channels, -1, -1)
+        ys = [y.cpu() for _, y in sorted(infer(self.model, x, "y0").items())]
+        ys.append(ys[-1][:, :0])
+        written = Written([], [], [])
+        for k, level in enumerate(self.model.levels):  # a stack: what is decoded last is coded first
+            notes = Notes()
+            self._code(level, ys[k + 1], encoder, notes, track, f"y{k}", ys[k])
+            written.notes.append(notes.tobytes())
+            written.ends.append(encoder.push())
+            written.sums.append(zlib.crc32(ys[k].numpy().tobytes()))
+        return written
+
+    def pop(self, n: int, size: tuple[int, int], decoder: Decoder, notes: list[bytes]) -> Tensor:
+        """Take n pictures of a height and width off a stack: uint8 (n, C, H, W); notes of y_K first."""
+        *_, (_, x) = self._levels(n, size, decoder, notes, _as_they_come)
+        return x[:, :, : size[0], : size[1]]
+
+    def _levels(
+        self, n: int, size: tuple[int, int], decoder: Decoder, notes: list[bytes], track: Track
+    ) -> Iterator[tuple[int, Tensor]]:
+        """k and y_k, padded, the coarsest first, as far as there are notes."""
+        rows, cols = self.model.multiples[0]
+        y = self.model.blank(n, -(-size[0] // rows) * rows, -(-size[1] // cols) * cols).cpu()
+        for k, noted in zip(reversed(range(len(self.model.levels))), notes, strict=False):
+            y = self._code(self.model.levels[k], y, decoder, Notes(noted), track, f"y{k}")
+            yield k, y
 
     def _code(
         self,
@@ -214,8 +241,8 @@ class Codec:
         merged: Tensor = support.merge(v)
         return merged.to(torch.uint8).cpu()
 
-    def _check(self, x: Tensor) -> tuple[int, int]:
-        """Channels and levels that the model sees of a picture; ValueError if it does not fit."""
+    def check(self, x: Tensor) -> None:
+        """Raise TypeError or ValueError if a picture does not fit the model."""
         format = self.model.format
         check_image(x, x.shape[1] if x.ndim == 4 else format.channels)
         if x.shape[0] != 1 or 0 in x.shape or x.shape[1] not in {1, format.channels}:
@@ -225,7 +252,6 @@ class Codec:
             )
         if int(x.max()) > format.top:
             raise ValueError(f"the model has levels 0 to {format.top}; the picture holds {int(x.max())}")
-        return format.channels, format.levels
 
     def _check_header(self, header: Header) -> None:
         if header.fingerprint != self.fingerprint:

@@ -1,0 +1,248 @@
+"""Many pictures in one file: blocks that are decoded alone, and an index. Format 1.
+
+    magic "SVAS", version (1 byte), fingerprint of the model (8 bytes)
+    length and CRC-32 of the index (4 bytes each), the index: JSON, deflated
+    the blocks
+
+The index holds every picture's name, height, width, channels and checksum, and every block's number of
+pictures, length and checksum. A block is one stack for all of its pictures: those of one size are computed
+together, and no picture pays for a beginning and an end of its own. To take one out, its block is decoded
+as far as to it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from selfvae.codec.coder import Decoder, Encoder
+from selfvae.codec.container import CodecError, Reader, varint
+from selfvae.codec.progressive import Codec
+
+__all__ = ["Archive", "Entry", "pack"]
+
+MAGIC, VERSION = b"SVAS", 1
+_TOGETHER = 1 << 18  # pixels that are computed at once
+_INDEX = 1 << 28  # bytes of an index, at most
+
+Named = tuple[str, Tensor]
+Track = Callable[[Sequence[Any], str], Iterable[Any]]
+
+
+class Entry(NamedTuple):
+    """What the index says of a picture: its size in pixels, and the checksum of these."""
+
+    name: str
+    height: int
+    width: int
+    channels: int
+    crc: int
+
+
+class _Block(NamedTuple):
+    pictures: int
+    size: int
+    crc: int
+
+
+def _groups(entries: Sequence[Entry]) -> list[list[int]]:
+    """Which pictures of a block are computed together: neighbours of one size, up to some pixels."""
+    groups = []
+    for _, same in itertools.groupby(range(len(entries)), lambda i: entries[i][1:4]):
+        members = list(same)
+        first = entries[members[0]]
+        n = max(1, _TOGETHER // (first.height * first.width))
+        groups += [members[i : i + n] for i in range(0, len(members), n)]
+    return groups
+
+
+def _check_name(name: str) -> str:
+    parts = PurePosixPath(name).parts
+    if not name or "\\" in name or "\0" in name or name.startswith("/") or ".." in parts:
+        raise CodecError(f"a picture's name must be a path inside the archive; got {name!r}")
+    return name
+
+
+def pack(
+    codec: Codec,
+    pictures: Iterable[Named],
+    *,
+    block: int = 64,
+    verify: bool = True,
+    track: Track = lambda steps, text: steps,
+) -> bytes:
+    """An archive of pictures.
+
+    Arguments:
+        pictures: name and pixels uint8 (1, C, H, W) of each, in the order to be kept.
+        block: pictures in a block: more are smaller, fewer are quicker to take one out of.
+        verify: decode everything and compare.
+        track: given the blocks and what is done with them, hands them on: to show progress.
+
+    Raises ValueError for pictures that do not fit the model, or names that come twice.
+    """
+    if block < 1:
+        raise ValueError(f"block must be at least 1 picture; got {block}")
+    named = [(_check_name(name), x) for name, x in pictures]
+    if len({name for name, _ in named}) < len(named):
+        raise ValueError("every picture needs a name of its own")
+    for _, x in named:
+        codec.check(x)
+    entries = [
+        Entry(name, x.shape[2], x.shape[3], x.shape[1], zlib.crc32(x.cpu().contiguous().numpy().tobytes()))
+        for name, x in named
+    ]
+    starts = range(0, len(named), block)
+    blocks = []
+    for start in track(starts, "compressing"):
+        part = slice(start, start + block)
+        blocks.append(_pack_block(codec, entries[part], [x for _, x in named[part]]))
+    index = {
+        "levels": codec.model.format.levels,
+        "pictures": entries,
+        "blocks": [
+            _Block(len(entries[start : start + block]), len(data), zlib.crc32(data))
+            for start, data in zip(starts, blocks, strict=True)
+        ],
+    }
+    packed = zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
+    head = MAGIC + bytes([VERSION]) + codec.fingerprint
+    data = b"".join([head, struct.pack("<II", len(packed), zlib.crc32(packed)), packed, *blocks])
+    if verify:
+        back = iter(Archive(codec, data))
+        for name, x in track(named, "checking"):
+            if not torch.equal(x.cpu(), next(back)[1]):
+                raise CodecError(f"{name} came back changed: please report this, with the picture")
+    return data
+
+
+@torch.no_grad()
+def _pack_block(codec: Codec, entries: Sequence[Entry], pictures: Sequence[Tensor]) -> bytes:
+    encoder, notes = Encoder(), []
+    for members in reversed(_groups(entries)):
+        written = codec.push(torch.cat([pictures[i] for i in members]), encoder)
+        notes.append(written.notes[::-1])
+    noted = b"".join(varint(len(n)) + n for group in reversed(notes) for n in group)
+    return noted + encoder.words()[::-1].astype("<u4").tobytes()
+
+
+class Archive:
+    """Reads an archive: its length, its `entries`, a picture by name or number, all of them in order.
+
+    Raises CodecError that says what is wrong with the file, or that it is not of this model.
+    """
+
+    def __init__(self, codec: Codec, data: bytes) -> None:
+        self.codec = codec
+        self.entries, self.blocks, levels, at = _read_index(data, codec.fingerprint)
+        if levels != codec.model.format.levels:
+            raise CodecError("the index does not fit the model that it names: the file is damaged")
+        self._data = [memoryview(data)[a:b] for a, b in itertools.pairwise(
+            itertools.accumulate((b.size for b in self.blocks), initial=at)
+        )]  # fmt: skip
+        self._first = list(itertools.accumulate((b.pictures for b in self.blocks), initial=0))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, which: str | int) -> Tensor:
+        """One picture, uint8 (1, C, H, W); of its block only what lies before it is decoded."""
+        names = [entry.name for entry in self.entries]
+        if isinstance(which, str):
+            if which not in names:
+                raise KeyError(f"no picture {which!r} in the archive")
+            which = names.index(which)
+        if not 0 <= which < len(self):
+            raise IndexError(f"the archive holds {len(self)} pictures; got number {which}")
+        number = max(i for i, first in enumerate(self._first[:-1]) if first <= which)
+        inside = which - self._first[number]
+        return next(itertools.islice(self._block(number), inside, None))
+
+    def __iter__(self) -> Iterator[Named]:
+        for number, first in enumerate(self._first[:-1]):
+            for i, x in enumerate(self._block(number)):
+                yield self.entries[first + i].name, x
+
+    @torch.no_grad()
+    def _block(self, number: int) -> Iterator[Tensor]:
+        """The pictures of a block, each decoded when it is asked for."""
+        data = bytes(self._data[number])
+        if zlib.crc32(data) != self.blocks[number].crc:
+            raise CodecError(f"block {number} of the archive is damaged: its checksum does not fit")
+        entries = self.entries[self._first[number] : self._first[number + 1]]
+        reader, groups = Reader(data), _groups(entries)
+        levels = len(self.codec.model.levels)
+        notes = [[reader.take(reader.varint()) for _ in range(levels)] for _ in groups]
+        if (len(data) - reader.at) % 4:
+            raise CodecError(f"block {number} of the archive is damaged: it ends inside a word")
+        decoder = Decoder(np.frombuffer(data, "<u4", offset=reader.at)[::-1].astype(np.uint32))
+        for members, noted in zip(groups, notes, strict=True):
+            first = entries[members[0]]
+            x = self.codec.pop(len(members), (first.height, first.width), decoder, noted)
+            for i, picture in zip(members, x.split(1), strict=True):
+                picture = picture[:, : entries[i].channels].contiguous()
+                if zlib.crc32(picture.numpy().tobytes()) != entries[i].crc:
+                    raise CodecError(
+                        f"{entries[i].name} does not come back as it was: the file was written so, or the "
+                        "model computes something else here; please report this, with the file"
+                    )
+                yield picture
+
+
+def _read_index(data: bytes, fingerprint: bytes) -> tuple[list[Entry], list[_Block], int, int]:
+    """Pictures, blocks, grey levels; and where the blocks begin."""
+    if not data:
+        raise CodecError("the file is empty")
+    if data[:4] != MAGIC[: len(data)]:
+        raise CodecError(f"not an .svaes archive: it begins with {data[:4]!r}, not with {MAGIC!r}")
+    if len(data) < 21:
+        raise CodecError(f"the file ends inside its header: {len(data)} bytes are there")
+    if data[4] != VERSION:
+        raise CodecError(
+            f"the archive has format {data[4]}; this version of selfvae reads format {VERSION}"
+        )
+    if data[5:13] != fingerprint:
+        raise CodecError(
+            f"the archive was written with another model: {data[5:13].hex()}; this one is "
+            f"{fingerprint.hex()}: give the model that wrote it"
+        )
+    size, crc = struct.unpack("<II", data[13:21])
+    packed = data[21 : 21 + size]
+    if len(packed) < size or zlib.crc32(packed) != crc:
+        raise CodecError("the archive is damaged: its index is not whole")
+    try:
+        inflate = zlib.decompressobj()
+        index = json.loads(inflate.decompress(packed, _INDEX))
+        entries = [Entry(str(name), *map(int, rest)) for name, *rest in index["pictures"]]
+        blocks = [_Block(*map(int, block)) for block in index["blocks"]]
+        levels = int(index["levels"])
+    except (zlib.error, ValueError, TypeError, KeyError) as error:
+        raise CodecError(f"the archive's index makes no sense: {error}") from None
+    limit = Image.MAX_IMAGE_PIXELS
+    for entry in entries:
+        _check_name(entry.name)
+        if entry.height < 1 or entry.width < 1 or not 1 <= entry.channels <= 4:
+            raise CodecError(f"the index makes no sense: {entry}")
+        if limit is not None and entry.height * entry.width > limit:
+            raise CodecError(
+                f"{entry.name} claims {entry.height} x {entry.width} pixels; the limit is {limit}"
+            )
+    whole = 21 + size + sum(block.size for block in blocks)
+    if (
+        sum(block.pictures for block in blocks) != len(entries)
+        or min((min(b) for b in blocks), default=0) < 0
+    ):
+        raise CodecError("the archive's index makes no sense: its blocks do not hold its pictures")
+    if len(data) != whole:
+        raise CodecError(f"the archive must be {whole} bytes long; {len(data)} are there: it is damaged")
+    return entries, blocks, levels, 21 + size

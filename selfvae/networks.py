@@ -136,7 +136,8 @@ class Decoder(nn.Module):
         h = y
         if self.z_branch is not None:
             size = y.shape[2], y.shape[3]
-            h = torch.cat([_fit(self.z_branch(z), size), y], 1)
+            h = _fit(self.z_branch(z), size)
+            h = torch.cat([h, y.to(h.dtype)], 1)  # else one float32 input makes all of it float32
         if self.joint is not None:
             h = self.joint(h)
         out: Tensor = self.head(h)

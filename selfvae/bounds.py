@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from selfvae.distributions import DiagonalNormal
+from selfvae.level import Posterior
 from selfvae.model import SelfVAE
 
 __all__ = ["Bounds", "bounds", "iwae"]
@@ -61,7 +62,8 @@ def iwae(model: SelfVAE, x: Tensor, draws: int = 64, *, pairs: bool = False, bat
         x: uint8 (B, C, H, W).
         draws: S.
         pairs: sum over all combinations of the draws of the levels, at the price of the same S passes.
-            The same as without for a model of one latent; tighter, in expectation, for more.
+            The same as without for a model of one latent, or with a uniform posterior; tighter, in
+            expectation, for more.
         batch: images times draws that pass the decoders at a time: bounds the memory.
 
     The encoders run once an image, the decoders once a draw. Exact for a model without latents.
@@ -87,6 +89,7 @@ def _bounds(model: SelfVAE, x: Tensor, draws: int, pairs: bool, batch: int) -> B
     if not posteriors:  # nothing is drawn: the score is exact
         return Bounds(*[model.score(ys, posteriors).elbo.double()] * 3)
     chunk = max(1, batch // x.shape[0])
+    pairs = pairs and all(isinstance(q, DiagonalNormal) for q in posteriors.values())
     nodes = {name: _Node() for name in sorted(posteriors, key=lambda name: -int(name[1:]))}
     for start in range(0, draws, chunk):
         known = _draw(model, ys, posteriors, nodes, min(chunk, draws - start), pairs)
@@ -105,7 +108,7 @@ def _bounds(model: SelfVAE, x: Tensor, draws: int, pairs: bool, batch: int) -> B
 def _draw(
     model: SelfVAE,
     ys: list[Tensor],
-    posteriors: dict[str, DiagonalNormal],
+    posteriors: dict[str, Posterior],
     nodes: dict[str, _Node],
     n: int,
     pairs: bool,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["DiagonalNormal", "GaussianMixture", "soft_limit"]
+from selfvae.pixels import log1mexp
+
+__all__ = ["DiagonalNormal", "GaussianMixture", "RoundedLogistic", "UniformBox", "soft_limit"]
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -50,6 +53,76 @@ class DiagonalNormal:
     def repeat(self, n: int) -> DiagonalNormal:
         """The same distribution for n copies of every image: batch B -> n * B, copies outermost."""
         return DiagonalNormal(self.mean.repeat(n, 1, 1, 1), self.log_var.repeat(n, 1, 1, 1))
+
+
+class UniformBox:
+    """The uniform distribution of width 1 around a mean, over latents (B, C, h, w).
+
+    With a `RoundedLogistic` prior the KL of a draw is what a whole number costs to code: such a latent
+    needs no bits-back. The mode is the nearest whole number, which is what gets coded. Source: Balle et al.
+    2017.
+    """
+
+    def __init__(self, mean: Tensor) -> None:
+        self.mean = mean if mean.dtype == torch.float64 else mean.float()
+
+    @classmethod
+    def from_params(cls, params: Tensor) -> UniformBox:
+        """From a network's output (B, 2C, h, w): means; the other half is not used."""
+        return cls(params.chunk(2, 1)[0])
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """ln of the density, nats (B,): 0 inside, -inf outside."""
+        # wider than the box by what rounding takes off a draw
+        inside = ((z - self.mean).abs() <= 0.5 + 1e-4).flatten(1).all(1)
+        return torch.where(inside, 0.0, -torch.inf)
+
+    def sample(self, temperature: float = 1.0) -> Tensor:
+        """A reparameterised draw (B, C, h, w); temperature scales the box, 0 is its mean."""
+        return self.mean + temperature * (torch.rand_like(self.mean) - 0.5)
+
+    def mode(self) -> Tensor:
+        """The whole number nearest to the mean (B, C, h, w), among the 256 that can be coded."""
+        return torch.floor(self.mean + 0.5).clamp(-128, 127)
+
+    def repeat(self, n: int) -> UniformBox:
+        """The same distribution for n copies of every image: batch B -> n * B, copies outermost."""
+        return UniformBox(self.mean.repeat(n, 1, 1, 1))
+
+
+class RoundedLogistic:
+    """A logistic plus uniform noise of width 1, over latents (B, C, h, w): the prior of a `UniformBox`.
+
+    Its density at a whole number is the probability that a logistic rounds to it.
+    """
+
+    def __init__(self, mean: Tensor, log_scale: Tensor) -> None:
+        self.mean, self.log_scale = (
+            x if x.dtype == torch.float64 else x.float() for x in (mean, log_scale)
+        )
+
+    @classmethod
+    def from_params(cls, params: Tensor) -> RoundedLogistic:
+        """From a network's output (B, 2C, h, w): means, then raw log-scales, limited to [-7, 7]."""
+        mean, raw = params.chunk(2, 1)
+        return cls(mean, soft_limit(raw))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """ln of the density, nats (B,)."""
+        inverse = torch.exp(-self.log_scale)
+        upper, lower = (z - self.mean + 0.5) * inverse, (z - self.mean - 0.5) * inverse
+        each = F.logsigmoid(upper) + F.logsigmoid(-lower) + log1mexp(inverse)
+        return each.flatten(1).sum(1)
+
+    def sample(self, temperature: float = 1.0) -> Tensor:
+        """A whole number, as float (B, C, h, w); temperature scales the logistic."""
+        u = torch.rand_like(self.mean).clamp(1e-6, 1 - 1e-6)
+        z = self.mean + temperature * torch.exp(self.log_scale) * torch.logit(u)
+        return torch.floor(z + 0.5).clamp(-128, 127)
+
+    def mode(self) -> Tensor:
+        """The whole number nearest to the mean (B, C, h, w)."""
+        return torch.floor(self.mean + 0.5).clamp(-128, 127)
 
 
 class GaussianMixture:

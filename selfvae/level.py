@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from selfvae.distributions import DiagonalNormal
+from selfvae.distributions import DiagonalNormal, RoundedLogistic, UniformBox
 from selfvae.pixels import PixelMixture, to_unit
 from selfvae.priors import LatentDistribution
 from selfvae.transforms import Blank, Format, Subsample, Support, Transform
 
-__all__ = ["Level"]
+__all__ = ["Level", "Posterior"]
 
 Core = tuple[slice, slice]
+Posterior = DiagonalNormal | UniformBox
 
 
 class Level(nn.Module):
@@ -28,6 +30,8 @@ class Level(nn.Module):
         encoder, prior: networks of the latent; both None for a level without one.
         consistent: truncate the likelihood to the images with d(y) = y_up, where d tells them.
         anchored: add d's plain estimate of y to every component's mean.
+        rounded: the latent's posterior is a `UniformBox`, its conditional prior a `RoundedLogistic`; else
+            both are Gaussian.
         coefficients: how earlier channels shift later ones (see `PixelMixture`).
     """
 
@@ -41,6 +45,7 @@ class Level(nn.Module):
         *,
         consistent: bool = True,
         anchored: bool = False,
+        rounded: bool = False,
         coefficients: Literal["raw", "residual"] = "raw",
     ) -> None:
         super().__init__()
@@ -49,6 +54,7 @@ class Level(nn.Module):
         self.format, self.transform = format, transform
         self.encoder, self.prior_net, self.decoder = encoder, prior, decoder
         self.consistent, self.anchored, self.coefficients = consistent, anchored, coefficients
+        self.rounded = rounded
 
     @property
     def has_latent(self) -> bool:
@@ -86,10 +92,20 @@ class Level(nn.Module):
             y_up = self.transform.estimate(y_up.to(self.dtype), self.format)
         return to_unit(y_up, self.format.levels, self.dtype)
 
-    def posterior(self, y: Tensor) -> DiagonalNormal:
-        """q(z | y) for y uint8 (B, C, H, W)."""
+    def encode(self, y: Tensor) -> Tensor:
+        """Parameters of q(z | y) for y uint8 (B, C, H, W), as `q` takes them."""
         assert self.encoder is not None
-        return DiagonalNormal.from_params(self.encoder(to_unit(y, self.format.levels, self.dtype)))
+        params: Tensor = self.encoder(to_unit(y, self.format.levels, self.dtype))
+        return params
+
+    @property
+    def q(self) -> Callable[[Tensor], Posterior]:
+        """q(z | y) from its parameters."""
+        return UniformBox.from_params if self.rounded else DiagonalNormal.from_params
+
+    def posterior(self, y: Tensor) -> Posterior:
+        """q(z | y) for y uint8 (B, C, H, W)."""
+        return self.q(self.encode(y))
 
     def prior(self, y_up: Tensor, z_up: Tensor | None) -> LatentDistribution:
         """p(z | y_up, z_up)."""
@@ -98,7 +114,8 @@ class Level(nn.Module):
             top: LatentDistribution = self.prior_net(y_up, z_up)
             return top
         up = self.transform.format(self.format)
-        return DiagonalNormal.from_params(self.prior_net(to_unit(y_up, up.levels, self.dtype), z_up))
+        params = self.prior_net(to_unit(y_up, up.levels, self.dtype), z_up)
+        return RoundedLogistic.from_params(params) if self.rounded else DiagonalNormal.from_params(params)
 
     def likelihood(self, y_up: Tensor, z: Tensor | None, core: Core | None = None) -> PixelMixture:
         """p(y | y_up, z); with `core`, rows and columns of y_up, of y's part there alone."""

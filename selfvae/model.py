@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfvae.distributions import DiagonalNormal
 from selfvae.layers import data_dependent_init
-from selfvae.level import Level
+from selfvae.level import Level, Posterior
 from selfvae.objective import Terms
 from selfvae.transforms import Blank, Format, check_image
 
@@ -102,7 +101,7 @@ class SelfVAE(nn.Module):
             y = pick(f"y{k}", level.likelihood(y, z if level.has_latent else None))
         return y
 
-    def posteriors(self, ys: list[Tensor]) -> dict[str, DiagonalNormal]:
+    def posteriors(self, ys: list[Tensor]) -> dict[str, Posterior]:
         """q(z_k | y_k) of every level with a latent, by name."""
         return {
             f"z{k}": level.posterior(y)
@@ -110,7 +109,7 @@ class SelfVAE(nn.Module):
             if level.has_latent
         }
 
-    def score(self, ys: list[Tensor], posteriors: dict[str, DiagonalNormal]) -> Terms:
+    def score(self, ys: list[Tensor], posteriors: dict[str, Posterior]) -> Terms:
         """The terms of the bound for the pyramid ys at one draw from the posteriors."""
         zero = torch.zeros(ys[0].shape[0], device=ys[0].device)
         re, kl = [zero] * len(ys), [zero] * len(ys)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selfvae.transforms import Format, Support
 
-__all__ = ["PixelMixture", "param_count", "to_unit"]
+__all__ = ["PixelMixture", "log1mexp", "param_count", "to_unit"]
 
 _LOG_SCALE_FLOOR = -7.0  # on the [-1, 1] scale: a bin may hold 0.973 of the mass
 _LOG_SCALE_TOP = 7.0  # beyond it a logistic is flat for every purpose
@@ -37,7 +37,7 @@ def param_count(channels: int, components: int) -> int:
     return components * (1 + 2 * channels + channels * (channels - 1) // 2)
 
 
-def _log1mexp(d: Tensor) -> Tensor:
+def log1mexp(d: Tensor) -> Tensor:
     """ln(1 - e^-d) for d > 0; 0 at infinity."""
     return torch.log(-torch.expm1(-d))
 
@@ -69,7 +69,7 @@ class _Logistics:
         minus_a = torch.where(at_bottom, inf, (0.5 - offset) * inv)
         width = torch.where(at_top | at_bottom, inf, inv)
         if bounds is None:
-            return F.logsigmoid(b) + F.logsigmoid(minus_a) + _log1mexp(width)
+            return F.logsigmoid(b) + F.logsigmoid(minus_a) + log1mexp(width)
         lo, hi = (edge.to(self.mean.dtype) for edge in bounds)
         above = torch.where(hi >= top, inf, (hi - v) * inv)
         below = torch.where(lo <= 0, inf, (v - lo) * inv)
@@ -77,7 +77,7 @@ class _Logistics:
         above = torch.where(at_top, 0.0, above)
         below = torch.where(at_bottom, 0.0, below)
         ratio = _log_sigmoid_ratio(b, above) + _log_sigmoid_ratio(minus_a, below)
-        return ratio + _log1mexp(width) - _log1mexp(full)
+        return ratio + log1mexp(width) - log1mexp(full)
 
     def sample(self, bounds: tuple[Tensor, Tensor], temperature: float) -> Tensor:
         """A value in the bounds, by the inverse distribution function in the log domain; int64."""
@@ -92,7 +92,7 @@ class _Logistics:
         log_u = torch.logaddexp(
             F.logsigmoid(low) + torch.log1p(-u), F.logsigmoid(high) + torch.log(u)
         ).clamp(max=-1e-7)
-        value = self.mean + flip * (log_u - _log1mexp(-log_u)) / inv
+        value = self.mean + flip * (log_u - log1mexp(-log_u)) / inv
         return torch.round(value).clamp(lo, hi).long()
 
 

@@ -72,7 +72,8 @@ class ModelConfig:
         levels: grey levels a channel of x.
         transforms: names of d_1..d_K (see `TRANSFORMS`); "halve" alone is the chain of alternating
             "columns" and "rows" down to 4 x 4.
-        prior: of the top latent: "normal", "mog" or "flow".
+        prior: of the top latent: "normal", "mog", "flow" or, with a uniform posterior, "logistic".
+        posterior: of all latents: "normal", or "uniform", whose latents are coded as whole numbers.
         latents: "all" levels have one, "top" only the top one, or "none".
         latent_channels: channels of every latent.
         consistent: truncate each likelihood to the images that map to the level above.
@@ -88,7 +89,8 @@ class ModelConfig:
     image_shape: tuple[int, int, int] = (3, 32, 32)
     levels: int = 256
     transforms: tuple[str, ...] = ()
-    prior: Literal["normal", "mog", "flow"] = "flow"
+    prior: Literal["normal", "mog", "flow", "logistic"] = "flow"
+    posterior: Literal["normal", "uniform"] = "normal"
     latents: Literal["all", "top", "none"] = "all"
     latent_channels: int = 16
     consistent: bool = False
@@ -111,12 +113,18 @@ class ModelConfig:
         object.__setattr__(self, "transforms", tuple(names))
         for field, known in (
             ("prior", TOP_PRIORS),
+            ("posterior", ("normal", "uniform")),
             ("latents", ("all", "top", "none")),
             ("coefficients", ("raw", "residual")),
             ("backbone", ("dense", "residual")),
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}")
+        if self.latents != "none" and (self.posterior == "uniform") != (self.prior == "logistic"):
+            raise ValueError(
+                "posterior=uniform and prior=logistic go together; got "
+                f"posterior={self.posterior}, prior={self.prior}"
+            )
         for field, kinds in (
             ("width", (int, float)), ("depth", (int, float)), ("latent_channels", int), ("components", int),
         ):  # fmt: skip
@@ -305,7 +313,7 @@ class _Plan:
         return Level(
             format, t, decoder, encoder, prior,
             consistent=config.consistent, anchored=config.anchored and not is_top,
-            coefficients=config.coefficients,
+            rounded=config.posterior == "uniform", coefficients=config.coefficients,
         )  # fmt: skip
 
     def _prior(self, k: int, latent: int, downs: int) -> nn.Module:

@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from selfvae.distributions import DiagonalNormal, GaussianMixture, soft_limit
+from selfvae.distributions import DiagonalNormal, GaussianMixture, RoundedLogistic, soft_limit
 from selfvae.flows import RealNVP
 
-__all__ = ["TOP_PRIORS", "FlowPrior", "LatentDistribution", "MixturePrior", "NormalPrior"]
+__all__ = ["TOP_PRIORS", "FlowPrior", "LatentDistribution", "LogisticPrior", "MixturePrior", "NormalPrior"]
 
 
 class LatentDistribution(Protocol):
@@ -67,6 +67,22 @@ class MixturePrior(_TopPrior):
         return GaussianMixture(self.logits, self.means, soft_limit(self.raw_log_vars), (b, h, w))
 
 
+class LogisticPrior(_TopPrior):
+    """A learnt logistic for every channel, for latents whose posterior is a `UniformBox`."""
+
+    def __init__(self, latent: int, stride: int) -> None:
+        super().__init__(latent, stride)
+        self.mean = nn.Parameter(torch.zeros(latent))
+        self.raw_log_scale = nn.Parameter(torch.zeros(latent))
+
+    def forward(self, y: Tensor, z: Tensor | None) -> LatentDistribution:
+        shape = self.shape(y)
+        mean, log_scale = (
+            p.view(1, -1, 1, 1).expand(shape) for p in (self.mean, soft_limit(self.raw_log_scale))
+        )
+        return RoundedLogistic(mean, log_scale)
+
+
 class _FlowDistribution:
     def __init__(self, flow: RealNVP, shape: tuple[int, int, int, int], like: Tensor) -> None:
         self.flow, self.shape, self.device = flow, shape, like.device
@@ -96,8 +112,9 @@ class FlowPrior(_TopPrior):
         return _FlowDistribution(self.flow, self.shape(y), y)
 
 
-TOP_PRIORS: dict[str, type[NormalPrior] | type[MixturePrior] | type[FlowPrior]] = {
+TOP_PRIORS: dict[str, type[_TopPrior]] = {
     "normal": NormalPrior,
     "mog": MixturePrior,
     "flow": FlowPrior,
+    "logistic": LogisticPrior,
 }

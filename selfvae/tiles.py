@@ -12,11 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from selfvae.distributions import DiagonalNormal
-from selfvae.level import Level
+from selfvae.level import Level, Posterior
 from selfvae.model import SelfVAE
 from selfvae.transforms import Blank
 
@@ -115,13 +113,9 @@ class TiledLevel(nn.Module):
         assert out is not None
         return out
 
-    def posterior(self, y: Tensor) -> DiagonalNormal:
+    def posterior(self, y: Tensor) -> Posterior:
         """q(z | y), as `Level.posterior`."""
-
-        def params(q: DiagonalNormal) -> Tensor:
-            return torch.cat([q.mean, q.log_var], 1)
-
-        return DiagonalNormal(*self.assemble("q", params, self.level.posterior, [y]).chunk(2, 1))
+        return self.level.q(self.assemble("q", lambda params: params, self.level.encode, [y]))
 
     def prior(self, y_up: Tensor, z_up: Tensor | None) -> Any:
         """p(z | y_up, z_up), as `Level.prior`; the top one is small and stays whole."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from selfvae.distributions import DiagonalNormal, GaussianMixture, soft_limit
+from selfvae.distributions import DiagonalNormal, GaussianMixture, RoundedLogistic, UniformBox, soft_limit
 from selfvae.flows import Coupling, RealNVP, squeeze, unsqueeze
 from selfvae.layers import (
     BACKBONES,
@@ -166,3 +166,32 @@ def test_mixture_draws_follow_its_density() -> None:
 def test_soft_limit() -> None:
     raw = torch.tensor([-1e6, -0.01, 0.0, 0.01, 1e6])
     assert torch.allclose(soft_limit(raw), torch.tensor([-7.0, -0.01, 0.0, 0.01, 7.0]), atol=1e-4)
+
+
+def test_whole_numbers_of_a_rounded_logistic() -> None:
+    """The density at whole numbers are the probabilities that draws round to them."""
+    n = 40_000
+    p = RoundedLogistic(torch.full((n, 1, 1, 1), 0.3), torch.full((n, 1, 1, 1), 0.5))
+    at = torch.arange(-60.0, 61.0)
+    one = RoundedLogistic(torch.full((121, 1, 1, 1), 0.3), torch.full((121, 1, 1, 1), 0.5))
+    mass = torch.exp(one.log_prob(at.view(-1, 1, 1, 1)))
+    assert mass.sum() == pytest.approx(1, abs=1e-5)
+    draws = p.sample().flatten()
+    assert torch.equal(draws, draws.round())
+    for value in (-2.0, 0.0, 3.0):
+        expected = mass[at == value].item()
+        assert (draws == value).float().mean() == pytest.approx(expected, abs=5 * (expected / n) ** 0.5)
+    assert p.mode().unique().tolist() == [0.0]
+    sharp = RoundedLogistic.from_params(torch.tensor([0.4, -50.0]).view(1, 2, 1, 1))
+    assert sharp.log_prob(torch.zeros(1, 1, 1, 1)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_uniform_box() -> None:
+    q = UniformBox.from_params(torch.randn(50, 4, 3, 3) * 9)
+    assert q.mean.shape == (50, 2, 3, 3) and q.repeat(2).mean.shape == (100, 2, 3, 3)
+    z = q.sample()
+    assert (z - q.mean).abs().max() <= 0.5 and (z - q.mean).abs().max() > 0.45
+    assert torch.equal(q.log_prob(z), torch.zeros(50))
+    assert torch.isneginf(q.log_prob(q.mean + 1)).all()
+    assert torch.equal(q.sample(0.0), q.mean)
+    assert (q.mode() - q.mean).abs().max() <= 0.5 and torch.equal(q.mode(), q.mode().round())

@@ -156,7 +156,6 @@ def describe(file: Path, json: bool) -> None:
     """What a compressed file says of itself, and the bytes of its parts."""
     data = file.read_bytes()
     header = coding.read_header(data)
-    top = len(header.parts) - 1
     result: dict[str, Any] = {
         "bytes": len(data),
         "height": header.height,
@@ -166,7 +165,7 @@ def describe(file: Path, json: bool) -> None:
         "bits_per_subpixel": 8 * len(data) / (header.height * header.width * header.channels),
         "model": header.fingerprint.hex(),
         "header_bytes": header.size,
-        **{f"y{top - i}_bytes": part.size for i, part in enumerate(header.parts)},
+        **{f"{part.name}_bytes": part.size for part in header.parts},
     }
     missing = header.size + sum(part.size for part in header.parts) - len(data)
     if missing:

@@ -28,6 +28,7 @@ from torch import Tensor
 from selfvae.codec.coder import Decoder, Encoder
 from selfvae.codec.container import CodecError, Reader, varint
 from selfvae.codec.progressive import Codec
+from selfvae.tasks import variables
 
 __all__ = ["Archive", "Entry", "pack"]
 
@@ -181,8 +182,8 @@ class Archive:
             raise CodecError(f"block {number} of the archive is damaged: its checksum does not fit")
         entries = self.entries[self._first[number] : self._first[number + 1]]
         reader, groups = Reader(data), _groups(entries)
-        levels = len(self.codec.model.levels)
-        notes = [[reader.take(reader.varint()) for _ in range(levels)] for _ in groups]
+        parts = len(variables(self.codec.model))
+        notes = [[reader.take(reader.varint()) for _ in range(parts)] for _ in groups]
         if (len(data) - reader.at) % 4:
             raise CodecError(f"block {number} of the archive is damaged: it ends inside a word")
         decoder = Decoder(np.frombuffer(data, "<u4", offset=reader.at)[::-1].astype(np.uint32))

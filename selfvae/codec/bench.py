@@ -147,9 +147,9 @@ def _cuts(data: bytes) -> list[tuple[str, int]]:
     """Where each part ends but the last, with its name."""
     header = read_header(data)
     end, cuts = header.size, []
-    for i, part in enumerate(header.parts[:-1]):
+    for part in header.parts[:-1]:
         end += part.size
-        cuts.append((f"y{len(header.parts) - 1 - i}", end))
+        cuts.append((part.name, end))
     return cuts
 
 

@@ -1,8 +1,9 @@
-"""The file: a header, then the parts, the coarsest first. Format 1.
+"""The file: a header, then the parts in the order of the walk, the coarsest first. Format 1.
 
     magic "SVAE", version (1 byte), fingerprint of the model (8 bytes)
-    channels, levels - 1, height, width of the picture; number of parts       varints
-    for every part, y_K first: bytes of notes, words of code (varints), CRC-32 of y_k's pixels (4 bytes)
+    channels, levels - 1, height, width of the picture, number of parts, which of them are latents (a bit
+        each): varints
+    for every part: bytes of notes, words of code (varints), CRC-32 of the image or latent (4 bytes)
     CRC-32 of all that follows the header (4 bytes), CRC-32 of the header (4 bytes)
     the parts: notes, then words of 4 bytes
 
@@ -65,8 +66,9 @@ class Reader:
 
 @dataclass(frozen=True)
 class Part:
-    """One image y_k: bytes of notes, words of code, checksum of the pixels."""
+    """One image or latent: its name, bytes of notes, words of code, checksum."""
 
+    name: str
     notes: int
     words: int
     crc: int
@@ -79,7 +81,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself. parts: y_K first."""
+    """What a file says of itself. parts: in the order of the walk."""
 
     fingerprint: bytes
     channels: int
@@ -93,7 +95,8 @@ class Header:
     def to_bytes(self, payload: bytes) -> bytes:
         """The header of that payload."""
         out = bytearray(MAGIC + bytes([VERSION]) + self.fingerprint)
-        for n in (self.channels, self.levels - 1, self.height, self.width, len(self.parts)):
+        latents = sum(1 << i for i, part in enumerate(self.parts) if part.name[0] == "z")
+        for n in (self.channels, self.levels - 1, self.height, self.width, len(self.parts), latents):
             out += varint(n)
         for part in self.parts:
             out += varint(part.notes) + varint(part.words) + struct.pack("<I", part.crc)
@@ -102,13 +105,13 @@ class Header:
 
 
 def write(header: Header, notes: list[bytes], words: list[np.ndarray]) -> bytes:
-    """A file from the parts, y_K first; words uint32, in the order of the file."""
+    """A file from its parts; words uint32, in the order of the file."""
     payload = b"".join(n + w.astype("<u4").tobytes() for n, w in zip(notes, words, strict=True))
     return header.to_bytes(payload) + payload
 
 
 def read(data: bytes, partial: bool = False) -> tuple[Header, list[tuple[bytes, np.ndarray]]]:
-    """The header of a file, and notes and words of its parts, y_K first.
+    """The header of a file, and notes and words of its parts.
 
     partial: take a file that was cut short; the parts that are whole are returned.
 
@@ -140,6 +143,12 @@ def read(data: bytes, partial: bool = False) -> tuple[Header, list[tuple[bytes, 
     return header, parts
 
 
+def _names(count: int, latents: int) -> list[str]:
+    """z1, y1, z0, y0, ... from which of the parts are latents."""
+    kinds = ["z" if latents >> i & 1 else "y" for i in range(count)]
+    return [f"{kind}{kinds[i:].count('y') - 1}" for i, kind in enumerate(kinds)]
+
+
 def read_header(data: bytes) -> Header:
     """The header alone; data may end anywhere after it."""
     if not data:
@@ -152,11 +161,12 @@ def read_header(data: bytes) -> Header:
     if version != VERSION:
         raise CodecError(f"the file has format {version}; this version of selfvae reads format {VERSION}")
     fingerprint = reader.take(8)
-    channels, top, height, width, count = (reader.varint() for _ in range(5))
+    channels, top, height, width, count, latents = (reader.varint() for _ in range(6))
     if count > _PARTS:
         raise CodecError(f"the file is damaged: it claims {count} parts")
     parts = tuple(
-        Part(reader.varint(), reader.varint(), struct.unpack("<I", reader.take(4))[0]) for _ in range(count)
+        Part(name, reader.varint(), reader.varint(), struct.unpack("<I", reader.take(4))[0])
+        for name in _names(count, latents)
     )
     crc = struct.unpack("<I", reader.take(4))[0]
     checked = data[: reader.at]

@@ -12,6 +12,7 @@ How fine the grids are is a trade: the loss against unrounded parameters is abou
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from decimal import Context, Decimal, localcontext
 from typing import NamedTuple
@@ -20,9 +21,10 @@ import numpy as np
 import torch
 
 from selfvae.codec.container import CodecError, Reader, varint
+from selfvae.distributions import RoundedLogistic
 from selfvae.pixels import PixelMixture
 
-__all__ = ["MARGIN", "Channel", "Lattice", "Notes", "cumulative", "weights"]
+__all__ = ["MARGIN", "Channel", "Lattice", "Notes", "cumulative", "latent", "weights"]
 
 Ints = np.ndarray  # int64
 
@@ -144,6 +146,20 @@ def _rows(x: torch.Tensor) -> np.ndarray:
     return x.transpose(0, 1).flatten(1).double().cpu().numpy()
 
 
+def _inverse(octaves: np.ndarray, notes: Notes) -> Ints:
+    """Inverse scales from their logarithms to the base 2."""
+    steps = notes.snap(np.clip(octaves * _SCALE, _FLATTEST, _SHARPEST))
+    return _inverse_table()[steps - _FLATTEST]
+
+
+def latent(p: RoundedLogistic, notes: Notes) -> Channel:
+    """The logistics of a latent's whole numbers, -128 to 127 counted from 0; (1, n), n = B * C * h * w."""
+    mean = p.mean.double().flatten().cpu().numpy()[None] + 128
+    octaves = p.log_scale.double().flatten().cpu().numpy()[None] / -math.log(2)
+    mean = notes.snap(np.clip(mean * (1 << level_bits(256)), -_REACH, _REACH))
+    return Channel(mean, _inverse(octaves, notes))
+
+
 @dataclass
 class Lattice:
     """The whole numbers of one group of a mixture: channel after channel, as values become known."""
@@ -178,5 +194,4 @@ class Lattice:
             known = (self.values[j] << self.bits)[None] - centre
             mean = mean + ((coefficient * known + (1 << COEFFICIENT - 1)) >> COEFFICIENT)
         octaves = np.log2(_rows(mixture.inverse_scales[:, self.group, c])) - (self.bits - (MEAN - 8))
-        steps = notes.snap(np.clip(octaves * _SCALE, _FLATTEST, _SHARPEST))
-        return Channel(np.clip(mean, -_REACH, _REACH), _inverse_table()[steps - _FLATTEST])
+        return Channel(np.clip(mean, -_REACH, _REACH), _inverse(octaves, notes))

@@ -1,10 +1,11 @@
-"""Single pictures: the levels of a model without latents, one after the other, into one file and back."""
+"""Single pictures: the variables of the walk, one after the other, into one file and back."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Unpack
@@ -16,10 +17,11 @@ from torch import Tensor
 from selfvae.codec import container
 from selfvae.codec.coder import Bits, Decoder, Encoder, code
 from selfvae.codec.container import CodecError, Header, Part
-from selfvae.codec.lattice import Lattice, Notes
+from selfvae.codec.lattice import Lattice, Notes, latent
 from selfvae.level import Level
 from selfvae.model import SelfVAE
-from selfvae.tasks import Drawing, complete, infer
+from selfvae.presets import ModelConfig
+from selfvae.tasks import Drawing, complete, infer, variables
 from selfvae.tiles import Tile, split, tiled
 from selfvae.transforms import check_image
 
@@ -34,11 +36,27 @@ Track = Callable[[Sequence[Square], str], Iterable[Square]]
 
 def fingerprint(model: SelfVAE) -> bytes:
     """8 bytes that tell models apart: of the structure and of every weight's value as float64."""
-    found = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    plain = ModelConfig().to_dict()  # options that came later, at their defaults, change nothing
+    config = {key: value for key, value in model.config.to_dict().items() if value != plain[key]}
+    found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, value in sorted(model.state_dict().items()):
         found.update(f"{name} {tuple(value.shape)} ".encode())
         found.update(value.detach().cpu().double().numpy().astype("<f8").tobytes())
     return found.digest()[:8]
+
+
+def _sum(value: Tensor) -> int:
+    """The checksum of an image's pixels, or of a latent's whole numbers."""
+    return zlib.crc32(value.to(torch.uint8 if value.dtype == torch.uint8 else torch.int8).numpy().tobytes())
+
+
+def _part(of: slice, length: int, whole: int) -> slice:
+    """A slice of something `whole` long, for something as wide and `length` long."""
+    return slice(of.start * length // whole, of.stop * length // whole)
+
+
+def _up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
 
 
 def _as_they_come(tiles: Sequence[Square], name: str) -> Iterable[Square]:
@@ -46,27 +64,29 @@ def _as_they_come(tiles: Sequence[Square], name: str) -> Iterable[Square]:
 
 
 class Written(NamedTuple):
-    """What was put on a stack, level by level, y_0 first."""
+    """What was put on a stack, variable by variable, y_0 first."""
 
+    names: list[str]
     notes: list[bytes]
     ends: list[int]  # words below the state after each
-    sums: list[int]  # CRC-32 of the pixels
+    sums: list[int]  # checksums
 
 
 class Codec:
     """Compresses pictures with a model, without loss: `compress` to bytes, `decompress` to the picture.
 
-    The model must have no latents (e.g. a halving chain): its files are as long as its scores say. It is
-    copied in float64. A file can be read with the same weights alone.
+    The model has no latents (e.g. a halving chain), or such with a uniform posterior, which are coded as
+    whole numbers: its files are as long as its scores say. It is copied in float64. A file can be read with
+    the same weights alone.
 
-    Raises ValueError for a model with latents.
+    Raises ValueError for a model with other latents.
     """
 
     def __init__(self, model: SelfVAE) -> None:
-        if model.has_latents:
+        if any(level.has_latent and not level.rounded for level in model.levels):
             raise ValueError(
-                "single pictures are compressed by a model without latents, e.g. selfvae-halve; this one "
-                "has some"
+                "pictures are compressed by a model without latents, e.g. selfvae-halve, or with "
+                "posterior=uniform; this one has Gaussian ones"
             )
         self.fingerprint = fingerprint(model)
         self.model = copy.deepcopy(model).double().eval().requires_grad_(False)
@@ -90,7 +110,8 @@ class Codec:
         ends = [*written.ends[:-1], len(stack)]
         words = [stack[a:b][::-1] for a, b in zip([0, *ends], ends, strict=False)]
         parts = [
-            Part(len(n), len(w), crc) for n, w, crc in zip(written.notes, words, written.sums, strict=True)
+            Part(name, len(noted), len(own), crc)
+            for name, noted, own, crc in zip(written.names, written.notes, words, written.sums, strict=True)
         ]
         levels = self.model.format.levels
         header = Header(self.fingerprint, x.shape[1], levels, x.shape[2], x.shape[3], tuple(parts[::-1]))
@@ -121,98 +142,133 @@ class Codec:
         """
         header, parts = container.read(data, partial)
         self._check_header(header)
-        names = [f"y{k}" for k in range(len(header.parts))]
-        if upto not in names:
-            raise CodecError(f"the file holds {', '.join(names)}; got {upto!r}")
-        last = int(upto[1:])
+        names = [part.name for part in header.parts]
+        if upto not in names or upto[0] != "y":
+            held = ", ".join(name for name in names if name[0] == "y")
+            raise CodecError(f"the file holds {held}; got {upto!r}")
         if not parts:
             raise CodecError("the file is cut short before the end of its coarsest part")
-        first = len(header.parts) - len(parts)  # the finest that is there
         size = header.height, header.width
-        ys = self._decode(header, parts[: len(header.parts) - last], track)
-        if first > last:
+        found = self._decode(header, parts[: names.index(upto) + 1], track)
+        if upto not in found:
             how = {"decode": "mode", **how}
-            channels = self.model.format.channels
-            shape = (1, *size)
-            ys |= complete(self._drawing, {name: y[:, :channels] for name, y in ys.items()}, shape, **how)
-        rows, cols = self.model.scale(last)
-        out = ys[upto][:, :, : -(-size[0] // rows), : -(-size[1] // cols)].cpu()
-        if header.channels < out.shape[1]:
-            out = out[:, : header.channels]
-        return out
+            found |= complete(
+                self._drawing,
+                {n: v.float() if n[0] == "z" else v for n, v in found.items()},
+                (1, *size),
+                **how,
+            )
+        rows, cols = self.model.scale(int(upto[1:]))
+        out = found[upto][:, :, : -(-size[0] // rows), : -(-size[1] // cols)].cpu()
+        return out[:, : header.channels] if header.channels < out.shape[1] else out
 
     def _decode(
         self, header: Header, parts: list[tuple[bytes, np.ndarray]], track: Track
     ) -> dict[str, Tensor]:
-        """The images of the first parts, by name, padded."""
+        """The first parts, by name, padded."""
         words = np.concatenate([words for _, words in parts])[::-1]
         decoder = Decoder(np.ascontiguousarray(words))
-        left, ys = len(words), {}
-        found = self._levels(1, (header.height, header.width), decoder, [n for n, _ in parts], track)
-        for (k, y), part, (_, own) in zip(found, header.parts, parts, strict=False):
+        left, values = len(words), {}
+        found = self._variables(1, (header.height, header.width), decoder, [n for n, _ in parts], track)
+        for (name, value), part, (_, own) in zip(found, header.parts, parts, strict=False):
             left -= len(own)
-            if zlib.crc32(y.numpy().tobytes()) != part.crc or (k and decoder.left() != left):
+            if _sum(value) != part.crc or (name != "y0" and decoder.left() != left):
                 raise CodecError(
-                    f"y{k} does not come back as it was: the file was written so, or the model computes "
+                    f"{name} does not come back as it was: the file was written so, or the model computes "
                     "something else here; please report this, with the file"
                 )
-            ys[f"y{k}"] = y
-        return ys
+            values[name] = value
+        return values
 
     def push(self, x: Tensor, encoder: Encoder, track: Track = _as_they_come) -> Written:
         """Put pictures x, uint8 (B, C, H, W), on a stack, all levels of all of them."""
         x = x.expand(-1, self.model.format.channels, -1, -1)
-        ys = [y.cpu() for _, y in sorted(infer(self.model, x, "y0").items())]
-        ys.append(ys[-1][:, :0])
-        written = Written([], [], [])
-        for k, level in enumerate(self.model.levels):  # a stack: what is decoded last is coded first
+        given = infer(self.model, x, decode="mode", temperature=0)
+        given = {name: value.cpu() for name, value in given.items()}
+        written = Written([], [], [], [])
+        for name in reversed(variables(self.model)):  # a stack: what is decoded last is coded first
             notes = Notes()
-            self._code(level, ys[k + 1], encoder, notes, track, f"y{k}", ys[k])
+            self._code(name, given, encoder, notes, track, given[name])
+            written.names.append(name)
             written.notes.append(notes.tobytes())
             written.ends.append(encoder.push())
-            written.sums.append(zlib.crc32(ys[k].numpy().tobytes()))
+            written.sums.append(_sum(given[name]))
         return written
 
     def pop(self, n: int, size: tuple[int, int], decoder: Decoder, notes: list[bytes]) -> Tensor:
-        """Take n pictures of a height and width off a stack: uint8 (n, C, H, W); notes of y_K first."""
-        *_, (_, x) = self._levels(n, size, decoder, notes, _as_they_come)
+        """Take n pictures of a height and width off a stack: uint8 (n, C, H, W); notes as in the walk."""
+        *_, (_, x) = self._variables(n, size, decoder, notes, _as_they_come)
         return x[:, :, : size[0], : size[1]]
 
-    def _levels(
+    def _variables(
         self, n: int, size: tuple[int, int], decoder: Decoder, notes: list[bytes], track: Track
-    ) -> Iterator[tuple[int, Tensor]]:
-        """k and y_k, padded, the coarsest first, as far as there are notes."""
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Names and values, padded, in the order of the walk, as far as there are notes."""
         rows, cols = self.model.multiples[0]
-        y = self.model.blank(n, -(-size[0] // rows) * rows, -(-size[1] // cols) * cols).cpu()
-        for k, noted in zip(reversed(range(len(self.model.levels))), notes, strict=False):
-            y = self._code(self.model.levels[k], y, decoder, Notes(noted), track, f"y{k}")
-            yield k, y
+        padded = -(-size[0] // rows) * rows, -(-size[1] // cols) * cols
+        given = {f"y{len(self.model.levels)}": self.model.blank(n, *padded).cpu()}
+        for name, noted in zip(variables(self.model), notes, strict=False):
+            given[name] = self._code(name, given, decoder, Notes(noted), track)
+            yield name, given[name]
 
     def _code(
         self,
+        name: str,
+        given: dict[str, Tensor],
+        coder: Bits,
+        notes: Notes,
+        track: Track,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        """Code a variable given those before it, `known` by an encoder; returns it, on the CPU."""
+        k = int(name[1:])
+        level, device = self.model.levels[k], self.model.device
+        y_up = given[f"y{k + 1}"] if f"y{k + 1}" in given else given[f"y{k}"][:, :0]
+        if name[0] == "y":
+            z = given[name.replace("y", "z")] if level.has_latent else None
+            return self._image(level, y_up, z, coder, notes, track, name, known)
+        above = [given[f"z{j}"] for j in range(k + 1, k + 2) if f"z{j}" in given]
+        prior = level.prior(y_up.to(device), above[0].to(device) if above else None)
+        entries = None if known is None else known.flatten().numpy().astype(np.int64) + 128
+        channel = latent(prior, notes)
+        found, _ = code(coder, np.full_like(channel.mean, 1 << 20), channel, 256, None, entries)
+        return torch.from_numpy(found - 128).view(prior.mean.shape).double()
+
+    def _image(
+        self,
         level: Level,
         y_up: Tensor,
+        z: Tensor | None,
         coder: Bits,
         notes: Notes,
         track: Track,
         name: str,
-        known: Tensor | None = None,
+        known: Tensor | None,
     ) -> Tensor:
-        """Code y given y_up, tile by tile; `known` by an encoder. Returns y, uint8."""
+        """Code y given y_up and z, tile by tile."""
         n, _, height, width = y_up.shape
-        rows, cols = level.transform.scale
-        y = torch.zeros(n, level.format.channels, height * rows, width * cols, dtype=torch.uint8)
-        tiles = [(r, c) for r in split(height, _TILE, _MARGIN) for c in split(width, _TILE, _MARGIN)]
+        scale = level.transform.scale
+        # a tile holds whole positions of the latent
+        units = [math.lcm(s, level.multiple) // s if z is not None else 1 for s in scale]
+        y = torch.zeros(n, level.format.channels, height * scale[0], width * scale[1], dtype=torch.uint8)
+        tiles = [
+            (r, c)
+            for r in split(height, _TILE // units[0] * units[0] or units[0], _up(_MARGIN, units[0]))
+            for c in split(width, _TILE // units[1] * units[1] or units[1], _up(_MARGIN, units[1]))
+        ]
         for r, c in track(tiles, name):
+            part = None
+            if z is not None:
+                rows, cols = (
+                    _part(t.outer, m, size)
+                    for t, m, size in zip((r, c), z.shape[2:], (height, width), strict=True)
+                )
+                part = z[..., rows, cols].to(self.model.device)
             mixture = level.likelihood(
-                y_up[..., r.outer, c.outer].to(self.model.device), None, (r.inner, c.inner)
+                y_up[..., r.outer, c.outer].to(self.model.device), part, (r.inner, c.inner)
             )
-            at = (
-                ...,
-                slice(r.core.start * rows, r.core.stop * rows),
-                slice(c.core.start * cols, c.core.stop * cols),
-            )
-            y[at] = self._mixture(mixture, coder, notes, None if known is None else known[at])
+            core = (..., _part(r.core, y.shape[2], height), _part(c.core, y.shape[3], width))
+            y[core] = self._mixture(mixture, coder, notes, None if known is None else known[core])
         return y
 
     def _mixture(self, mixture: Any, coder: Bits, notes: Notes, known: Tensor | None) -> Tensor:
@@ -263,6 +319,6 @@ class Codec:
         if (
             header.channels not in (1, format.channels)
             or header.levels != format.levels
-            or len(header.parts) != len(self.model.levels)
+            or [part.name for part in header.parts] != variables(self.model)
         ):
             raise CodecError("the header does not fit the model that it names: the file is damaged")

@@ -212,6 +212,8 @@ def test_errors(images: torch.Tensor) -> None:
         selfvae.build("vae", widht=2)
     with pytest.raises(ValueError, match="prior must be one of"):
         selfvae.build("vae", prior="flat")
+    with pytest.raises(ValueError, match="go together; got posterior=uniform, prior=flow"):
+        selfvae.build("vae", posterior="uniform")
     with pytest.raises(ValueError, match="image_shape must be"):
         selfvae.build("vae", image_shape=(5, 32, 32))
     model = build("selfvae", images)

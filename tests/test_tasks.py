@@ -28,12 +28,13 @@ def odd() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tile", [0, 16])
-@pytest.mark.parametrize("name", list(PRESETS))
+@pytest.mark.parametrize("name", [*PRESETS, "selfvae, whole numbers"])
 def test_every_operation_at_an_odd_size(
     name: str, tile: int, images: torch.Tensor, odd: torch.Tensor
 ) -> None:
     """K = 0, 1, 2 and a long chain; whole and in tiles."""
-    model = build(name, images)
+    name, rounded, _ = name.partition(",")
+    model = build(name, images, **({"posterior": "uniform", "prior": "logistic"} if rounded else {}))
     if tile:
         model = tiled(model, tile, 8)
     assert generate(model, 2, 31, 47, seed=1).shape == odd.shape

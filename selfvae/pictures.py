@@ -7,14 +7,13 @@ a camera noted is applied; of an animation the first frame is taken. Alpha is ke
 
 from __future__ import annotations
 
-import contextlib
 import io
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from selfvae.hub import write_atomic
@@ -36,6 +35,10 @@ __all__ = [
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
+class _RefusedError(ValueError):
+    """The file is a picture, but not one that can be taken."""
+
+
 class Picture(NamedTuple):
     """pixels: uint8 (1, C, H, W), C = 1 (grey) or 3 (RGB). alpha: uint8 (1, 1, H, W), or None without."""
 
@@ -43,15 +46,20 @@ class Picture(NamedTuple):
     alpha: Tensor | None = None
 
 
-def open_picture(path: Path) -> Image.Image:
-    """The file's picture in mode L, LA, RGB or RGBA; ValueError naming the file if that cannot be."""
+def open_picture(path: Path, exact: bool = False) -> Image.Image:
+    """The file's picture in mode L, LA, RGB or RGBA; ValueError naming the file if that cannot be.
+
+    exact: also if any pixel would be lost: more than 8 bits a channel, other colours, several pictures.
+    """
     try:
         with Image.open(path) as file:
+            if exact:
+                _check_exact(path, file)
             picture = ImageOps.exif_transpose(file)
             if picture.mode.startswith("I;16") or (picture.mode == "I" and file.format == "PPM"):
                 return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
             if picture.mode in ("I", "F"):
-                raise ValueError(
+                raise _RefusedError(
                     f"{path} has 32 bits a channel (mode {picture.mode}): convert it to 8 or 16 bits"
                 )
             transparent = (
@@ -59,13 +67,19 @@ def open_picture(path: Path) -> Image.Image:
             )
             grey = picture.mode in ("1", "L", "LA", "La")
             return picture.convert(("L" if grey else "RGB") + ("A" if transparent else ""))
-    except (UnidentifiedImageError, OSError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
+    except _RefusedError:
+        raise
+    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error}): remove or repair it") from None
 
 
 def read(path: str | Path) -> Picture:
     """A picture file as tensors; rules and errors as above."""
-    values = np.atleast_3d(np.asarray(open_picture(Path(path))))
+    return _tensors(open_picture(Path(path)))
+
+
+def _tensors(picture: Image.Image) -> Picture:
+    values = np.atleast_3d(np.asarray(picture))
     x = torch.from_numpy(values.transpose(2, 0, 1).copy())[None]
     return Picture(x[:, :-1], x[:, -1:]) if x.shape[1] in (2, 4) else Picture(x)
 
@@ -73,24 +87,34 @@ def read(path: str | Path) -> Picture:
 def read_exactly(path: str | Path) -> Tensor:
     """A picture file's pixels, uint8 (1, C, H, W), C = 1 or 3; ValueError where that would lose any.
 
-    Refused are more than 8 bits a channel and an alpha channel that says anything.
+    Refused are more than 8 bits a channel, colour spaces other than grey and RGB, several pictures in a
+    file, and an alpha channel that says anything.
     """
-    path = Path(path)
-    with contextlib.suppress(UnidentifiedImageError, OSError), Image.open(path) as file:
-        if file.mode.startswith("I") or file.mode == "F" or _deep(file):
-            raise ValueError(f"{path} has more than 8 bits a channel: convert it first, which loses some")
-    picture = read(path)
+    picture = _tensors(open_picture(Path(path), exact=True))
     if picture.alpha is not None and int(picture.alpha.min()) < 255:
         raise ValueError(f"{path} has an alpha channel, which would be lost: remove it first")
     return picture.pixels
 
 
-def _deep(file: Image.Image) -> bool:
-    """Whether the file has more bits than Pillow gives: 16-bit colour is read as 8 bits."""
-    if file.format == "PNG":
-        return any(tile[3] == "RGB;16B" or str(tile[3]).endswith(";16B") for tile in file.tile)  # type: ignore[attr-defined]
-    bits = getattr(file, "tag_v2", {}).get(258, (8,))
-    return max(bits if isinstance(bits, tuple) else (bits,)) > 8
+def _check_exact(path: Path, file: Image.Image) -> None:
+    bits = getattr(file, "tag_v2", {}).get(258, (8,))  # of a TIFF file
+    deep = max(bits if isinstance(bits, tuple) else (bits,)) > 8
+    # what Pillow would shorten to 8 bits shows in how it unpacks the file
+    unpacked = [str(tile[3]) for tile in getattr(file, "tile", ())]
+    deep |= any(";16" in how for how in unpacked) or file.mode[0] in "IF"
+    if file.format == "PPM":
+        deep |= any(tile[0] in ("ppm", "ppm_plain") and _maximum(tile[3]) != 255 for tile in file.tile)  # type: ignore[attr-defined]
+    if deep:
+        raise _RefusedError(f"{path} has other than 8 bits a channel: convert it first, which loses some")
+    if file.mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa"):
+        raise _RefusedError(f"{path} is neither grey nor RGB (mode {file.mode}): convert it first")
+    if getattr(file, "n_frames", 1) > 1:
+        raise _RefusedError(f"{path} holds {file.n_frames} pictures; only one can be kept")  # type: ignore[attr-defined]
+
+
+def _maximum(args: object) -> object:
+    """The largest value of a PPM file, which Pillow scales to 255."""
+    return args[1] if isinstance(args, tuple) and len(args) > 1 else 255
 
 
 def to_format(picture: Picture, format: Format) -> Tensor:
@@ -134,10 +158,10 @@ def write(x: Tensor, path: str | Path, alpha: Tensor | None = None) -> None:
 def check_ending(path: Path, alpha: bool = False) -> str:
     """The kind of file that the ending of `path` says; ValueError for none, or none that holds alpha."""
     kind = Image.registered_extensions().get(path.suffix.lower(), "")
-    if kind not in Image.SAVE:
-        raise ValueError(f"{path}: a picture file ends in .png, .webp, .jpg, ...; got {path.suffix!r}")
+    if kind not in Image.SAVE or kind == "SVAE":  # which Pillow knows once selfvae.codec is imported
+        raise _RefusedError(f"{path}: a picture file ends in .png, .webp, .jpg, ...; got {path.suffix!r}")
     if alpha and kind not in ("PNG", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000"):
-        raise ValueError(f"{path}: {kind} files hold no alpha channel: write .png or .webp")
+        raise _RefusedError(f"{path}: {kind} files hold no alpha channel: write .png or .webp")
     return kind
 
 

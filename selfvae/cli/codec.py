@@ -19,6 +19,13 @@ _ENDING, _ARCHIVE = ".svae", ".svaes"
 _LOSSLESS = (".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
+def _codec(model: Path) -> coding.Codec:
+    codec = coding.Codec(load_model(model))
+    if codec.model.format.levels != 256:
+        raise ValueError(f"picture files have 256 levels; this model has {codec.model.format.levels}")
+    return codec
+
+
 def compress(source: In, out: Out, model: Path, verify: bool = True) -> int:
     """Compress a picture without loss: every pixel comes back. For a folder: every picture in it.
 
@@ -31,7 +38,7 @@ def compress(source: In, out: Out, model: Path, verify: bool = True) -> int:
         model: folder that training wrote; of a model without latents, e.g. selfvae-halve.
         verify: decode every file and compare, which takes twice as long.
     """
-    packer = coding.Codec(load_model(model))
+    packer = _codec(model)
 
     def work(file: Path, target: Path) -> None:
         if target.suffix.lower() != _ENDING:
@@ -52,7 +59,7 @@ def decompress(source: In, out: Out, model: Path, upto: str = "y0", partial: boo
         upto: y1, y2, ...: the smaller or greyer version of that name, exactly, from the file's first bytes.
         partial: take a file that was cut short: the best picture so far, the rest as is most likely.
     """
-    packer = coding.Codec(load_model(model))
+    packer = _codec(model)
 
     def work(file: Path, target: Path) -> None:
         pictures.check_ending(target)
@@ -81,7 +88,7 @@ def pack(source: In, out: Out, model: Path, block: int = 64, verify: bool = True
     if not files:
         raise ValueError(f"{source} holds no pictures")
     named = [(file.relative_to(source).as_posix(), pictures.read_exactly(file)) for file in files]
-    packer = coding.Codec(load_model(model))
+    packer = _codec(model)
     data = coding.pack(packer, named, block=block, verify=verify, track=progress)
     write_atomic(out, data)
     subpixels = sum(x.numel() for _, x in named)
@@ -100,22 +107,36 @@ def unpack(source: In, out: Out, model: Path, only: str | None = None) -> None:
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; expected a folder")
-    packer = coding.Codec(load_model(model))
+    packer = _codec(model)
     archive = coding.Archive(packer, source.read_bytes())
     names = [entry.name for entry in archive.entries]
     if only is not None and only not in names:
         raise ValueError(f"{source} holds no picture {only!r}; it holds {', '.join(names[:5])}, ...")
-    stems = Counter(Path(name).with_suffix("") for name in names)
+    targets = _targets(names, out)
     found = archive if only is None else [(only, archive[only])]
     count = 0
     for name, x in found:
+        pictures.write(x[0], targets[name])
+        count += 1
+    print(f"{count} of {len(names)} pictures in {out}")
+
+
+def _targets(names: list[str], out: Path) -> dict[str, Path]:
+    """Files for the pictures of an archive, all different, all inside `out`, by the pictures' names."""
+    stems = Counter(Path(name).with_suffix("") for name in names)
+    targets: dict[str, Path] = {}
+    for name in names:
         target = out / name
         if target.suffix.lower() not in _LOSSLESS:
             alone = stems[Path(name).with_suffix("")] == 1
             target = target.with_suffix(".png") if alone else target.with_name(f"{target.name}.png")
-        pictures.write(pictures.show(x[0], packer.model.format), target)
-        count += 1
-    print(f"{count} of {len(names)} pictures in {out}")
+        if not target.resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"{name!r} would leave the folder {out}: the archive is not to be trusted")
+        targets[name] = target
+    twice = [target for target, n in Counter(targets.values()).items() if n > 1]
+    if twice:
+        raise ValueError(f"several pictures would become {twice[0]}: take them out one by one, with --only")
+    return targets
 
 
 def bench(
@@ -138,7 +159,7 @@ def bench(
         prefixes: measure how good the picture is that a prefix of the file gives.
         json: print one JSON object and nothing else.
     """
-    packer = coding.Codec(load_model(model))
+    packer = _codec(model)
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in pictures.ENDINGS)[:limit]
     if not files:
         raise ValueError(f"{folder} holds no pictures")
@@ -155,6 +176,8 @@ def bench(
 def describe(file: Path, json: bool) -> None:
     """What a compressed file says of itself, and the bytes of its parts."""
     data = file.read_bytes()
+    if file.suffix.lower() == _ARCHIVE:
+        raise ValueError(f"{file} is an archive: selfvae unpack takes the pictures out")
     header = coding.read_header(data)
     result: dict[str, Any] = {
         "bytes": len(data),
@@ -169,5 +192,5 @@ def describe(file: Path, json: bool) -> None:
     }
     missing = header.size + sum(part.size for part in header.parts) - len(data)
     if missing:
-        result["missing_bytes"] = missing
+        result["missing_bytes" if missing > 0 else "extra_bytes"] = abs(missing)
     show(result, json)

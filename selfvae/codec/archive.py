@@ -1,7 +1,8 @@
 """Many pictures in one file: blocks that are decoded alone, and an index. Format 1.
 
     magic "SVAS", version (1 byte), fingerprint of the model (8 bytes)
-    length and CRC-32 of the index (4 bytes each), the index: JSON, deflated
+    length of the index, CRC-32 of the 13 bytes before and of the index (4 bytes each)
+    the index: JSON, deflated
     the blocks
 
 The index holds every picture's name, height, width, channels and checksum, and every block's number of
@@ -12,8 +13,10 @@ as far as to it.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
+import math
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,19 +25,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from selfvae.codec.coder import Decoder, Encoder
-from selfvae.codec.container import CodecError, Reader, varint
+from selfvae.codec.container import CHANGED, CodecError, Reader, check_size, varint
 from selfvae.codec.progressive import Codec
 from selfvae.tasks import variables
 
 __all__ = ["Archive", "Entry", "pack"]
 
 MAGIC, VERSION = b"SVAS", 1
-_TOGETHER = 1 << 18  # pixels that are computed at once
-_INDEX = 1 << 28  # bytes of an index, at most
+_TOGETHER = 1 << 18  # pixels that are computed at once; part of the format
+_INDEX = 1 << 24  # bytes of an index, at most
 
 Named = tuple[str, Tensor]
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -56,22 +58,26 @@ class _Block(NamedTuple):
     crc: int
 
 
-def _groups(entries: Sequence[Entry]) -> list[list[int]]:
+def _groups(codec: Codec, entries: Sequence[Entry]) -> list[list[int]]:
     """Which pictures of a block are computed together: neighbours of one size, up to some pixels."""
     groups = []
     for _, same in itertools.groupby(range(len(entries)), lambda i: entries[i][1:4]):
         members = list(same)
         first = entries[members[0]]
-        n = max(1, _TOGETHER // (first.height * first.width))
+        n = max(1, _TOGETHER // math.prod(codec.padded(first.height, first.width)))
         groups += [members[i : i + n] for i in range(0, len(members), n)]
     return groups
 
 
-def _check_name(name: str) -> str:
-    parts = PurePosixPath(name).parts
-    if not name or "\\" in name or "\0" in name or name.startswith("/") or ".." in parts:
-        raise CodecError(f"a picture's name must be a path inside the archive; got {name!r}")
-    return name
+def _check_names(names: Sequence[str]) -> None:
+    """Raise CodecError unless each is a path of its own inside the archive, on every system."""
+    for name in names:
+        parts = PurePosixPath(name).parts
+        plain = PurePosixPath(name).as_posix() == name != "."
+        if not plain or ".." in parts or name.startswith("/") or set(name) & set("\\:\0"):
+            raise CodecError(f"a picture's name must be a path inside the archive; got {name!r}")
+    if len(set(names)) < len(names):
+        raise CodecError("every picture in an archive needs a name of its own")
 
 
 def pack(
@@ -94,9 +100,8 @@ def pack(
     """
     if block < 1:
         raise ValueError(f"block must be at least 1 picture; got {block}")
-    named = [(_check_name(name), x) for name, x in pictures]
-    if len({name for name, _ in named}) < len(named):
-        raise ValueError("every picture needs a name of its own")
+    named = list(pictures)
+    _check_names([name for name, _ in named])
     for _, x in named:
         codec.check(x)
     entries = [
@@ -118,7 +123,9 @@ def pack(
     }
     packed = zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
     head = MAGIC + bytes([VERSION]) + codec.fingerprint
-    data = b"".join([head, struct.pack("<II", len(packed), zlib.crc32(packed)), packed, *blocks])
+    data = b"".join(
+        [head, struct.pack("<II", len(packed), zlib.crc32(packed, zlib.crc32(head))), packed, *blocks]
+    )
     if verify:
         back = iter(Archive(codec, data))
         for name, x in track(named, "checking"):
@@ -130,7 +137,7 @@ def pack(
 @torch.no_grad()
 def _pack_block(codec: Codec, entries: Sequence[Entry], pictures: Sequence[Tensor]) -> bytes:
     encoder, notes = Encoder(), []
-    for members in reversed(_groups(entries)):
+    for members in reversed(_groups(codec, entries)):
         written = codec.push(torch.cat([pictures[i] for i in members]), encoder)
         notes.append(written.notes[::-1])
     noted = b"".join(varint(len(n)) + n for group in reversed(notes) for n in group)
@@ -146,8 +153,12 @@ class Archive:
     def __init__(self, codec: Codec, data: bytes) -> None:
         self.codec = codec
         self.entries, self.blocks, levels, at = _read_index(data, codec.fingerprint)
-        if levels != codec.model.format.levels:
+        format = codec.model.format
+        if levels != format.levels or any(e.channels not in (1, format.channels) for e in self.entries):
             raise CodecError("the index does not fit the model that it names: the file is damaged")
+        for entry in self.entries:
+            check_size(*codec.padded(entry.height, entry.width))
+        self._numbers = {entry.name: i for i, entry in enumerate(self.entries)}
         self._data = [memoryview(data)[a:b] for a, b in itertools.pairwise(
             itertools.accumulate((b.size for b in self.blocks), initial=at)
         )]  # fmt: skip
@@ -158,14 +169,13 @@ class Archive:
 
     def __getitem__(self, which: str | int) -> Tensor:
         """One picture, uint8 (1, C, H, W); of its block only what lies before it is decoded."""
-        names = [entry.name for entry in self.entries]
         if isinstance(which, str):
-            if which not in names:
+            if which not in self._numbers:
                 raise KeyError(f"no picture {which!r} in the archive")
-            which = names.index(which)
+            which = self._numbers[which]
         if not 0 <= which < len(self):
             raise IndexError(f"the archive holds {len(self)} pictures; got number {which}")
-        number = max(i for i, first in enumerate(self._first[:-1]) if first <= which)
+        number = bisect.bisect_right(self._first, which) - 1
         inside = which - self._first[number]
         return next(itertools.islice(self._block(number), inside, None))
 
@@ -181,7 +191,7 @@ class Archive:
         if zlib.crc32(data) != self.blocks[number].crc:
             raise CodecError(f"block {number} of the archive is damaged: its checksum does not fit")
         entries = self.entries[self._first[number] : self._first[number + 1]]
-        reader, groups = Reader(data), _groups(entries)
+        reader, groups = Reader(data, f"block {number}"), _groups(self.codec, entries)
         parts = len(variables(self.codec.model))
         notes = [[reader.take(reader.varint()) for _ in range(parts)] for _ in groups]
         if (len(data) - reader.at) % 4:
@@ -193,10 +203,7 @@ class Archive:
             for i, picture in zip(members, x.split(1), strict=True):
                 picture = picture[:, : entries[i].channels].contiguous()
                 if zlib.crc32(picture.numpy().tobytes()) != entries[i].crc:
-                    raise CodecError(
-                        f"{entries[i].name} does not come back as it was: the file was written so, or the "
-                        "model computes something else here; please report this, with the file"
-                    )
+                    raise CodecError(f"{entries[i].name} {CHANGED}")
                 yield picture
 
 
@@ -212,32 +219,27 @@ def _read_index(data: bytes, fingerprint: bytes) -> tuple[list[Entry], list[_Blo
         raise CodecError(
             f"the archive has format {data[4]}; this version of selfvae reads format {VERSION}"
         )
+    size, crc = struct.unpack("<II", data[13:21])
+    packed = data[21 : 21 + size]
+    if len(packed) < size or zlib.crc32(packed, zlib.crc32(data[:13])) != crc:
+        raise CodecError("the archive is damaged: its index is not whole")
     if data[5:13] != fingerprint:
         raise CodecError(
             f"the archive was written with another model: {data[5:13].hex()}; this one is "
             f"{fingerprint.hex()}: give the model that wrote it"
         )
-    size, crc = struct.unpack("<II", data[13:21])
-    packed = data[21 : 21 + size]
-    if len(packed) < size or zlib.crc32(packed) != crc:
-        raise CodecError("the archive is damaged: its index is not whole")
     try:
         inflate = zlib.decompressobj()
         index = json.loads(inflate.decompress(packed, _INDEX))
         entries = [Entry(str(name), *map(int, rest)) for name, *rest in index["pictures"]]
         blocks = [_Block(*map(int, block)) for block in index["blocks"]]
         levels = int(index["levels"])
-    except (zlib.error, ValueError, TypeError, KeyError) as error:
+    except (zlib.error, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise CodecError(f"the archive's index makes no sense: {error}") from None
-    limit = Image.MAX_IMAGE_PIXELS
+    _check_names([entry.name for entry in entries])
     for entry in entries:
-        _check_name(entry.name)
         if entry.height < 1 or entry.width < 1 or not 1 <= entry.channels <= 4:
-            raise CodecError(f"the index makes no sense: {entry}")
-        if limit is not None and entry.height * entry.width > limit:
-            raise CodecError(
-                f"{entry.name} claims {entry.height} x {entry.width} pixels; the limit is {limit}"
-            )
+            raise CodecError(f"the archive's index makes no sense: {entry}")
     whole = 21 + size + sum(block.size for block in blocks)
     if (
         sum(block.pictures for block in blocks) != len(entries)

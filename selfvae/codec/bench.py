@@ -157,7 +157,7 @@ def _add(
     curves: dict[str, dict[str, list[tuple[float, float, float | None]]]],
     name: str, setting: str, length: int, x: Tensor, shown: Tensor,
 ) -> None:  # fmt: skip
-    point = (8 * length / x.numel(), psnr(shown, x).item(), _ms_ssim(shown, x))
+    point = (8 * length / x.numel(), min(100.0, psnr(shown, x).item()), _ms_ssim(shown, x))
     curves.setdefault(name, {}).setdefault(setting, []).append(point)
 
 

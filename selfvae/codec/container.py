@@ -20,9 +20,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-__all__ = ["CodecError", "Header", "Part", "Reader", "read", "varint", "write"]
+__all__ = ["CodecError", "Header", "Part", "Reader", "check_size", "read", "varint", "write"]
 
 MAGIC, VERSION = b"SVAE", 1
+CHANGED = (
+    "does not come back as it was: the file is damaged, or the model computes something else here (then "
+    "please report it, with the file)"
+)
 _PARTS = 64  # more are in no model
 
 
@@ -42,14 +46,14 @@ def varint(n: int) -> bytes:
 class Reader:
     """Reads from the front of bytes; what is not there is an error."""
 
-    def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 0
+    def __init__(self, data: bytes, what: str = "the file's header") -> None:
+        self.data, self.at, self.what = data, 0, what
 
     def take(self, n: int) -> bytes:
         """The next n bytes."""
         part = self.data[self.at : self.at + n]
         if len(part) < n:
-            raise CodecError(f"the file ends inside its header: {len(self.data)} bytes are there")
+            raise CodecError(f"the file is damaged or cut short: {self.what} ends too early")
         self.at += n
         return part
 
@@ -149,6 +153,16 @@ def _names(count: int, latents: int) -> list[str]:
     return [f"{kind}{kinds[i:].count('y') - 1}" for i, kind in enumerate(kinds)]
 
 
+def check_size(height: int, width: int) -> None:
+    """Raise CodecError for more pixels than Pillow would open without a warning."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and height * width > limit:
+        raise CodecError(
+            f"{height} x {width} pixels are more than {limit}: raise PIL.Image.MAX_IMAGE_PIXELS if you "
+            "trust the picture"
+        )
+
+
 def read_header(data: bytes) -> Header:
     """The header alone; data may end anywhere after it."""
     if not data:
@@ -172,12 +186,6 @@ def read_header(data: bytes) -> Header:
     checked = data[: reader.at]
     if zlib.crc32(checked) != struct.unpack("<I", reader.take(4))[0]:
         raise CodecError("the file is damaged: its header's checksum does not fit")
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and height * width > limit:
-        raise CodecError(
-            f"the picture claims {height} x {width} pixels; more than {limit} are not decoded (raise "
-            "PIL.Image.MAX_IMAGE_PIXELS if you trust the file)"
-        )
     if not (height and width and 1 <= channels <= 4 and 1 <= top <= 255 and parts):
         raise CodecError(
             f"the header makes no sense: {channels} channels of {top + 1} levels, {height} x {width} "

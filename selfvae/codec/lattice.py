@@ -29,6 +29,7 @@ __all__ = ["MARGIN", "Channel", "Lattice", "Notes", "cumulative", "latent", "wei
 Ints = np.ndarray  # int64
 
 MARGIN = 2.0**-20  # of a grid step
+_NEAR = 0.05  # how far from a border, at most, a value is that a note is believed about
 
 MEAN = 13  # bits: steps of 1/8192 of the range, 1/32 of 256 levels
 COEFFICIENT = 8  # bits
@@ -91,41 +92,61 @@ def cumulative(point: Ints, mean: Ints, inverse: Ints) -> Ints:
 
 
 class Notes:
-    """How values near a border were rounded: written by the encoder, obeyed by the decoder."""
+    """How values near a border were rounded: written by the encoder, obeyed by the decoder.
+
+    The values of all `snap`s are counted on; a note is the distance to the last one, and whether up.
+    """
 
     def __init__(self, data: bytes | None = None) -> None:
-        self._out = bytearray()
-        self._in = None if data is None else Reader(data)
+        self._out: list[tuple[int, bool]] = []
+        self._in: list[tuple[int, bool]] | None = None
+        self._seen = 0
+        if data is not None:
+            reader, at = Reader(data, "the notes of a part"), 0
+            self._in = []
+            while reader.at < len(data):
+                gap, up = divmod(reader.varint(), 2)
+                at += gap
+                self._in.append((at, bool(up)))
+            self._in.reverse()  # the next one last
 
     def snap(self, value: np.ndarray) -> Ints:
         """Round values, float64 of any shape, in grid steps; half up."""
         if not np.isfinite(value).all():
-            raise CodecError(
-                "the model gives a parameter that is not finite: it cannot be used to compress"
-            )
+            raise CodecError("the model computes a parameter that is not finite: it is damaged")
         shifted = value + 0.5
         low = np.floor(shifted)
         whole = low.astype(np.int64)
-        flat, rest = whole.reshape(-1), (shifted - low).reshape(-1)
+        flat, start = whole.reshape(-1), self._seen
+        self._seen += flat.size
         if self._in is None:
+            rest = (shifted - low).reshape(-1)
             near = np.flatnonzero((rest < MARGIN) | (rest > 1 - MARGIN))
-            self._out += varint(len(near))
-            for gap, place in zip(np.diff(near, prepend=0), near, strict=True):
-                self._out += varint(2 * int(gap) + int(rest[place] < MARGIN))
+            self._out += [(start + int(at), bool(rest[at] < MARGIN)) for at in near]
             return whole
-        at, values = 0, shifted.reshape(-1)
-        for _ in range(self._in.varint() if self._in.data else 0):
-            step, up = divmod(self._in.varint(), 2)
-            at += step
-            if at >= flat.size:
-                raise CodecError("the file is damaged: it corrects a value that does not exist")
-            border = round(float(values[at]))
-            flat[at] = border if up else border - 1
-        return flat.reshape(value.shape)
+        values = shifted.reshape(-1)
+        while self._in and self._in[-1][0] < self._seen:
+            at, up = self._in.pop()
+            border = round(float(values[at - start]))
+            if abs(values[at - start] - border) > _NEAR:
+                raise CodecError(
+                    "the file corrects a value that needs none: it is damaged, or the model "
+                    "computes something else here"
+                )
+            flat[at - start] = border if up else border - 1
+        return whole
 
     def tobytes(self) -> bytes:
         """What the encoder noted; empty if nothing."""
-        return bytes(self._out) if any(self._out) else b""
+        ends = [0, *(at for at, _ in self._out)]
+        return b"".join(
+            varint(2 * (at - last) + up) for (at, up), last in zip(self._out, ends, strict=False)
+        )
+
+    def check_used(self) -> None:
+        """Raise CodecError if notes are left that no value needed."""
+        if self._in:
+            raise CodecError("the file is damaged: it corrects a value that does not exist")
 
 
 class Channel(NamedTuple):

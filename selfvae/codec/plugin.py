@@ -63,6 +63,9 @@ class SvaeImageFile(ImageFile.ImageFile):
             self._data = b""
             pixels = x[0].permute(1, 2, 0).numpy().tobytes()
             self.im = Image.frombytes(self.mode, self.size, pixels).im
+            if self._exclusive_fp and self.fp is not None:
+                self.fp.close()
+                self.fp = None
         return super().load()
 
 

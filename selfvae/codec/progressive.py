@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from selfvae.codec import container
-from selfvae.codec.coder import Bits, Decoder, Encoder, code
-from selfvae.codec.container import CodecError, Header, Part
+from selfvae.codec.coder import MOST, Bits, Decoder, Encoder, code
+from selfvae.codec.container import CHANGED, CodecError, Header, Part, check_size
 from selfvae.codec.lattice import Lattice, Notes, latent
 from selfvae.level import Level
 from selfvae.model import SelfVAE
-from selfvae.presets import ModelConfig
 from selfvae.tasks import Drawing, complete, infer, variables
 from selfvae.tiles import Tile, split, tiled
 from selfvae.transforms import check_image
@@ -30,14 +29,18 @@ __all__ = ["Codec", "fingerprint"]
 # part of the format: the networks see tiles of so many rows and columns of y_up, and a margin around
 _TILE, _MARGIN = 192, 16
 
+# options that came later, as they were before: they leave the fingerprints of older models alone
+_PLAIN = {"posterior": "normal"}
+
 Square = tuple[Tile, Tile]
 Track = Callable[[Sequence[Square], str], Iterable[Square]]
 
 
 def fingerprint(model: SelfVAE) -> bytes:
     """8 bytes that tell models apart: of the structure and of every weight's value as float64."""
-    plain = ModelConfig().to_dict()  # options that came later, at their defaults, change nothing
-    config = {key: value for key, value in model.config.to_dict().items() if value != plain[key]}
+    if model.config is None:
+        raise ValueError("only a model made by selfvae.build can compress: this one has no config")
+    config = {key: value for key, value in model.config.to_dict().items() if value != _PLAIN.get(key)}
     found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, value in sorted(model.state_dict().items()):
         found.update(f"{name} {tuple(value.shape)} ".encode())
@@ -88,9 +91,12 @@ class Codec:
                 "pictures are compressed by a model without latents, e.g. selfvae-halve, or with "
                 "posterior=uniform; this one has Gaussian ones"
             )
+        if model.config is not None and model.config.components > MOST:
+            raise ValueError(f"at most {MOST} components can be coded; got {model.config.components}")
         self.fingerprint = fingerprint(model)
-        self.model = copy.deepcopy(model).double().eval().requires_grad_(False)
-        self._drawing = tiled(model, _TILE, _MARGIN)  # what is missing in a file may be computed in haste
+        plain = copy.deepcopy(model).eval().requires_grad_(False)
+        self._drawing = tiled(plain, _TILE, _MARGIN)  # what is missing in a file may be computed in haste
+        self.model = copy.deepcopy(plain).double()
 
     @torch.no_grad()
     def compress(self, x: Tensor, *, verify: bool = True, track: Track = _as_they_come) -> bytes:
@@ -173,10 +179,7 @@ class Codec:
         for (name, value), part, (_, own) in zip(found, header.parts, parts, strict=False):
             left -= len(own)
             if _sum(value) != part.crc or (name != "y0" and decoder.left() != left):
-                raise CodecError(
-                    f"{name} does not come back as it was: the file was written so, or the model computes "
-                    "something else here; please report this, with the file"
-                )
+                raise CodecError(f"{name} {CHANGED}")
             values[name] = value
         return values
 
@@ -204,11 +207,11 @@ class Codec:
         self, n: int, size: tuple[int, int], decoder: Decoder, notes: list[bytes], track: Track
     ) -> Iterator[tuple[str, Tensor]]:
         """Names and values, padded, in the order of the walk, as far as there are notes."""
-        rows, cols = self.model.multiples[0]
-        padded = -(-size[0] // rows) * rows, -(-size[1] // cols) * cols
-        given = {f"y{len(self.model.levels)}": self.model.blank(n, *padded).cpu()}
+        given = {f"y{len(self.model.levels)}": self.model.blank(n, *self.padded(*size)).cpu()}
         for name, noted in zip(variables(self.model), notes, strict=False):
-            given[name] = self._code(name, given, decoder, Notes(noted), track)
+            found = Notes(noted)
+            given[name] = self._code(name, given, decoder, found, track)
+            found.check_used()
             yield name, given[name]
 
     def _code(
@@ -306,8 +309,14 @@ class Codec:
                 f"expected one picture uint8 (1, {format.channels}, H, W), or of 1 channel; "
                 f"got {tuple(x.shape)}"
             )
+        check_size(*self.padded(x.shape[2], x.shape[3]))
         if int(x.max()) > format.top:
             raise ValueError(f"the model has levels 0 to {format.top}; the picture holds {int(x.max())}")
+
+    def padded(self, height: int, width: int) -> tuple[int, int]:
+        """The size that is computed for a picture: what the model's levels divide, in pixels."""
+        rows, cols = self.model.multiples[0]
+        return _up(height, rows), _up(width, cols)
 
     def _check_header(self, header: Header) -> None:
         if header.fingerprint != self.fingerprint:
@@ -316,6 +325,7 @@ class Codec:
                 f"{self.fingerprint.hex()}: give the model that wrote it"
             )
         format = self.model.format
+        check_size(*self.padded(header.height, header.width))
         if (
             header.channels not in (1, format.channels)
             or header.levels != format.levels

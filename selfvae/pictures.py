@@ -23,12 +23,14 @@ __all__ = [
     "ENDINGS",
     "Picture",
     "check_ending",
+    "from_image",
     "open_picture",
     "read",
     "read_exactly",
     "save",
     "show",
     "to_format",
+    "to_image",
     "write",
 ]
 
@@ -73,14 +75,25 @@ def open_picture(path: Path, exact: bool = False) -> Image.Image:
         raise ValueError(f"{path} cannot be read as an image ({error}): remove or repair it") from None
 
 
+def from_image(picture: Image.Image) -> Tensor:
+    """A Pillow image's values, uint8 (1, C, H, W)."""
+    values = np.atleast_3d(np.asarray(picture))
+    return torch.from_numpy(values.transpose(2, 0, 1).copy())[None]
+
+
+def to_image(x: Tensor) -> Image.Image:
+    """A Pillow image of values uint8 (C, H, W), 1 to 4 channels."""
+    values = x.cpu().permute(1, 2, 0).numpy()
+    return Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)
+
+
 def read(path: str | Path) -> Picture:
     """A picture file as tensors; rules and errors as above."""
     return _tensors(open_picture(Path(path)))
 
 
 def _tensors(picture: Image.Image) -> Picture:
-    values = np.atleast_3d(np.asarray(picture))
-    x = torch.from_numpy(values.transpose(2, 0, 1).copy())[None]
+    x = from_image(picture)
     return Picture(x[:, :-1], x[:, -1:]) if x.shape[1] in (2, 4) else Picture(x)
 
 
@@ -145,8 +158,7 @@ def write(x: Tensor, path: str | Path, alpha: Tensor | None = None) -> None:
     The ending says which format; PNG and WebP files are lossless. Raises ValueError for an unknown ending
     or, with alpha, for a format that has none.
     """
-    values = x.cpu().permute(1, 2, 0).numpy()
-    picture = Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)
+    picture = to_image(x)
     if alpha is not None:
         mask = Image.fromarray(alpha.cpu().numpy())
         if mask.size != picture.size:

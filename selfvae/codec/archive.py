@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from selfvae.codec.coder import Decoder, Encoder
-from selfvae.codec.container import CHANGED, CodecError, Reader, check_size, varint
+from selfvae.codec.container import CHANGED, CodecError, Reader, check_size, check_start, varint
 from selfvae.codec.progressive import Codec
 from selfvae.tasks import variables
 
@@ -152,7 +152,7 @@ class Archive:
 
     def __init__(self, codec: Codec, data: bytes) -> None:
         self.codec = codec
-        self.entries, self.blocks, levels, at = _read_index(data, codec.fingerprint)
+        self.entries, self.blocks, levels, at = _read_index(codec, data)
         format = codec.model.format
         if levels != format.levels or any(e.channels not in (1, format.channels) for e in self.entries):
             raise CodecError("the index does not fit the model that it names: the file is damaged")
@@ -207,27 +207,16 @@ class Archive:
                 yield picture
 
 
-def _read_index(data: bytes, fingerprint: bytes) -> tuple[list[Entry], list[_Block], int, int]:
+def _read_index(codec: Codec, data: bytes) -> tuple[list[Entry], list[_Block], int, int]:
     """Pictures, blocks, grey levels; and where the blocks begin."""
-    if not data:
-        raise CodecError("the file is empty")
-    if data[:4] != MAGIC[: len(data)]:
-        raise CodecError(f"not an .svaes archive: it begins with {data[:4]!r}, not with {MAGIC!r}")
+    check_start(data, MAGIC, VERSION, ".svaes archive")
     if len(data) < 21:
         raise CodecError(f"the file ends inside its header: {len(data)} bytes are there")
-    if data[4] != VERSION:
-        raise CodecError(
-            f"the archive has format {data[4]}; this version of selfvae reads format {VERSION}"
-        )
     size, crc = struct.unpack("<II", data[13:21])
     packed = data[21 : 21 + size]
     if len(packed) < size or zlib.crc32(packed, zlib.crc32(data[:13])) != crc:
         raise CodecError("the archive is damaged: its index is not whole")
-    if data[5:13] != fingerprint:
-        raise CodecError(
-            f"the archive was written with another model: {data[5:13].hex()}; this one is "
-            f"{fingerprint.hex()}: give the model that wrote it"
-        )
+    codec.check_model(data[5:13])
     try:
         inflate = zlib.decompressobj()
         index = json.loads(inflate.decompress(packed, _INDEX))

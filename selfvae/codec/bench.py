@@ -18,6 +18,7 @@ from selfvae.codec.container import read_header
 from selfvae.codec.progressive import Codec
 from selfvae.evaluate import psnr
 from selfvae.hub import write_atomic
+from selfvae.pictures import from_image, to_image
 
 __all__ = ["LOSSLESS", "LOSSY", "bench", "markdown", "plot"]
 
@@ -45,14 +46,8 @@ def _known(formats: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
     return {name: how for name, how in formats.items() if how[0] in Image.SAVE}
 
 
-def _image(x: Tensor) -> Image.Image:
-    values = x[0].permute(1, 2, 0).numpy()
-    return Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)
-
-
 def _tensor(data: bytes, mode: str) -> Tensor:
-    values = np.atleast_3d(np.asarray(Image.open(io.BytesIO(data)).convert(mode)))
-    return torch.from_numpy(values.transpose(2, 0, 1).copy())[None]
+    return from_image(Image.open(io.BytesIO(data)).convert(mode))
 
 
 def _file(image: Image.Image, format: str, options: Options) -> bytes:
@@ -94,7 +89,7 @@ def bench(
     curves: dict[str, dict[str, list[tuple[float, float, float | None]]]] = {}
     mb = sum(x.numel() for x in pictures) / 1e6
     for x in track(pictures, "pictures"):
-        image = _image(x)
+        image = to_image(x[0])
         ways: dict[str, tuple[Callable[[], bytes], Callable[[bytes], Tensor]]] = {
             _OURS: (lambda x=x: codec.compress(x, verify=False), codec.decompress)  # type: ignore[misc]
         }

@@ -163,17 +163,21 @@ def check_size(height: int, width: int) -> None:
         )
 
 
-def read_header(data: bytes) -> Header:
-    """The header alone; data may end anywhere after it."""
+def check_start(data: bytes, magic: bytes, version: int, kind: str) -> None:
+    """Raise CodecError if data does not begin with that magic and version, as far as it goes."""
     if not data:
         raise CodecError("the file is empty")
-    if data[:4] != MAGIC[: len(data)]:
-        raise CodecError(f"not an .svae file: it begins with {data[:4]!r}, not with {MAGIC!r}")
+    if data[:4] != magic[: len(data)]:
+        raise CodecError(f"not an {kind}: it begins with {data[:4]!r}, not with {magic!r}")
+    if len(data) > 4 and data[4] != version:
+        raise CodecError(f"the {kind} has format {data[4]}; this version of selfvae reads format {version}")
+
+
+def read_header(data: bytes) -> Header:
+    """The header alone; data may end anywhere after it."""
+    check_start(data, MAGIC, VERSION, ".svae file")
     reader = Reader(data)
-    reader.take(4)
-    version = reader.take(1)[0]
-    if version != VERSION:
-        raise CodecError(f"the file has format {version}; this version of selfvae reads format {VERSION}")
+    reader.take(5)
     fingerprint = reader.take(8)
     channels, top, height, width, count, latents = (reader.varint() for _ in range(6))
     if count > _PARTS:

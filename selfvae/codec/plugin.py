@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from typing import IO, Any
 
-import numpy as np
-import torch
 from PIL import Image, ImageFile
 
 from selfvae.codec.container import MAGIC, CodecError, read_header
 from selfvae.codec.progressive import Codec
 from selfvae.model import SelfVAE
+from selfvae.pictures import from_image, to_image
 
 __all__ = ["use"]
 
@@ -61,8 +60,7 @@ class SvaeImageFile(ImageFile.ImageFile):
             codec = _codecs[self._fingerprint]
             x = codec.decompress(self._data, partial=ImageFile.LOAD_TRUNCATED_IMAGES)
             self._data = b""
-            pixels = x[0].permute(1, 2, 0).numpy().tobytes()
-            self.im = Image.frombytes(self.mode, self.size, pixels).im
+            self.im = to_image(x[0]).im
             if self._exclusive_fp and self.fp is not None:
                 self.fp.close()
                 self.fp = None
@@ -74,8 +72,7 @@ def _save(image: Image.Image, file: IO[bytes], name: str | bytes) -> None:
         raise CodecError("which model is to compress? Say selfvae.codec.use(model) first")
     if image.mode not in ("L", "RGB"):
         raise OSError(f"cannot write mode {image.mode} as {_FORMAT}: convert it to L or RGB")
-    x = torch.from_numpy(np.atleast_3d(np.asarray(image)).transpose(2, 0, 1).copy())[None]
-    file.write(list(_codecs.values())[-1].compress(x))
+    file.write(list(_codecs.values())[-1].compress(from_image(image)))
 
 
 def _register() -> None:

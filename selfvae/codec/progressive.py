@@ -50,7 +50,8 @@ def fingerprint(model: SelfVAE) -> bytes:
 
 def _sum(value: Tensor) -> int:
     """The checksum of an image's pixels, or of a latent's whole numbers."""
-    return zlib.crc32(value.to(torch.uint8 if value.dtype == torch.uint8 else torch.int8).numpy().tobytes())
+    whole = value if value.dtype == torch.uint8 else value.to(torch.int8)
+    return zlib.crc32(whole.numpy().tobytes())
 
 
 def _part(of: slice, length: int, whole: int) -> slice:
@@ -228,10 +229,10 @@ class Codec:
         level, device = self.model.levels[k], self.model.device
         y_up = given[f"y{k + 1}"] if f"y{k + 1}" in given else given[f"y{k}"][:, :0]
         if name[0] == "y":
-            z = given[name.replace("y", "z")] if level.has_latent else None
+            z = given[f"z{k}"] if level.has_latent else None
             return self._image(level, y_up, z, coder, notes, track, name, known)
-        above = [given[f"z{j}"] for j in range(k + 1, k + 2) if f"z{j}" in given]
-        prior = level.prior(y_up.to(device), above[0].to(device) if above else None)
+        z_up = given.get(f"z{k + 1}")
+        prior = level.prior(y_up.to(device), None if z_up is None else z_up.to(device))
         entries = None if known is None else known.flatten().numpy().astype(np.int64) + 128
         channel = latent(prior, notes)
         found, _ = code(coder, np.full_like(channel.mean, 1 << 20), channel, 256, None, entries)
@@ -318,12 +319,16 @@ class Codec:
         rows, cols = self.model.multiples[0]
         return _up(height, rows), _up(width, cols)
 
-    def _check_header(self, header: Header) -> None:
-        if header.fingerprint != self.fingerprint:
+    def check_model(self, found: bytes) -> None:
+        """Raise CodecError if the fingerprint found in a file is not this model's."""
+        if found != self.fingerprint:
             raise CodecError(
-                f"the file was written with another model: {header.fingerprint.hex()}; this one is "
+                f"the file was written with another model: {found.hex()}; this one is "
                 f"{self.fingerprint.hex()}: give the model that wrote it"
             )
+
+    def _check_header(self, header: Header) -> None:
+        self.check_model(header.fingerprint)
         format = self.model.format
         check_size(*self.padded(header.height, header.width))
         if (

@@ -20,6 +20,11 @@ def soft_limit(raw: Tensor, limit: float = 7.0) -> Tensor:
     return limit * torch.tanh(raw / limit)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """What networks computed in float16 or bfloat16 as float32, in which likelihoods are computed."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class DiagonalNormal:
     """N(mean, diag(exp(log_var))) over latents (B, C, h, w).
 
@@ -28,12 +33,12 @@ class DiagonalNormal:
     """
 
     def __init__(self, mean: Tensor, log_var: Tensor) -> None:
-        self.mean, self.log_var = mean.float(), log_var.float()
+        self.mean, self.log_var = at_least_float32(mean), at_least_float32(log_var)
 
     @classmethod
     def from_params(cls, params: Tensor) -> DiagonalNormal:
         """From a network's output (B, 2C, h, w): means, then raw log-variances, limited to [-7, 7]."""
-        mean, raw = params.float().chunk(2, 1)
+        mean, raw = at_least_float32(params).chunk(2, 1)
         return cls(mean, soft_limit(raw))
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -64,7 +69,7 @@ class UniformBox:
     """
 
     def __init__(self, mean: Tensor) -> None:
-        self.mean = mean if mean.dtype == torch.float64 else mean.float()
+        self.mean = at_least_float32(mean)
 
     @classmethod
     def from_params(cls, params: Tensor) -> UniformBox:
@@ -97,9 +102,7 @@ class RoundedLogistic:
     """
 
     def __init__(self, mean: Tensor, log_scale: Tensor) -> None:
-        self.mean, self.log_scale = (
-            x if x.dtype == torch.float64 else x.float() for x in (mean, log_scale)
-        )
+        self.mean, self.log_scale = at_least_float32(mean), at_least_float32(log_scale)
 
     @classmethod
     def from_params(cls, params: Tensor) -> RoundedLogistic:
@@ -139,7 +142,7 @@ class GaussianMixture:
 
     def log_prob(self, z: Tensor) -> Tensor:
         """ln p(z), nats (B,)."""
-        z = z.float()[:, None]  # B, 1, C, h, w
+        z = at_least_float32(z)[:, None]  # B, 1, C, h, w
         mean, log_var = self.means[None, :, :, None, None], self.log_vars[None, :, :, None, None]
         square = (z - mean) ** 2 * torch.exp(-log_var)
         each = -0.5 * (square + log_var + _LOG_2PI).sum(2)

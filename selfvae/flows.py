@@ -5,7 +5,8 @@ Source: Dinh et al. 2016, sections 3.1 to 3.6 (without batch normalisation: weig
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,27 +48,31 @@ class Coupling(nn.Module):
         )
         self.scale = nn.Parameter(torch.ones(channels, 1, 1))
 
-    def _mask(self, z: Tensor) -> Tensor:
-        """1 where z passes unchanged."""
+    def mask(self, z: Tensor) -> Tensor:
+        """True where z passes unchanged: bool, of a shape that broadcasts to z's."""
         if self.mask_kind == "checkerboard":
             rows = torch.arange(z.shape[2], device=z.device)[:, None]
             cols = torch.arange(z.shape[3], device=z.device)
-            mask = (rows + cols) % 2 == int(self.flip)
-            return mask.to(z.dtype)[None, None]
+            return ((rows + cols) % 2 == int(self.flip))[None, None]
         half = torch.arange(z.shape[1], device=z.device) < z.shape[1] // 2
-        return (half != self.flip).to(z.dtype).view(1, -1, 1, 1)
+        return (half != self.flip).view(1, -1, 1, 1)
 
-    def _affine(self, z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        log_scale, shift = self.net(z * mask).to(z.dtype).chunk(2, 1)
-        return self.scale * torch.tanh(log_scale) * (1 - mask), shift * (1 - mask)
+    def affine(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """ln of the scales and the shifts, (B, C, h, w) both; 0 where z passes unchanged."""
+        kept = self.mask(z).to(z.dtype)
+        log_scale, shift = self.net(z * kept).to(z.dtype).chunk(2, 1)
+        return self.scale * torch.tanh(log_scale) * (1 - kept), shift * (1 - kept)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        log_scale, shift = self._affine(z, self._mask(z))
+        log_scale, shift = self.affine(z)
         return z * torch.exp(log_scale) + shift, log_scale.flatten(1).sum(1)
 
     def inverse(self, noise: Tensor) -> Tensor:
-        log_scale, shift = self._affine(noise, self._mask(noise))
+        log_scale, shift = self.affine(noise)
         return (noise - shift) * torch.exp(-log_scale)
+
+
+Step = Callable[[Coupling, Tensor], Tensor]
 
 
 def _couplings(
@@ -83,42 +88,54 @@ class RealNVP(nn.Module):
 
     def __init__(self, channels: int, hidden: int = 64, blocks: int = 5) -> None:
         super().__init__()
-        self.checker = _couplings(channels, "checkerboard", 3, hidden, blocks)
-        self.channel = _couplings(4 * channels, "channel", 3, hidden, blocks)
-        self.final = _couplings(2 * channels, "checkerboard", 4, hidden, blocks)
+        self.checker: Any = _couplings(channels, "checkerboard", 3, hidden, blocks)
+        self.channel: Any = _couplings(4 * channels, "channel", 3, hidden, blocks)
+        self.final: Any = _couplings(2 * channels, "checkerboard", 4, hidden, blocks)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z (B, C, h, w) -> noise of the same shape and ln |det|, nats (B,)."""
+        total = torch.zeros(z.shape[0], device=z.device, dtype=z.dtype)
+
+        def step(coupling: Coupling, z: Tensor) -> Tensor:
+            nonlocal total
+            z, log_det = coupling(z)
+            total = total + log_det
+            return z
+
+        return self.walk(z, step), total
+
+    def inverse(self, noise: Tensor) -> Tensor:
+        """noise -> z, both (B, C, h, w)."""
+        return self.walk_back(noise, lambda coupling, z: coupling.inverse(z))
+
+    def walk(self, z: Tensor, step: Step) -> Tensor:
+        """From z to noise, both (B, C, h, w): what step(coupling, z) makes of it, coupling by coupling."""
         if z.shape[2] % 2 or z.shape[3] % 2:
             raise ValueError(
                 f"the RealNVP prior needs latents of even height and width; got {tuple(z.shape[2:])}: "
                 "change the image size or use prior='mog'"
             )
-        total = torch.zeros(z.shape[0], device=z.device, dtype=z.dtype)
         for coupling in self.checker:
-            z, log_det = coupling(z)
-            total = total + log_det
+            z = step(coupling, z)
         z = squeeze(z)
         for coupling in self.channel:
-            z, log_det = coupling(z)
-            total = total + log_det
+            z = step(coupling, z)
         # every checkerboard position keeps its own channels: interleaved, not one phase of the blocks
         done, z = z[:, ::2], z[:, 1::2]
         for coupling in self.final:
-            z, log_det = coupling(z)
-            total = total + log_det
-        return unsqueeze(torch.stack([done, z], 2).flatten(1, 2)), total
+            z = step(coupling, z)
+        return unsqueeze(torch.stack([done, z], 2).flatten(1, 2))
 
-    def inverse(self, noise: Tensor) -> Tensor:
-        """noise -> z, both (B, C, h, w)."""
+    def walk_back(self, noise: Tensor, step: Step) -> Tensor:
+        """From noise to z, the couplings in reverse."""
         z = squeeze(noise)
         done, z = z[:, ::2], z[:, 1::2]
         for coupling in reversed(self.final):
-            z = coupling.inverse(z)  # type: ignore[operator]
+            z = step(coupling, z)
         z = torch.stack([done, z], 2).flatten(1, 2)
         for coupling in reversed(self.channel):
-            z = coupling.inverse(z)  # type: ignore[operator]
+            z = step(coupling, z)
         z = unsqueeze(z)
         for coupling in reversed(self.checker):
-            z = coupling.inverse(z)  # type: ignore[operator]
+            z = step(coupling, z)
         return z

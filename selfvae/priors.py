@@ -11,10 +11,24 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from selfvae.distributions import DiagonalNormal, GaussianMixture, RoundedLogistic, soft_limit
+from selfvae.distributions import (
+    DiagonalNormal,
+    GaussianMixture,
+    RoundedLogistic,
+    at_least_float32,
+    soft_limit,
+)
 from selfvae.flows import RealNVP
 
-__all__ = ["TOP_PRIORS", "FlowPrior", "LatentDistribution", "LogisticPrior", "MixturePrior", "NormalPrior"]
+__all__ = [
+    "TOP_PRIORS",
+    "FlowDistribution",
+    "FlowPrior",
+    "LatentDistribution",
+    "LogisticPrior",
+    "MixturePrior",
+    "NormalPrior",
+]
 
 
 class LatentDistribution(Protocol):
@@ -83,12 +97,14 @@ class LogisticPrior(_TopPrior):
         return RoundedLogistic(mean, log_scale)
 
 
-class _FlowDistribution:
+class FlowDistribution:
+    """What a flow makes of Gaussian noise."""
+
     def __init__(self, flow: RealNVP, shape: tuple[int, int, int, int], like: Tensor) -> None:
         self.flow, self.shape, self.device = flow, shape, like.device
 
     def log_prob(self, z: Tensor) -> Tensor:
-        noise, log_det = self.flow(z.float())
+        noise, log_det = self.flow(at_least_float32(z))
         zeros = torch.zeros_like(noise)
         return DiagonalNormal(zeros, zeros).log_prob(noise) + log_det
 
@@ -109,7 +125,7 @@ class FlowPrior(_TopPrior):
         self.multiple = 2 * stride  # its squeeze needs latents of even height and width
 
     def forward(self, y: Tensor, z: Tensor | None) -> LatentDistribution:
-        return _FlowDistribution(self.flow, self.shape(y), y)
+        return FlowDistribution(self.flow, self.shape(y), y)
 
 
 TOP_PRIORS: dict[str, type[_TopPrior]] = {

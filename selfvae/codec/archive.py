@@ -27,10 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfvae.codec.coder import Decoder, Encoder
+from selfvae.codec.coder import Stack
 from selfvae.codec.container import CHANGED, CodecError, Reader, check_size, check_start, varint
 from selfvae.codec.progressive import Codec
-from selfvae.tasks import variables
 
 __all__ = ["Archive", "Entry", "pack"]
 
@@ -59,13 +58,24 @@ class _Block(NamedTuple):
 
 
 def _groups(codec: Codec, entries: Sequence[Entry]) -> list[list[int]]:
-    """Which pictures of a block are computed together: neighbours of one size, up to some pixels."""
-    groups = []
-    for _, same in itertools.groupby(range(len(entries)), lambda i: entries[i][1:4]):
-        members = list(same)
+    """Which pictures of a block are computed together: neighbours of one size, up to some pixels.
+
+    With bits-back also no more than come after them: those are on the stack first, to draw latents from.
+    """
+    groups: list[list[int]] = []
+    after = 0
+    for _, same in itertools.groupby(reversed(range(len(entries))), lambda i: entries[i][1:4]):
+        members = list(same)[::-1]
         first = entries[members[0]]
-        n = max(1, _TOGETHER // math.prod(codec.padded(first.height, first.width)))
-        groups += [members[i : i + n] for i in range(0, len(members), n)]
+        pixels = math.prod(codec.padded(first.height, first.width))
+        most = max(1, _TOGETHER // pixels)
+        if codec.gaussian:
+            while members:
+                n = min(most, max(1, after // pixels))
+                groups.insert(0, members[-n:])
+                members, after = members[:-n], after + n * pixels
+        else:
+            groups[:0] = [members[i : i + most] for i in range(0, len(members), most)]
     return groups
 
 
@@ -136,12 +146,12 @@ def pack(
 
 @torch.no_grad()
 def _pack_block(codec: Codec, entries: Sequence[Entry], pictures: Sequence[Tensor]) -> bytes:
-    encoder, notes = Encoder(), []
+    stack, notes = Stack(), []
     for members in reversed(_groups(codec, entries)):
-        written = codec.push(torch.cat([pictures[i] for i in members]), encoder)
-        notes.append(written.notes[::-1])
+        written = codec.push(torch.cat([pictures[i] for i in members]), stack)
+        notes.append([written[name].notes for name in codec.names])
     noted = b"".join(varint(len(n)) + n for group in reversed(notes) for n in group)
-    return noted + encoder.words()[::-1].astype("<u4").tobytes()
+    return noted + stack.words()[::-1].astype("<u4").tobytes()
 
 
 class Archive:
@@ -192,14 +202,13 @@ class Archive:
             raise CodecError(f"block {number} of the archive is damaged: its checksum does not fit")
         entries = self.entries[self._first[number] : self._first[number + 1]]
         reader, groups = Reader(data, f"block {number}"), _groups(self.codec, entries)
-        parts = len(variables(self.codec.model))
-        notes = [[reader.take(reader.varint()) for _ in range(parts)] for _ in groups]
+        notes = [[reader.take(reader.varint()) for _ in self.codec.names] for _ in groups]
         if (len(data) - reader.at) % 4:
             raise CodecError(f"block {number} of the archive is damaged: it ends inside a word")
-        decoder = Decoder(np.frombuffer(data, "<u4", offset=reader.at)[::-1].astype(np.uint32))
+        stack = Stack(np.frombuffer(data, "<u4", offset=reader.at)[::-1].astype(np.uint32))
         for members, noted in zip(groups, notes, strict=True):
             first = entries[members[0]]
-            x = self.codec.pop(len(members), (first.height, first.width), decoder, noted)
+            x = self.codec.pop(len(members), (first.height, first.width), stack, noted)
             for i, picture in zip(members, x.split(1), strict=True):
                 picture = picture[:, : entries[i].channels].contiguous()
                 if zlib.crc32(picture.numpy().tobytes()) != entries[i].crc:

@@ -8,14 +8,14 @@ products that are exact and so the same everywhere; the tests hold its words to 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from selfvae.codec.container import CodecError
-from selfvae.codec.lattice import ONE, Channel, Ints, cumulative, level_bits
+from selfvae.codec.lattice import ONE, Channel, Ints, cumulative
 
-__all__ = ["MOST", "Decoder", "Encoder", "code"]
+__all__ = ["MOST", "Stack", "code"]
 
 _PRECISION = 24  # bits of a decision's probability
 _WEIGHT = 20  # bits of a component's weight
@@ -35,59 +35,74 @@ def _constriction() -> Any:
     return constriction.stream
 
 
-class Bits(Protocol):
-    """Where decisions go to or come from."""
+class Stack:
+    """A stack of decisions and numbers: what is pushed last is popped first.
 
-    def bits(self, p: Ints, known: np.ndarray | None) -> np.ndarray:
-        """Decisions bool (n,) whose probabilities of being true are p / 2^24; `known` by an encoder."""
-        ...
+    Known ones wait until `push` puts them on the stack, the last first: they are popped in the order in
+    which they were given. Waiting takes about 90 bytes a pixel of an image.
 
-
-class Encoder:
-    """A stack of decisions: what is pushed last is decoded first, `push` by `push`.
-
-    Until a push the decisions wait: about 90 bytes a pixel of an image.
+    words: uint32, the top last, as `words()` gives them; None: empty.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, words: np.ndarray | None = None) -> None:
+        if words is not None and len(words) and not words[-1]:
+            raise CodecError("the file is damaged: no code begins with zeros")
         stream = _constriction()
-        self._ans, self._family = stream.stack.AnsCoder(), stream.model.Bernoulli(perfect=False)
-        self._waiting: list[tuple[np.ndarray, Ints]] = []
+        self._ans = stream.stack.AnsCoder() if words is None else stream.stack.AnsCoder(words)
+        self._bernoulli = stream.model.Bernoulli(perfect=False)
+        self._uniform = stream.model.Uniform()
+        self._waiting: list[tuple[np.ndarray, Any, np.ndarray]] = []
+        self.low = 0  # what `left` was at the least, since it was set
 
-    def bits(self, p: Ints, known: np.ndarray | None) -> np.ndarray:
-        assert known is not None
-        self._waiting.append((known, p.astype(np.int32)))
+    def copy(self) -> Stack:
+        """Another stack with the same words; nothing may wait."""
+        other = Stack()
+        other._ans = self._ans.clone()
+        return other
+
+    def become(self, other: Stack) -> None:
+        """Take another one's words; nothing may wait."""
+        self._ans = other._ans.clone()
+        self._waiting.clear()
+
+    def bits(self, p: Ints, known: np.ndarray | None = None) -> np.ndarray:
+        """Decisions bool (n,) whose probabilities of being true are p / 2^24; popped unless `known`."""
+        if known is None:
+            return self._pop(self._bernoulli, p / 2.0**_PRECISION).astype(bool)
+        self._waiting.append((known, self._bernoulli, p.astype(np.int32)))
         return known
 
-    def push(self) -> int:
-        """Put all decisions since the last push on the stack; returns the words below the state."""
-        for known, p in reversed(self._waiting):
-            self._ans.encode_reverse(known.astype(np.int32), self._family, p / 2.0**_PRECISION)
+    def uniform(self, sizes: Ints, known: Ints | None = None) -> Ints:
+        """Numbers (n,), each of 0 to its size - 1, all alike likely; popped unless `known`.
+
+        A size is 2 to 2^18: the probabilities are multiples of 2^-24.
+        """
+        if known is None:
+            return self._pop(self._uniform, sizes.astype(np.int32)).astype(np.int64)
+        self._waiting.append((known, self._uniform, sizes.astype(np.int32)))
+        return known
+
+    def _pop(self, family: Any, parameters: np.ndarray) -> np.ndarray:
+        popped: np.ndarray = self._ans.decode(family, parameters)
+        self.low = min(self.low, self.left())
+        return popped
+
+    def push(self) -> None:
+        """Put all that waits on the stack."""
+        for known, family, p in reversed(self._waiting):
+            if family is self._bernoulli:
+                p = p / 2.0**_PRECISION
+            self._ans.encode_reverse(known.astype(np.int32), family, p)
         self._waiting.clear()
+
+    def left(self) -> int:
+        """The words below the state."""
         return int(self._ans.pos()[0])
 
     def words(self) -> np.ndarray:
         """The stack, uint32, its top last."""
         words: np.ndarray = self._ans.get_compressed()
         return words
-
-
-class Decoder:
-    """Takes decisions from a stack of words, uint32, its top last."""
-
-    def __init__(self, words: np.ndarray) -> None:
-        if len(words) and not words[-1]:
-            raise CodecError("the file is damaged: no code begins with zeros")
-        stream = _constriction()
-        self._ans, self._family = stream.stack.AnsCoder(words), stream.model.Bernoulli(perfect=False)
-
-    def bits(self, p: Ints, known: np.ndarray | None) -> np.ndarray:
-        decided: np.ndarray = self._ans.decode(self._family, p / 2.0**_PRECISION)
-        return decided.astype(bool)
-
-    def left(self) -> int:
-        """The words below the state."""
-        return int(self._ans.pos()[0])
 
 
 def _length(n: Ints) -> Ints:
@@ -121,8 +136,8 @@ class _Cumulative:
             self.mass = self._whole(self.high) - self.start
 
     def _whole(self, edge: Ints) -> Ints:
-        bits = level_bits(self.levels)
-        inside = cumulative((edge << bits) - (1 << bits - 1), *self.channel)
+        bits = self.channel.bits
+        inside = cumulative((edge << bits) - (1 << bits - 1), self.channel)
         return np.where(edge >= self.levels, 1 << ONE, np.where(edge <= 0, 0, inside))
 
     def __call__(self, edge: Ints) -> Ints:
@@ -135,7 +150,7 @@ class _Cumulative:
 
 
 def code(
-    coder: Bits,
+    stack: Stack,
     weights: Ints,
     channel: Channel,
     levels: int,
@@ -147,13 +162,13 @@ def code(
     Arguments:
         weights: of the M components, whole numbers up to 2^20: (M, n).
         bounds: the least and the largest possible value of each position (n,); None: 0 and levels - 1.
-        known: the values, for an encoder.
+        known: the values, to be pushed; None: they are popped.
     """
     found, after = [], []
     for start in range(0, weights.shape[1], _CHUNK):
         at = slice(start, start + _CHUNK)
         v, w = _chunk(
-            coder, weights[:, at], Channel(*(x[:, at] for x in channel)), levels,
+            stack, weights[:, at], channel.part(at), levels,
             None if bounds is None else (bounds[0][at], bounds[1][at]),
             None if known is None else known[at],
         )  # fmt: skip
@@ -163,7 +178,7 @@ def code(
 
 
 def _chunk(
-    coder: Bits,
+    stack: Stack,
     weights: Ints,
     channel: Channel,
     levels: int,
@@ -182,7 +197,7 @@ def _chunk(
         p = _probability((weights * (above - at_middle)).sum(0), (weights * (at_middle - below)).sum(0))
         right = middle <= a
         open_ = (a < middle) & (middle < b)  # else the interval decides
-        right[open_] = coder.bits(p[open_], None if known is None else known[open_] >= middle[open_])
+        right[open_] = stack.bits(p[open_], None if known is None else known[open_] >= middle[open_])
         a, b = np.where(right, middle, a), np.where(right, b, middle)
         below, above = np.where(right, at_middle, below), np.where(right, above, at_middle)
         node = np.where(right, node + (1 << bit), node)

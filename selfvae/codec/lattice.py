@@ -11,22 +11,23 @@ How fine the grids are is a trade: the loss against unrounded parameters is abou
 
 from __future__ import annotations
 
+import bisect
 import functools
-import math
+import itertools
 from dataclasses import dataclass
 from decimal import Context, Decimal, localcontext
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from selfvae.codec.container import CodecError, Reader, varint
-from selfvae.distributions import RoundedLogistic
 from selfvae.pixels import PixelMixture
 
-__all__ = ["MARGIN", "Channel", "Lattice", "Notes", "cumulative", "latent", "weights"]
+__all__ = ["MARGIN", "Channel", "Lattice", "Notes", "cumulative", "ratios", "values", "weights"]
 
 Ints = np.ndarray  # int64
+Shape = Literal["logistic", "normal"]
 
 MARGIN = 2.0**-20  # of a grid step
 _NEAR = 0.05  # how far from a border, at most, a value is that a note is believed about
@@ -37,7 +38,13 @@ _WEIGHT, _LEAST = 8, -128  # steps a nat of a log-weight; the least one that cou
 _SCALE, _FLATTEST, _SHARPEST = 8, -18 * 8, 4 * 8  # steps an octave of a scale; log2 of its inverse
 _REACH = 1 << 20  # what a mean may be at most, in steps
 _INVERSE = 20  # bits of an inverse scale
-_ARGUMENT, _TABLE, _FAR = 12, 6, 32  # bits of the logistic's argument; bits of its table's; where it ends
+_UNIT = 5  # bits: a scale of 1 in steps of the means
+_ARGUMENT, _TABLE, _FAR = 12, 6, 32  # bits of a distribution's argument; bits of its table's; where it ends
+SHARES, RATIO, _STEEPEST = (
+    12,
+    256,
+    4 * 256,
+)  # bits of a flow's ratio of 1; its steps a nat; the most of these
 ONE = 36  # bits of a probability in the tables
 
 
@@ -47,10 +54,22 @@ def _exactly(fill: str, n: int) -> Ints:
         return np.array([int(_TABLES[fill](Decimal(i)).to_integral_value()) for i in range(n)], np.int64)
 
 
+def _normal_tail(t: Decimal) -> Decimal:
+    """The standard normal's mass beyond t >= 0, by the series of its distribution function."""
+    term = total = t
+    for n in range(3, 300, 2):
+        term *= t * t / n
+        total += term
+    density = (-t * t / 2).exp() / Decimal("2.50662827463100050241576528481104525300698674060994")
+    return Decimal("0.5") - density * total
+
+
 _TABLES = {
     "weight": lambda i: (-i / _WEIGHT).exp() * 2**20,
     "inverse": lambda i: Decimal(2) ** ((i + _FLATTEST) / _SCALE) * 2**_INVERSE,
-    "tail": lambda i: 2**ONE / (1 + (i / 2**_TABLE).exp()),
+    "logistic": lambda i: 2**ONE / (1 + (i / 2**_TABLE).exp()),
+    "normal": lambda i: 2**ONE * _normal_tail(i / 2**_TABLE),
+    "ratio": lambda i: ((i - _STEEPEST) / RATIO).exp() * 2**SHARES,
 }
 
 
@@ -65,11 +84,17 @@ def _inverse_table() -> Ints:
 
 
 @functools.cache
-def _tail_table() -> tuple[Ints, Ints]:
-    """2^36 sigmoid(-t) at steps of 1/64, and the differences between neighbours."""
-    tail = _exactly("tail", (_FAR << _TABLE) + 1)
-    tail[-1] = 0
+def _tail_table(shape: Shape) -> tuple[Ints, Ints]:
+    """2^36 times the mass beyond t, at steps of 1/64, and its differences."""
+    tail = np.zeros((_FAR << _TABLE) + 1, np.int64)
+    reach = len(tail) - 1 if shape == "logistic" else 8 << _TABLE  # beyond, less than 2^-36 is left
+    tail[:reach] = _exactly(shape, reach)
     return tail, np.append(np.diff(tail), 0)
+
+
+@functools.cache
+def _ratio_table() -> Ints:
+    return _exactly("ratio", 2 * _STEEPEST + 1)
 
 
 def level_bits(levels: int) -> int:
@@ -77,14 +102,10 @@ def level_bits(levels: int) -> int:
     return MEAN - (levels - 1).bit_length()
 
 
-def cumulative(point: Ints, mean: Ints, inverse: Ints) -> Ints:
-    """2^36 times the logistic's distribution function.
-
-    point: (n,), and mean: (M, n), in 1/8192 of the range. inverse: (M, n), of the scale in 1/256 of the
-    range, times 2^20.
-    """
-    tail, slope = _tail_table()
-    t = ((point[None] - mean) * inverse) >> (MEAN - 8 + _INVERSE - _ARGUMENT)
+def cumulative(point: Ints, channel: Channel) -> Ints:
+    """2^36 times the distribution functions at a point (n,), in the unit of the means: (M, n)."""
+    tail, slope = _tail_table(channel.shape)
+    t = ((point[None] - channel.mean) * channel.inverse) >> (_UNIT + _INVERSE - _ARGUMENT)
     far = np.minimum(np.abs(t), _FAR << _ARGUMENT)
     i, rest = far >> (_ARGUMENT - _TABLE), far & ((1 << _ARGUMENT - _TABLE) - 1)
     lower = tail[i] + ((slope[i] * rest) >> (_ARGUMENT - _TABLE))
@@ -94,66 +115,81 @@ def cumulative(point: Ints, mean: Ints, inverse: Ints) -> Ints:
 class Notes:
     """How values near a border were rounded: written by the encoder, obeyed by the decoder.
 
-    The values of all `snap`s are counted on; a note is the distance to the last one, and whether up.
+    The values of all `snap`s are counted; a note is the distance to the last one, and whether up.
     """
 
     def __init__(self, data: bytes | None = None) -> None:
-        self._out: list[tuple[int, bool]] = []
-        self._in: list[tuple[int, bool]] | None = None
-        self._seen = 0
+        self._seen = self._used = 0
+        self._notes: list[tuple[int, bool]] = []
+        self._reads = data is not None
         if data is not None:
             reader, at = Reader(data, "the notes of a part"), 0
-            self._in = []
             while reader.at < len(data):
                 gap, up = divmod(reader.varint(), 2)
                 at += gap
-                self._in.append((at, bool(up)))
-            self._in.reverse()  # the next one last
+                self._notes.append((at, bool(up)))
 
-    def snap(self, value: np.ndarray) -> Ints:
-        """Round values, float64 of any shape, in grid steps; half up."""
+    def reserve(self, n: int) -> int:
+        """Count n values that come later, in any order; returns the number of the first."""
+        self._seen += n
+        return self._seen - n
+
+    def snap(self, value: np.ndarray, at: int | None = None) -> Ints:
+        """Round values, float64 of any shape, in grid steps; half up. at: their number, if reserved."""
         if not np.isfinite(value).all():
             raise CodecError("the model computes a parameter that is not finite: it is damaged")
         shifted = value + 0.5
         low = np.floor(shifted)
         whole = low.astype(np.int64)
-        flat, start = whole.reshape(-1), self._seen
-        self._seen += flat.size
-        if self._in is None:
+        flat, start = whole.reshape(-1), self.reserve(value.size) if at is None else at
+        if not self._reads:
             rest = (shifted - low).reshape(-1)
             near = np.flatnonzero((rest < MARGIN) | (rest > 1 - MARGIN))
-            self._out += [(start + int(at), bool(rest[at] < MARGIN)) for at in near]
+            self._notes += [(start + int(i), bool(rest[i] < MARGIN)) for i in near]
             return whole
-        values = shifted.reshape(-1)
-        while self._in and self._in[-1][0] < self._seen:
-            at, up = self._in.pop()
-            border = round(float(values[at - start]))
-            if abs(values[at - start] - border) > _NEAR:
+        values, first = shifted.reshape(-1), bisect.bisect_left(self._notes, (start, False))
+        for place, up in itertools.islice(self._notes, first, None):
+            if place >= start + flat.size:
+                break
+            self._used += 1
+            border = round(float(values[place - start]))
+            if abs(values[place - start] - border) > _NEAR:
                 raise CodecError(
                     "the file corrects a value that needs none: it is damaged, or the model "
                     "computes something else here"
                 )
-            flat[at - start] = border if up else border - 1
+            flat[place - start] = border if up else border - 1
         return whole
 
     def tobytes(self) -> bytes:
         """What the encoder noted; empty if nothing."""
-        ends = [0, *(at for at, _ in self._out)]
-        return b"".join(
-            varint(2 * (at - last) + up) for (at, up), last in zip(self._out, ends, strict=False)
-        )
+        noted = sorted(self._notes)
+        ends = [0, *(at for at, _ in noted)]
+        return b"".join(varint(2 * (at - last) + up) for (at, up), last in zip(noted, ends, strict=False))
 
     def check_used(self) -> None:
         """Raise CodecError if notes are left that no value needed."""
-        if self._in:
+        if self._reads and self._used < len(self._notes):
             raise CodecError("the file is damaged: it corrects a value that does not exist")
 
 
 class Channel(NamedTuple):
-    """One channel's logistics, (M, n) each: means and inverse scales as `cumulative` takes them."""
+    """What n values are distributed as, one component or several."""
 
-    mean: Ints
-    inverse: Ints
+    mean: Ints  # (M, n)
+    inverse: Ints  # (M, n), of the scale in 32 units of the means, times 2^20
+    bits: int  # of a value's width, in units of the means
+    shape: Shape = "logistic"
+
+    def within(self, width: int, levels: int) -> tuple[Ints, Ints]:
+        """The least and largest values that lie so many scales around the mean of one component."""
+        reach = (width << _UNIT + _INVERSE) // self.inverse[0]
+        low, high = ((self.mean[0] + side) >> self.bits for side in (-reach, reach + (1 << self.bits)))
+        return np.clip(low, 0, levels - 1), np.clip(high, 0, levels - 1)
+
+    def part(self, at: slice) -> Channel:
+        """Some of the values."""
+        return self._replace(mean=self.mean[:, at], inverse=self.inverse[:, at])
 
 
 def weights(log_weights: np.ndarray, notes: Notes) -> Ints:
@@ -167,18 +203,32 @@ def _rows(x: torch.Tensor) -> np.ndarray:
     return x.transpose(0, 1).flatten(1).double().cpu().numpy()
 
 
-def _inverse(octaves: np.ndarray, notes: Notes) -> Ints:
+def _inverse(octaves: np.ndarray, notes: Notes, at: int | None = None) -> Ints:
     """Inverse scales from their logarithms to the base 2."""
-    steps = notes.snap(np.clip(octaves * _SCALE, _FLATTEST, _SHARPEST))
+    steps = notes.snap(np.clip(octaves * _SCALE, _FLATTEST, _SHARPEST), at)
     return _inverse_table()[steps - _FLATTEST]
 
 
-def latent(p: RoundedLogistic, notes: Notes) -> Channel:
-    """The logistics of a latent's whole numbers, -128 to 127 counted from 0; (1, n), n = B * C * h * w."""
-    mean = p.mean.double().flatten().cpu().numpy()[None] + 128
-    octaves = p.log_scale.double().flatten().cpu().numpy()[None] / -math.log(2)
-    mean = notes.snap(np.clip(mean * (1 << level_bits(256)), -_REACH, _REACH))
-    return Channel(mean, _inverse(octaves, notes))
+def values(
+    mean: np.ndarray,
+    log2_scale: np.ndarray,
+    levels: int,
+    shape: Shape,
+    notes: Notes,
+    at: int | None = None,
+) -> Channel:
+    """Whole numbers 0 to levels - 1 that stand for -levels / 2 and on: means and scales (M, n) of these.
+
+    at: their number in the notes, if it is not the next.
+    """
+    mean = notes.snap(np.clip((mean + levels // 2) * (1 << _UNIT), -_REACH, _REACH), at)
+    return Channel(mean, _inverse(-log2_scale, notes, None if at is None else at + mean.size), _UNIT, shape)
+
+
+def ratios(log_ratio: np.ndarray, notes: Notes, at: int) -> Ints:
+    """2^12 times a ratio, from its logarithm, nats: (n,)."""
+    steps = notes.snap(np.clip(log_ratio * RATIO, -_STEEPEST, _STEEPEST), at)
+    return _ratio_table()[steps + _STEEPEST]
 
 
 @dataclass
@@ -214,5 +264,5 @@ class Lattice:
             centre = middle if mixture.coefficients == "raw" else self.means[j]
             known = (self.values[j] << self.bits)[None] - centre
             mean = mean + ((coefficient * known + (1 << COEFFICIENT - 1)) >> COEFFICIENT)
-        octaves = np.log2(_rows(mixture.inverse_scales[:, self.group, c])) - (self.bits - (MEAN - 8))
-        return Channel(np.clip(mean, -_REACH, _REACH), _inverse(octaves, notes))
+        octaves = np.log2(_rows(mixture.inverse_scales[:, self.group, c])) - (self.bits - _UNIT)
+        return Channel(np.clip(mean, -_REACH, _REACH), _inverse(octaves, notes), self.bits)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from selfvae.codec import container
-from selfvae.codec.coder import MOST, Bits, Decoder, Encoder, code
+from selfvae.codec.coder import MOST, Stack, code
 from selfvae.codec.container import CHANGED, CodecError, Header, Part, check_size
-from selfvae.codec.lattice import Lattice, Notes, latent
+from selfvae.codec.latents import Dry, Gaussian, Latent, Rounded
+from selfvae.codec.lattice import Lattice, Notes
 from selfvae.level import Level
 from selfvae.model import SelfVAE
 from selfvae.tasks import Drawing, complete, infer, variables
@@ -48,10 +50,18 @@ def fingerprint(model: SelfVAE) -> bytes:
     return found.digest()[:8]
 
 
-def _sum(value: Tensor) -> int:
+Value = Any  # an image uint8 (B, C, H, W), or a Latent
+
+
+def _sum(value: Value) -> int:
     """The checksum of an image's pixels, or of a latent's whole numbers."""
-    whole = value if value.dtype == torch.uint8 else value.to(torch.int8)
-    return zlib.crc32(whole.numpy().tobytes())
+    whole = value.numbers if isinstance(value, Latent) else value.numpy()
+    return zlib.crc32(whole.tobytes())
+
+
+def _tensor(value: Value) -> Tensor:
+    found: Tensor = value.z if isinstance(value, Latent) else value
+    return found
 
 
 def _part(of: slice, length: int, whole: int) -> slice:
@@ -68,36 +78,44 @@ def _as_they_come(tiles: Sequence[Square], name: str) -> Iterable[Square]:
 
 
 class Written(NamedTuple):
-    """What was put on a stack, variable by variable, y_0 first."""
+    """A variable on a stack."""
 
-    names: list[str]
-    notes: list[bytes]
-    ends: list[int]  # words below the state after each
-    sums: list[int]  # checksums
+    notes: bytes
+    start: int  # words below the state that neither it nor what was pushed later touched
+    crc: int
+
+
+def _draws(names: Sequence[str]) -> dict[str, str]:
+    """Before which variables of the walk, coded in reverse, bits-back draws a latent, and which.
+
+    As late as may be, so that few bits need be there at the start.
+    """
+    out: dict[str, str] = {}
+    for name in reversed(names):
+        k = int(name[1:])
+        latent = f"z{k}" if name[0] == "y" else f"z{k + 1}"
+        if latent in names and latent not in out.values():
+            out[name] = latent
+    return out
 
 
 class Codec:
     """Compresses pictures with a model, without loss: `compress` to bytes, `decompress` to the picture.
 
-    The model has no latents (e.g. a halving chain), or such with a uniform posterior, which are coded as
-    whole numbers: its files are as long as its scores say. It is copied in float64. A file can be read with
-    the same weights alone.
-
-    Raises ValueError for a model with other latents.
+    A model without latents (e.g. a halving chain) codes at its likelihood, one with latents near its bound:
+    see `latents` for how. It is copied in float64. A file can be read with the same weights alone.
     """
 
     def __init__(self, model: SelfVAE) -> None:
-        if any(level.has_latent and not level.rounded for level in model.levels):
-            raise ValueError(
-                "pictures are compressed by a model without latents, e.g. selfvae-halve, or with "
-                "posterior=uniform; this one has Gaussian ones"
-            )
         if model.config is not None and model.config.components > MOST:
             raise ValueError(f"at most {MOST} components can be coded; got {model.config.components}")
         self.fingerprint = fingerprint(model)
         plain = copy.deepcopy(model).eval().requires_grad_(False)
         self._drawing = tiled(plain, _TILE, _MARGIN)  # what is missing in a file may be computed in haste
         self.model = copy.deepcopy(plain).double()
+        self.names = variables(model)
+        self.gaussian = model.has_latents and not any(level.rounded for level in model.levels)
+        self._draws = _draws(self.names) if self.gaussian else {}
 
     @torch.no_grad()
     def compress(self, x: Tensor, *, verify: bool = True, track: Track = _as_they_come) -> bytes:
@@ -111,18 +129,19 @@ class Codec:
         Raises ValueError for a picture that does not fit the model; CodecError if the check fails.
         """
         self.check(x)
-        encoder = Encoder()
-        written = self.push(x, encoder, track)
-        stack = encoder.words()
-        ends = [*written.ends[:-1], len(stack)]
-        words = [stack[a:b][::-1] for a, b in zip([0, *ends], ends, strict=False)]
-        parts = [
-            Part(name, len(noted), len(own), crc)
-            for name, noted, own, crc in zip(written.names, written.notes, words, written.sums, strict=True)
-        ]
+        stack = Stack()
+        written = self.push(x, stack, track)
+        whole = stack.words()
+        starts = [len(whole), *(written[name].start for name in self.names)]
+        words = [whole[b:a][::-1] for a, b in itertools.pairwise(starts)]
+        notes = [written[name].notes for name in self.names]
+        parts = tuple(
+            Part(name, len(noted), len(own), written[name].crc)
+            for name, noted, own in zip(self.names, notes, words, strict=True)
+        )
         levels = self.model.format.levels
-        header = Header(self.fingerprint, x.shape[1], levels, x.shape[2], x.shape[3], tuple(parts[::-1]))
-        data = container.write(header, written.notes[::-1], words[::-1])
+        header = Header(self.fingerprint, x.shape[1], levels, x.shape[2], x.shape[3], parts)
+        data = container.write(header, notes, words)
         if verify and not torch.equal(self.decompress(data, track=track), x.cpu()):
             raise CodecError("the picture came back changed: please report this, with the picture")
         return data
@@ -161,89 +180,145 @@ class Codec:
             how = {"decode": "mode", **how}
             found |= complete(
                 self._drawing,
-                {n: v.float() if n[0] == "z" else v for n, v in found.items()},
+                {n: v.z.float() if isinstance(v, Latent) else v for n, v in found.items()},
                 (1, *size),
                 **how,
             )
         rows, cols = self.model.scale(int(upto[1:]))
-        out = found[upto][:, :, : -(-size[0] // rows), : -(-size[1] // cols)].cpu()
+        out = _tensor(found[upto])[:, :, : -(-size[0] // rows), : -(-size[1] // cols)].cpu()
         return out[:, : header.channels] if header.channels < out.shape[1] else out
 
     def _decode(
         self, header: Header, parts: list[tuple[bytes, np.ndarray]], track: Track
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Value]:
         """The first parts, by name, padded."""
         words = np.concatenate([words for _, words in parts])[::-1]
-        decoder = Decoder(np.ascontiguousarray(words))
+        stack = Stack(np.ascontiguousarray(words))
         left, values = len(words), {}
-        found = self._variables(1, (header.height, header.width), decoder, [n for n, _ in parts], track)
+        found = self._variables(1, (header.height, header.width), stack, [n for n, _ in parts], track)
         for (name, value), part, (_, own) in zip(found, header.parts, parts, strict=False):
             left -= len(own)
-            if _sum(value) != part.crc or (name != "y0" and decoder.left() != left):
+            whole = self.gaussian or name == "y0" or stack.left() == left
+            if _sum(value) != part.crc or not whole:
                 raise CodecError(f"{name} {CHANGED}")
             values[name] = value
         return values
 
-    def push(self, x: Tensor, encoder: Encoder, track: Track = _as_they_come) -> Written:
-        """Put pictures x, uint8 (B, C, H, W), on a stack, all levels of all of them."""
+    def push(self, x: Tensor, stack: Stack, track: Track = _as_they_come) -> dict[str, Written]:
+        """Put pictures x, uint8 (B, C, H, W), on a stack, all levels of all of them.
+
+        Gaussian latents are drawn with what the stack holds, as far as that goes.
+        """
+        before = stack.copy()
+        try:
+            return self._push(x, stack, track, draw=True)
+        except Dry:
+            stack.become(before)
+            return self._push(x, stack, track, draw=False)
+
+    def _push(self, x: Tensor, stack: Stack, track: Track, draw: bool) -> dict[str, Written]:
         x = x.expand(-1, self.model.format.channels, -1, -1)
-        given = infer(self.model, x, decode="mode", temperature=0)
-        given = {name: value.cpu() for name, value in given.items()}
-        written = Written([], [], [], [])
-        for name in reversed(variables(self.model)):  # a stack: what is decoded last is coded first
-            notes = Notes()
-            self._code(name, given, encoder, notes, track, given[name])
-            written.names.append(name)
-            written.notes.append(notes.tobytes())
-            written.ends.append(encoder.push())
-            written.sums.append(_sum(given[name]))
+        images = [name for name in self.names if name[0] == "y"]
+        known: dict[str, Value] = {name: y.cpu() for name, y in infer(self.model, x, images).items()}
+        if self.model.has_latents and not self.gaussian:
+            for name in self.names:
+                if name[0] == "z":
+                    known[name] = Rounded.choose(self._prior(name, known), self._posterior(name, known))
+        written: dict[str, Written] = {}
+        for name in reversed(self.names):  # a stack: what is decoded last is coded first
+            stack.low, notes = stack.left(), Notes()
+            if name in self._draws:
+                known[self._draws[name]], notes = self._draw(self._draws[name], known, stack, draw)
+            self._code(name, known, stack, notes, track, known[name])
+            stack.push()
+            written[name] = Written(notes.tobytes(), stack.low, _sum(known[name]))
+        least = stack.left()
+        for name in self.names:
+            least = min(least, written[name].start)
+            written[name] = written[name]._replace(start=least)
         return written
 
-    def pop(self, n: int, size: tuple[int, int], decoder: Decoder, notes: list[bytes]) -> Tensor:
+    def _draw(
+        self, name: str, known: Mapping[str, Value], stack: Stack, draw: bool
+    ) -> tuple[Latent, Notes]:
+        """A Gaussian latent, drawn if that can be; and the notes of this."""
+        posterior, notes = self._posterior(name, known), Notes()
+        if draw:
+            before = stack.copy()
+            try:
+                return Gaussian.draw(posterior, stack, notes), notes
+            except Dry:
+                stack.become(before)
+        return Gaussian.choose(self._prior(name, known, drawn=False), posterior, not draw), Notes()
+
+    def pop(self, n: int, size: tuple[int, int], stack: Stack, notes: list[bytes]) -> Tensor:
         """Take n pictures of a height and width off a stack: uint8 (n, C, H, W); notes as in the walk."""
-        *_, (_, x) = self._variables(n, size, decoder, notes, _as_they_come)
-        return x[:, :, : size[0], : size[1]]
+        *_, (_, x) = self._variables(n, size, stack, notes, _as_they_come)
+        return _tensor(x)[:, :, : size[0], : size[1]]
 
     def _variables(
-        self, n: int, size: tuple[int, int], decoder: Decoder, notes: list[bytes], track: Track
-    ) -> Iterator[tuple[str, Tensor]]:
+        self, n: int, size: tuple[int, int], stack: Stack, notes: list[bytes], track: Track
+    ) -> Iterator[tuple[str, Value]]:
         """Names and values, padded, in the order of the walk, as far as there are notes."""
-        given = {f"y{len(self.model.levels)}": self.model.blank(n, *self.padded(*size)).cpu()}
-        for name, noted in zip(variables(self.model), notes, strict=False):
+        known: dict[str, Value] = {
+            f"y{len(self.model.levels)}": self.model.blank(n, *self.padded(*size)).cpu()
+        }
+        for name, noted in zip(self.names, notes, strict=False):
             found = Notes(noted)
-            given[name] = self._code(name, given, decoder, found, track)
+            known[name] = self._code(name, known, stack, found, track)
+            latent = self._draws.get(name)
+            if latent and known[latent].drawn:
+                Gaussian.give_back(self._posterior(latent, known), stack, found, known[latent])
             found.check_used()
-            yield name, given[name]
+            yield name, known[name]
+
+    def _above(self, name: str, known: Mapping[str, Value]) -> Tensor:
+        """The image above a variable, on the model's device."""
+        k = int(name[1:])
+        y = known[f"y{k + 1}"] if f"y{k + 1}" in known else _tensor(known[f"y{k}"])[:, :0]
+        return _tensor(y).to(self.model.device)
+
+    def _prior(self, name: str, known: Mapping[str, Value], drawn: bool = True) -> Any:
+        """p(z | y_up, z_up); at the mean of q(z_up | y_up) if z is chosen by rate, before z_up is drawn."""
+        k = int(name[1:])
+        z_up = None
+        if f"z{k + 1}" in self.names:
+            above = f"z{k + 1}"
+            z_up = _tensor(known[above]) if drawn else self._posterior(above, known).mean
+            z_up = z_up.to(self.model.device)
+        return self.model.levels[k].prior(self._above(name, known), z_up)
+
+    def _posterior(self, name: str, known: Mapping[str, Value]) -> Any:
+        k = int(name[1:])
+        return self.model.levels[k].posterior(_tensor(known[f"y{k}"]).to(self.model.device))
 
     def _code(
         self,
         name: str,
-        given: dict[str, Tensor],
-        coder: Bits,
+        known: Mapping[str, Value],
+        stack: Stack,
         notes: Notes,
         track: Track,
-        known: Tensor | None = None,
-    ) -> Tensor:
-        """Code a variable given those before it, `known` by an encoder; returns it, on the CPU."""
+        value: Value | None = None,
+    ) -> Value:
+        """Push the value of a variable, or pop it if that is None, given those before it; returns it."""
         k = int(name[1:])
-        level, device = self.model.levels[k], self.model.device
-        y_up = given[f"y{k + 1}"] if f"y{k + 1}" in given else given[f"y{k}"][:, :0]
+        level, y_up = self.model.levels[k], self._above(name, known)
         if name[0] == "y":
-            z = given[f"z{k}"] if level.has_latent else None
-            return self._image(level, y_up, z, coder, notes, track, name, known)
-        z_up = given.get(f"z{k + 1}")
-        prior = level.prior(y_up.to(device), None if z_up is None else z_up.to(device))
-        entries = None if known is None else known.flatten().numpy().astype(np.int64) + 128
-        channel = latent(prior, notes)
-        found, _ = code(coder, np.full_like(channel.mean, 1 << 20), channel, 256, None, entries)
-        return torch.from_numpy(found - 128).view(prior.mean.shape).double()
+            z = _tensor(known[f"z{k}"]) if level.has_latent else None
+            return self._image(level, y_up, z, stack, notes, track, name, value)
+        if not self.gaussian:
+            return Rounded.code(self._prior(name, known), stack, notes, value)
+        rows, cols = level.transform.scale
+        shape = y_up.shape[0], *level.latent_shape(y_up.shape[2] * rows, y_up.shape[3] * cols)
+        return Gaussian.code(lambda drawn: self._prior(name, known, drawn), shape, stack, notes, value)
 
     def _image(
         self,
         level: Level,
         y_up: Tensor,
         z: Tensor | None,
-        coder: Bits,
+        stack: Stack,
         notes: Notes,
         track: Track,
         name: str,
@@ -272,10 +347,10 @@ class Codec:
                 y_up[..., r.outer, c.outer].to(self.model.device), part, (r.inner, c.inner)
             )
             core = (..., _part(r.core, y.shape[2], height), _part(c.core, y.shape[3], width))
-            y[core] = self._mixture(mixture, coder, notes, None if known is None else known[core])
+            y[core] = self._mixture(mixture, stack, notes, None if known is None else known[core])
         return y
 
-    def _mixture(self, mixture: Any, coder: Bits, notes: Notes, known: Tensor | None) -> Tensor:
+    def _mixture(self, mixture: Any, stack: Stack, notes: Notes, known: Tensor | None) -> Tensor:
         """Code the pixels that a mixture describes; returns them, uint8."""
         support = mixture.support
         b, groups, channels, _, h, w = mixture.offsets.shape
@@ -293,7 +368,7 @@ class Codec:
                 logistics = lattice.channel(v)
                 lo, hi = support.bounds(v) if support.truncates else (None, None)
                 found, weights = code(
-                    coder, weights, logistics, mixture.format.levels,
+                    stack, weights, logistics, mixture.format.levels,
                     None if lo is None or hi is None else (at(lo), at(hi)),
                     None if entries is None else at(entries),
                 )  # fmt: skip
@@ -334,6 +409,6 @@ class Codec:
         if (
             header.channels not in (1, format.channels)
             or header.levels != format.levels
-            or [part.name for part in header.parts] != variables(self.model)
+            or [part.name for part in header.parts] != self.names
         ):
             raise CodecError("the header does not fit the model that it names: the file is damaged")

@@ -9,24 +9,32 @@ import numpy as np
 
 if __name__ == "__main__":  # pytest looks into every module for examples
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from test_codec import GOLDEN, GOLDEN_FILES, fixed, golden_codec, golden_picture
+    from test_codec import (
+        GOLDEN,
+        GOLDEN_FILES,
+        fixed,
+        golden_album,
+        golden_codec,
+        golden_picture,
+        golden_tables,
+    )
 
-    from selfvae.codec import Codec, fingerprint, lattice, pack
-    from selfvae.codec.coder import Encoder
+    from selfvae.codec import fingerprint, pack
+    from selfvae.codec.coder import Stack
 
     sums = {"fingerprint": fingerprint(fixed()).hex()}
     for name, (_, shape) in GOLDEN_FILES.items():
         x = golden_picture(shape)
         (GOLDEN / f"{name}.svae").write_bytes(golden_codec(name).compress(x))
         sums[name] = [list(x.shape), zlib.crc32(x.numpy().tobytes())]
-    album = [(f"{i}.png", golden_picture((3, 4, 5 + i // 500)).roll(i, 3)) for i in range(600)]
-    (GOLDEN / "all.svaes").write_bytes(pack(Codec(fixed()), album, block=600))
+    album = golden_album(600)
+    (GOLDEN / "all.svaes").write_bytes(pack(golden_codec("colour"), album, block=600))
+    (GOLDEN / "drawn.svaes").write_bytes(pack(golden_codec("flow"), album[:10]))
     sums["archive"] = [[name, zlib.crc32(x.contiguous().numpy().tobytes())] for name, x in album]
-    encoder, p = Encoder(), (np.arange(20_000, dtype=np.int64) * 104729) % ((1 << 24) - 1) + 1
+    encoder, p = Stack(), (np.arange(20_000, dtype=np.int64) * 104729) % ((1 << 24) - 1) + 1
     encoder.bits(p, np.arange(20_000) * 7919 % 16_777_259 < p)
     encoder.push()
     sums["words"] = zlib.crc32(encoder.words().astype("<u4").tobytes())
     (GOLDEN / "checksums.json").write_text(json.dumps(sums) + "\n")
-    tables = [lattice._weight_table(), lattice._inverse_table(), *lattice._tail_table()]
-    checks = [zlib.crc32(t.astype("<i8").tobytes()) for t in tables]
+    checks = [zlib.crc32(t.astype("<i8").tobytes()) for t in golden_tables()]
     (GOLDEN / "tables.json").write_text(json.dumps(checks) + "\n")

@@ -1,0 +1,368 @@
+"""How a latent z is written: as whole numbers.
+
+- `Rounded`: the posterior is a `UniformBox`; its nearest whole number is coded, which costs the KL.
+- `Gaussian`: a value is drawn from the posterior with bits that are on the stack already, and the decoder,
+  which can tell the posterior once it has the image, puts them back: the cost is the KL ("bits-back").
+  Sources: Hinton and van Camp 1993; Townsend et al. 2019; for the order of pops and pushes, which lets few
+  bits suffice, Kingma et al. 2019 (Bit-Swap).
+
+  Where the stack holds too little, as for the finest latent of a file's first picture, the latent is chosen
+  *by rate*: every channel gets a step, and of the whole multiples of it those are taken that cost least,
+  their own bits and the image's.
+
+The flow prior is coded through its base space. By rate this is a plain change of variables; with bits-back
+it must map whole numbers one to one, which it does by dividing with a remainder that goes to the stack
+(Zhang et al. 2021, iFlow).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfvae.codec.coder import Stack, code
+from selfvae.codec.lattice import SHARES, Ints, Notes, ratios, values, weights
+from selfvae.distributions import DiagonalNormal, GaussianMixture, RoundedLogistic, UniformBox
+from selfvae.flows import Coupling
+from selfvae.priors import FlowDistribution
+
+__all__ = ["Dry", "Gaussian", "Latent", "Rounded"]
+
+# all part of the format
+_FEW = 256  # whole numbers of a latent that is rounded or chosen by rate
+_STEPS = tuple(2.0 ** (j / 2 - 4) for j in range(16))  # by rate: in standard deviations of the prior
+_GRIDS = tuple(2.0**-j for j in range(8))  # of a latent that is drawn
+# kinds: drawn on a grid, by rate in multiples of standard deviations of the prior, rounded to a grid
+_BY_RATE, _ROUNDED = len(_GRIDS), len(_GRIDS) + 1
+_ALL_KINDS = np.array([_ROUNDED + len(_GRIDS)])
+_MANY = 1 << 15  # whole numbers of a latent that is drawn
+_WIDTH = 6  # deviations from its mean, at most, that a latent is drawn
+_FAR = float(1 << 20)  # what a flow may shift by, in these
+_LATER = 1 << 40  # numbers of a posterior's values in the notes: the decoder meets them later
+
+_FINE = 0.25  # a grid's step, in deviations of the posterior: a tenth of the latent may be narrower
+
+
+class Dry(Exception):  # noqa: N818 (no error: the caller has another way)
+    """The stack holds too little to draw a latent, or the latent lies outside of what can be coded."""
+
+
+class Latent(NamedTuple):
+    """A latent as it is coded, and as the networks see it, float64 (B, C, h, w), both on the CPU."""
+
+    numbers: np.ndarray  # int8 or int16
+    z: Tensor
+    kind: int = 0
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the posterior's bits are to be given back."""
+        return self.kind < _BY_RATE
+
+
+class _Normals(NamedTuple):
+    """Mixtures of M Gaussians, all of a position's channels from one component: (M,), (M, B, C, h, w)."""
+
+    log_weights: Tensor
+    mean: Tensor
+    log2_scale: Tensor
+
+    @classmethod
+    def of(cls, p: DiagonalNormal | GaussianMixture) -> _Normals:
+        if isinstance(p, DiagonalNormal):
+            return cls(torch.zeros(1), p.mean[None], p.log_var[None] / math.log(4))
+        b, h, w = p.shape
+        mean, log_var = (x[:, None, :, None, None].expand(-1, b, -1, h, w) for x in (p.means, p.log_vars))
+        return cls(torch.log_softmax(p.logits, 0), mean, log_var / math.log(4))
+
+    def scaled(self, shift: Tensor | float, step: Tensor | float) -> _Normals:
+        """Of (z - shift) / step."""
+        octaves = torch.as_tensor(step, dtype=torch.float64).log2()
+        return _Normals(self.log_weights, (self.mean - shift) / step, self.log2_scale - octaves)
+
+    def code(
+        self, levels: int, stack: Stack, notes: Notes, known: np.ndarray | None, *, drawn: bool = False
+    ) -> Ints:
+        """Whole numbers (B, C, h, w), -levels / 2 and on; `known` are pushed, else they are popped.
+
+        drawn: as by a posterior: none far out, where the tables end and all would be alike likely; its
+            values have other numbers in the notes.
+        """
+        known = None if known is None else known.astype(np.int64)
+        shape, n = self.mean.shape[1:], self.mean[0, :, 0].numel()
+        if len(self.mean) == 1:  # all channels at once
+            flat = None if known is None else known.reshape(-1) + levels // 2
+            channel = values(
+                self.mean.reshape(1, -1).cpu().numpy(), self.log2_scale.reshape(1, -1).cpu().numpy(),
+                levels, "normal", notes, _LATER if drawn else None,
+            )  # fmt: skip
+            bounds = channel.within(_WIDTH, levels) if drawn else None
+            found, _ = code(stack, np.full_like(channel.mean, 1 << 20), channel, levels, bounds, flat)
+            return found.reshape(shape) - levels // 2
+        w = weights(self.log_weights.double().cpu().numpy()[:, None].repeat(n, 1), notes)
+        out = np.zeros(shape, np.int64)
+        for c in range(shape[1]):
+            mean, log2_scale = (
+                x[:, :, c].flatten(1).double().cpu().numpy() for x in (self.mean, self.log2_scale)
+            )
+            channel = values(mean, log2_scale, levels, "normal", notes)
+            flat = None if known is None else known[:, c].reshape(-1) + levels // 2
+            found, w = code(stack, w, channel, levels, None, flat)
+            out[:, c] = found.reshape(out[:, c].shape) - levels // 2
+        return out
+
+
+class Rounded:
+    """Latents with a `UniformBox` posterior and a `RoundedLogistic` prior, as whole numbers."""
+
+    @staticmethod
+    def choose(prior: RoundedLogistic, posterior: UniformBox) -> Latent:
+        z = posterior.mode().double().cpu()
+        return Latent(z.numpy().astype(np.int8), z)
+
+    @staticmethod
+    def code(prior: RoundedLogistic, stack: Stack, notes: Notes, known: Latent | None) -> Latent:
+        mean, octaves = prior.mean.flatten(), prior.log_scale.flatten() / math.log(2)
+        channel = values(
+            mean.double().cpu().numpy()[None], octaves.double().cpu().numpy()[None], _FEW, "logistic", notes
+        )
+        flat = None if known is None else known.numbers.reshape(-1).astype(np.int64) + _FEW // 2
+        found, _ = code(stack, np.full_like(channel.mean, 1 << 20), channel, _FEW, None, flat)
+        numbers = (found - _FEW // 2).astype(np.int8).reshape(prior.mean.shape)
+        return Latent(numbers, torch.from_numpy(numbers).double())
+
+
+class _Base(NamedTuple):
+    """Where a prior is about the standard normal: the way there and back, and what it is there."""
+
+    to: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor], Tensor]
+    normals: Callable[[Tensor], _Normals]
+
+    @classmethod
+    def of(cls, prior: Any) -> _Base:
+        if isinstance(prior, FlowDistribution):
+            return cls(
+                lambda z: prior.flow(z)[0], lambda e: prior.flow.inverse(e.to(prior.device)), _standard
+            )
+        if isinstance(prior, DiagonalNormal):
+            mean, scale = prior.mean.double(), torch.exp(0.5 * prior.log_var.double())
+            return cls(lambda z: (z - mean) / scale, lambda e: mean + scale * e.to(scale.device), _standard)
+        shares = torch.softmax(prior.logits, 0)[:, None]
+        mean = (shares * prior.means).sum(0)
+        spread = (shares * (torch.exp(prior.log_vars) + (prior.means - mean) ** 2)).sum(0).sqrt()
+        mean, spread = mean[:, None, None], spread[:, None, None]
+        own = _Normals.of(prior).scaled(mean, spread)
+        return cls(
+            lambda z: (z - mean) / spread, lambda e: mean + spread * e.to(spread.device), lambda like: own
+        )
+
+
+def _standard(like: Tensor) -> _Normals:
+    zeros = torch.zeros(1, *like.shape, dtype=torch.float64)
+    return _Normals(torch.zeros(1), zeros, zeros)
+
+
+class Gaussian:
+    """Latents with a Gaussian posterior: drawn on a grid, or chosen by rate."""
+
+    @staticmethod
+    def draw(posterior: DiagonalNormal, stack: Stack, notes: Notes) -> Latent:
+        """Pop a latent by its posterior. Raises Dry if the stack does not hold enough."""
+        kind = _kind(_FINE * _deviation(posterior, 0.1))
+        grid = _Normals.of(posterior).scaled(0.0, _GRIDS[kind])
+        numbers = grid.code(_MANY, stack, notes, None, drawn=True)
+        if stack.left() == 0:
+            raise Dry
+        return _on_grid(numbers, kind)
+
+    @staticmethod
+    def give_back(posterior: DiagonalNormal, stack: Stack, notes: Notes, known: Latent) -> None:
+        """Push what drawing a latent popped."""
+        grid = _Normals.of(posterior).scaled(0.0, _GRIDS[known.kind])
+        grid.code(_MANY, stack, notes, known.numbers, drawn=True)
+        stack.push()
+
+    @staticmethod
+    def choose(prior: Any, posterior: DiagonalNormal, plain: bool) -> Latent:
+        """By rate; `plain` in a way that takes nothing from the stack."""
+        if isinstance(prior, FlowDistribution) and not plain:
+            kind = _kind(math.sqrt(12) * _deviation(posterior, 0.5))  # where bits and errors balance
+            numbers = torch.round(posterior.mean / _GRIDS[kind]).clamp(-_MANY // 2, _MANY // 2 - 1)
+            return _on_grid(numbers.long().cpu().numpy(), _ROUNDED + kind)
+        base = _Base.of(prior)
+        mean, beside = base.to(posterior.mean), base.to(posterior.mean + torch.exp(0.5 * posterior.log_var))
+        return _by_rate(base, *_cheapest(mean.cpu(), (beside - mean).cpu() ** 2))
+
+    @staticmethod
+    def code(
+        prior: Callable[[bool], Any],
+        shape: tuple[int, int, int, int],
+        stack: Stack,
+        notes: Notes,
+        known: Latent | None,
+    ) -> Latent:
+        """Push a `known` latent, or pop it. Raises Dry as `draw` does, and leaves the stack in between.
+
+        prior: given whether the latent is drawn.
+        """
+        kind = int(stack.uniform(_ALL_KINDS)[0]) if known is None else known.kind
+        if kind == _BY_RATE:
+            return _code_by_rate(prior(False), shape, stack, notes, known)
+        p = prior(kind < _BY_RATE)
+        if isinstance(p, FlowDistribution):
+            return _code_by_flow(p, shape, stack, notes, known, kind)
+        if known is not None:
+            stack.uniform(_ALL_KINDS, np.array([kind]))
+        own = None if known is None else known.numbers
+        found = _Normals.of(p).scaled(0.0, _grid(kind)).code(_MANY, stack, notes, own)
+        return _on_grid(found, kind) if known is None else known
+
+
+def _deviation(posterior: DiagonalNormal, share: float) -> float:
+    """The posterior's standard deviation, below which is a share of the latent."""
+    log_var = posterior.log_var.flatten()
+    return math.exp(0.5 * log_var.kthvalue(max(1, int(share * log_var.numel()))).values.item())
+
+
+def _kind(step: float) -> int:
+    """The grid next to a step."""
+    return min(max(round(-math.log2(step)), 0), len(_GRIDS) - 1)
+
+
+def _grid(kind: int) -> float:
+    return _GRIDS[kind if kind < _BY_RATE else kind - _ROUNDED]
+
+
+def _on_grid(numbers: Ints, kind: int) -> Latent:
+    return Latent(numbers.astype(np.int16), _grid(kind) * torch.from_numpy(numbers).double(), kind)
+
+
+def _code_by_rate(
+    prior: Any, shape: tuple[int, int, int, int], stack: Stack, notes: Notes, known: Latent | None
+) -> Latent:
+    if known is not None:
+        stack.uniform(_ALL_KINDS, np.array([_BY_RATE]))
+    n = shape[0] * shape[1]
+    kinds = stack.uniform(np.full(n, len(_STEPS)), None if known is None else known.numbers[:n])
+    base, own = _Base.of(prior), None if known is None else known.numbers[n:].reshape(shape)
+    grid = base.normals(torch.zeros(shape)).scaled(0.0, _steps(kinds.reshape(shape[:2])))
+    found = grid.code(_FEW, stack, notes, own)
+    return _by_rate(base, kinds.reshape(shape[:2]), found) if known is None else known
+
+
+def _by_rate(base: _Base, kinds: Ints, found: Ints) -> Latent:
+    z = base.back(_steps(kinds) * torch.from_numpy(found)).double().cpu()
+    return Latent(np.concatenate([kinds.reshape(-1), found.reshape(-1)]).astype(np.int8), z, _BY_RATE)
+
+
+def _steps(kinds: Ints) -> Tensor:
+    """(B, C) -> (B, C, 1, 1)."""
+    return torch.tensor(_STEPS, dtype=torch.float64)[torch.from_numpy(kinds).long()][:, :, None, None]
+
+
+def _code_by_flow(
+    prior: FlowDistribution,
+    shape: tuple[int, int, int, int],
+    stack: Stack,
+    notes: Notes,
+    known: Latent | None,
+    kind: int,
+) -> Latent:
+    # a coarse grid is filled up to a fine one: the flow rounds at every step
+    fill = 0 if kind < _BY_RATE else len(_GRIDS) - 1 - (kind - _ROUNDED)
+    couple = _Integers(prior, _grid(kind) / 2**fill, math.prod(shape), stack, notes)
+    low, noise = np.full(math.prod(shape), 1 << fill), None
+    if known is not None:
+        v = known.numbers.astype(np.int64) << fill
+        if fill:
+            v += stack.uniform(low).reshape(shape)
+        noise = prior.flow.walk(torch.from_numpy(v), couple.there).numpy()
+        if np.abs(noise).max() >= _MANY // 2 or stack.left() == 0:
+            raise Dry
+        stack.uniform(_ALL_KINDS, np.array([kind]))
+    found = _standard(torch.zeros(shape)).scaled(0.0, couple.grid).code(_MANY, stack, notes, noise)
+    if known is not None:
+        return known
+    v = prior.flow.walk_back(torch.from_numpy(found), couple.back).numpy()
+    if fill:
+        stack.uniform(low, (v & (1 << fill) - 1).reshape(-1))
+        stack.push()
+    return _on_grid(v >> fill, kind)
+
+
+@functools.cache
+def _rates() -> Tensor:
+    """Nats of the whole numbers 0 to 127 of every step, under the standard normal: (steps, 128)."""
+    upper = torch.tensor(_STEPS, dtype=torch.float64)[:, None] * (torch.arange(129) - 0.5)
+    beyond = torch.special.log_ndtr(-upper)
+    return -(beyond[:, :-1] + torch.log1p(-torch.exp(beyond[:, 1:] - beyond[:, :-1])))
+
+
+def _cheapest(mean: Tensor, variance: Tensor) -> tuple[Ints, Ints]:
+    """Steps (B, C) and numbers (B, C, h, w) for a posterior, where the prior is the standard normal."""
+    precision = (1 / variance - 1).clamp(min=0)  # of what the image alone says
+    told = torch.where(precision > 1e-6, mean / variance / precision.clamp(min=1e-6), 0.0)
+    best = torch.full(mean.shape[:2], math.inf, dtype=torch.float64)
+    kinds, numbers = torch.zeros(mean.shape[:2], dtype=torch.long), torch.zeros_like(mean)
+    for kind, step in enumerate(_STEPS):
+        nearest = torch.round(mean / step).clamp(-127, 127)
+        cost, found = torch.full_like(mean, math.inf), torch.zeros_like(mean)
+        for less in (0, 1):  # it, or one towards the middle of the prior
+            i = nearest.sign() * (nearest.abs() - less).clamp(min=0)
+            own = _rates()[kind][i.abs().long()] + 0.5 * precision * (step * i - told) ** 2
+            found, cost = torch.where(own < cost, i, found), torch.minimum(own, cost)
+        total = cost.sum((2, 3))
+        better = total < best
+        best, kinds = torch.where(better, total, best), torch.where(better, kind, kinds)
+        numbers = torch.where(better[:, :, None, None], found, numbers)
+    return kinds.numpy(), numbers.numpy().astype(np.int64)
+
+
+class _Integers:
+    """A flow's couplings as one-to-one maps of whole numbers: v -> v * ratio / 2^12 + shift.
+
+    What the ratio's numerator multiplies is filled up from the stack, what its denominator divides leaves
+    a remainder for it: the bits that this costs or yields are the log-determinant.
+    """
+
+    def __init__(self, prior: FlowDistribution, grid: float, n: int, stack: Stack, notes: Notes) -> None:
+        flow, self.grid = prior.flow, grid
+        couplings = [*flow.checker, *flow.channel, *flow.final]
+        first = notes.reserve(2 * n * len(couplings))  # they come in reverse in the decoder
+        self.at = {coupling: first + 2 * n * i for i, coupling in enumerate(couplings)}
+        self.n, self.device, self.stack, self.notes = n, prior.device, stack, notes
+
+    def _parameters(self, coupling: Coupling, v: Tensor) -> tuple[Tensor, Ints, Ints]:
+        """Which values change, their ratios and shifts."""
+        moved = ~coupling.mask(v).expand(v.shape)
+        log_scale, shift = (
+            x.cpu()[moved].numpy() for x in coupling.affine(v.double().to(self.device) * self.grid)
+        )
+        at = self.at[coupling]
+        ratio = ratios(log_scale, self.notes, at)
+        return moved, ratio, self.notes.snap(np.clip(shift / self.grid, -_FAR, _FAR), at + self.n)
+
+    def there(self, coupling: Coupling, v: Tensor) -> Tensor:
+        moved, ratio, shift = self._parameters(coupling, v)
+        filled = v[moved].numpy() * ratio + self.stack.uniform(ratio)
+        if self.stack.left() == 0:
+            raise Dry
+        whole, rest = filled >> SHARES, filled & (1 << SHARES) - 1
+        self.stack.uniform(np.full_like(rest, 1 << SHARES), rest)
+        self.stack.push()
+        return v.masked_scatter(moved, torch.from_numpy(whole + shift))
+
+    def back(self, coupling: Coupling, v: Tensor) -> Tensor:
+        moved, ratio, shift = self._parameters(coupling, v)
+        rest = self.stack.uniform(np.full_like(ratio, 1 << SHARES))
+        whole, filled = np.divmod((v[moved].numpy() - shift << SHARES) + rest, ratio)
+        self.stack.uniform(ratio, filled)
+        self.stack.push()
+        return v.masked_scatter(moved, torch.from_numpy(whole))

@@ -8,7 +8,7 @@ The papers' protocol: sampled uint8 images, not means; as many generated as real
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from selfvae.data import Images
 from selfvae.model import SelfVAE
 from selfvae.pictures import show
+from selfvae.progress import Track, silent
 from selfvae.tasks import Drawing, generate
 
 __all__ = ["features", "frechet_distance", "kernel_distance", "load_network", "precision_recall", "quality"]
@@ -166,10 +167,6 @@ def report(real: Tensor, drawn: Tensor) -> dict[str, Any]:
     }
 
 
-def _as_they_come(steps: Sequence[range], description: str) -> Iterable[range]:
-    return steps
-
-
 def quality(
     model: SelfVAE,
     images: Images,
@@ -177,7 +174,7 @@ def quality(
     n: int = 10_000,
     *,
     batch_size: int = 100,
-    track: Callable[[Sequence[range], str], Iterable[range]] = _as_they_come,
+    track: Track = silent,
     **how: Unpack[Drawing],
 ) -> dict[str, Any]:
     """`report` for all images against n drawn ones of the same size.

@@ -9,18 +9,17 @@ same as on the whole; the channel attention of dense blocks takes its means over
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from selfvae.level import Level, Posterior
 from selfvae.model import SelfVAE
+from selfvae.progress import Track, silent
 from selfvae.transforms import Blank
 
 __all__ = ["Tile", "split", "tiled"]
-
-Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
 
 class Tile(NamedTuple):
@@ -78,7 +77,7 @@ class TiledLevel(nn.Module):
     """A level whose networks see tiles of `tile` pixels of y and `margin` pixels of context around."""
 
     def __init__(
-        self, level: Level, k: int, unit: tuple[int, int], tile: int, margin: int, track: Track | None
+        self, level: Level, k: int, unit: tuple[int, int], tile: int, margin: int, track: Track
     ) -> None:
         super().__init__()
         self.level, self.k, self.unit, self.track = level, k, unit, track
@@ -102,7 +101,7 @@ class TiledLevel(nn.Module):
             for c in split(units[1], self.tile[1], self.margin[1])
         ]
         out: Tensor | None = None
-        for r, c in self.track(tiles, f"{name}{self.k}") if self.track else tiles:
+        for r, c in self.track(tiles, f"{name}{self.k}"):
             drawn = draw(part(*(grid.cut(x, r.outer, c.outer) for x in inputs)))
             high = r.outer.stop - r.outer.start, c.outer.stop - c.outer.start
             if out is None:
@@ -132,7 +131,7 @@ class TiledLevel(nn.Module):
         return _TiledDistribution(self, "y", self.level.likelihood, [y_up, z])
 
 
-def tiled(model: SelfVAE, tile: int = 192, margin: int = 32, track: Track | None = None) -> SelfVAE:
+def tiled(model: SelfVAE, tile: int = 192, margin: int = 32, track: Track = silent) -> SelfVAE:
     """The same model for pictures of any size: every operation of `tasks`, in bounded memory.
 
     Arguments:

@@ -35,7 +35,7 @@ def compress(source: In, out: Out, model: Path, verify: bool = True) -> int:
     Args:
         source: picture file, or a folder.
         out: file ending in .svae, or folder for them.
-        model: folder that training wrote; of a model without latents, e.g. selfvae-halve.
+        model: folder that training wrote; e.g. of a selfvae-halve.
         verify: decode every file and compare, which takes twice as long.
     """
     packer = _codec(model)
@@ -76,7 +76,7 @@ def pack(source: In, out: Out, model: Path, block: int = 64, verify: bool = True
     Args:
         source: folder of pictures; what lies in folders below it too.
         out: file ending in .svaes.
-        model: folder that training wrote; of a model without latents, e.g. selfvae-halve.
+        model: folder that training wrote; e.g. of a selfvae-halve.
         block: pictures that are decoded together: more are smaller, fewer are quicker to take one out of.
         verify: decode everything and compare, which takes twice as long.
     """
@@ -153,7 +153,7 @@ def bench(
     Args:
         what: the codec.
         folder: pictures.
-        model: folder that training wrote; of a model without latents.
+        model: folder that training wrote.
         out: folder for codec.md, codec.json and codec.png; by default nothing is written.
         limit: the first so many pictures.
         prefixes: measure how good the picture is that a prefix of the file gives.

@@ -19,9 +19,9 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from torch import Tensor
 from selfvae.codec.coder import Stack
 from selfvae.codec.container import CHANGED, CodecError, Reader, check_size, check_start, varint
 from selfvae.codec.progressive import Codec
+from selfvae.progress import Track, silent
 
 __all__ = ["Archive", "Entry", "pack"]
 
@@ -38,7 +39,6 @@ _TOGETHER = 1 << 18  # pixels that are computed at once; part of the format
 _INDEX = 1 << 24  # bytes of an index, at most
 
 Named = tuple[str, Tensor]
-Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
 
 class Entry(NamedTuple):
@@ -96,7 +96,7 @@ def pack(
     *,
     block: int = 64,
     verify: bool = True,
-    track: Track = lambda steps, text: steps,
+    track: Track = silent,
 ) -> bytes:
     """An archive of pictures.
 

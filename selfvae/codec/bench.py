@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from selfvae.codec.progressive import Codec
 from selfvae.evaluate import psnr
 from selfvae.hub import write_atomic
 from selfvae.pictures import from_image, to_image
+from selfvae.progress import Track, silent
 
 __all__ = ["LOSSLESS", "LOSSY", "bench", "markdown", "plot"]
 
@@ -74,7 +75,7 @@ def bench(
     pictures: Sequence[Tensor],
     *,
     prefixes: bool = True,
-    track: Callable[[Sequence[Tensor], str], Iterable[Tensor]] = lambda pictures, text: pictures,
+    track: Track = silent,
 ) -> dict[str, Any]:
     """Sizes and speeds over pictures, uint8 (1, C, H, W) each; every lossless file is decoded and compared.
 

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -22,8 +22,9 @@ from selfvae.codec.latents import Dry, Gaussian, Latent, Rounded
 from selfvae.codec.lattice import Lattice, Notes
 from selfvae.level import Level
 from selfvae.model import SelfVAE
+from selfvae.progress import Track, silent
 from selfvae.tasks import Drawing, complete, infer, variables
-from selfvae.tiles import Tile, split, tiled
+from selfvae.tiles import split, tiled
 from selfvae.transforms import check_image
 
 __all__ = ["Codec", "fingerprint"]
@@ -33,9 +34,6 @@ _TILE, _MARGIN = 192, 16
 
 # options that came later, as they were before: they leave the fingerprints of older models alone
 _PLAIN = {"posterior": "normal"}
-
-Square = tuple[Tile, Tile]
-Track = Callable[[Sequence[Square], str], Iterable[Square]]
 
 
 def fingerprint(model: SelfVAE) -> bytes:
@@ -71,10 +69,6 @@ def _part(of: slice, length: int, whole: int) -> slice:
 
 def _up(n: int, unit: int) -> int:
     return -(-n // unit) * unit
-
-
-def _as_they_come(tiles: Sequence[Square], name: str) -> Iterable[Square]:
-    return tiles
 
 
 class Written(NamedTuple):
@@ -118,7 +112,7 @@ class Codec:
         self._draws = _draws(self.names) if self.gaussian else {}
 
     @torch.no_grad()
-    def compress(self, x: Tensor, *, verify: bool = True, track: Track = _as_they_come) -> bytes:
+    def compress(self, x: Tensor, *, verify: bool = True, track: Track = silent) -> bytes:
         """The file of a picture.
 
         Arguments:
@@ -153,7 +147,7 @@ class Codec:
         upto: str = "y0",
         *,
         partial: bool = False,
-        track: Track = _as_they_come,
+        track: Track = silent,
         **how: Unpack[Drawing],
     ) -> Tensor:
         """The picture in a file, uint8 (1, C, H, W), bit for bit.
@@ -204,7 +198,7 @@ class Codec:
             values[name] = value
         return values
 
-    def push(self, x: Tensor, stack: Stack, track: Track = _as_they_come) -> dict[str, Written]:
+    def push(self, x: Tensor, stack: Stack, track: Track = silent) -> dict[str, Written]:
         """Put pictures x, uint8 (B, C, H, W), on a stack, all levels of all of them.
 
         Gaussian latents are drawn with what the stack holds, as far as that goes.
@@ -253,7 +247,7 @@ class Codec:
 
     def pop(self, n: int, size: tuple[int, int], stack: Stack, notes: list[bytes]) -> Tensor:
         """Take n pictures of a height and width off a stack: uint8 (n, C, H, W); notes as in the walk."""
-        *_, (_, x) = self._variables(n, size, stack, notes, _as_they_come)
+        *_, (_, x) = self._variables(n, size, stack, notes, silent)
         return _tensor(x)[:, :, : size[0], : size[1]]
 
     def _variables(

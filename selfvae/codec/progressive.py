@@ -18,7 +18,7 @@ from torch import Tensor
 from selfvae.codec import container
 from selfvae.codec.coder import MOST, Stack, code
 from selfvae.codec.container import CHANGED, CodecError, Header, Part, check_size
-from selfvae.codec.latents import Dry, Gaussian, Latent, Rounded
+from selfvae.codec.latents import Dry, Gaussian, Latent, Rounded, typical
 from selfvae.codec.lattice import Lattice, Notes
 from selfvae.level import Level
 from selfvae.model import SelfVAE
@@ -273,12 +273,11 @@ class Codec:
         return _tensor(y).to(self.model.device)
 
     def _prior(self, name: str, known: Mapping[str, Value], drawn: bool = True) -> Any:
-        """p(z | y_up, z_up); at the mean of q(z_up | y_up) if z is chosen by rate, before z_up is drawn."""
+        """p(z | y_up, z_up); if z is chosen by rate, before z_up is drawn, at another draw of z_up."""
         k = int(name[1:])
-        z_up = None
-        if f"z{k + 1}" in self.names:
-            above = f"z{k + 1}"
-            z_up = _tensor(known[above]) if drawn else self._posterior(above, known).mean
+        above, z_up = f"z{k + 1}", None
+        if above in self.names:
+            z_up = _tensor(known[above]) if drawn else typical(self._posterior(above, known))
             z_up = z_up.to(self.model.device)
         return self.model.levels[k].prior(self._above(name, known), z_up)
 

@@ -1,0 +1,15 @@
+"""Hooks that show progress: given steps and what they are for, a hook hands the steps on, one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+__all__ = ["Track", "silent"]
+
+Track = Callable[[Sequence[Any], str], Iterable[Any]]
+
+
+def silent(steps: Sequence[Any], text: str) -> Iterable[Any]:
+    """The hook that shows nothing."""
+    return steps

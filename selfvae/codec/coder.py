@@ -57,12 +57,12 @@ class Stack:
     def copy(self) -> Stack:
         """Another stack with the same words; nothing may wait."""
         other = Stack()
-        other._ans = self._ans.clone()
+        other.become(self)
         return other
 
     def become(self, other: Stack) -> None:
         """Take another one's words; nothing may wait."""
-        self._ans = other._ans.clone()
+        self._ans, self.low = other._ans.clone(), other.low
         self._waiting.clear()
 
     def bits(self, p: Ints, known: np.ndarray | None = None) -> np.ndarray:

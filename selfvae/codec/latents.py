@@ -32,7 +32,7 @@ from selfvae.distributions import DiagonalNormal, GaussianMixture, RoundedLogist
 from selfvae.flows import Coupling
 from selfvae.priors import FlowDistribution
 
-__all__ = ["Dry", "Gaussian", "Latent", "Rounded", "typical"]
+__all__ = ["FINE", "Dry", "Gaussian", "Latent", "Rounded", "typical"]
 
 # all part of the format
 _FEW = 256  # whole numbers of a latent that is rounded or chosen by rate
@@ -46,9 +46,12 @@ _ALL_KINDS = np.array([_ROUNDED + len(_GRIDS)])
 _MANY = 1 << 15  # whole numbers of a latent that is drawn
 _WIDTH = 6  # deviations from its mean, at most, that a latent is drawn
 _FAR = float(1 << 20)  # what a flow may shift by, in these
+_AT_ONCE = 64  # values that a flow maps
 _LATER = 1 << 40  # numbers of a posterior's values in the notes: the decoder meets them later
 
-_FINE = 0.25  # a grid's step, in deviations of the posterior: a tenth of the latent may be narrower
+# a grid's step, in deviations of the posterior (a tenth of the latent may be narrower): the first that the
+# stack has enough for
+FINE = (0.25, 0.5, 1.0)
 
 
 class Dry(Exception):  # noqa: N818 (no error: the caller has another way)
@@ -175,9 +178,9 @@ class Gaussian:
     """Latents with a Gaussian posterior: drawn on a grid, or chosen by rate."""
 
     @staticmethod
-    def draw(posterior: DiagonalNormal, stack: Stack, notes: Notes) -> Latent:
-        """Pop a latent by its posterior. Raises Dry if the stack does not hold enough."""
-        kind = _kind(_FINE * _deviation(posterior, 0.1))
+    def draw(posterior: DiagonalNormal, stack: Stack, notes: Notes, fine: float = FINE[0]) -> Latent:
+        """Pop a latent by its posterior. Raises Dry if the stack does not hold enough, and spoils it."""
+        kind = _kind(fine * _deviation(posterior, 0.1))
         grid = _Normals.of(posterior).scaled(0.0, _GRIDS[kind])
         numbers = grid.code(_MANY, stack, notes, None, drawn=True)
         if stack.left() == 0:
@@ -252,13 +255,21 @@ def _code_by_rate(
     if known is not None:
         stack.uniform(_ALL_KINDS, np.array([_BY_RATE]))
     n = shape[0] * shape[1]
-    kinds = stack.uniform(np.full(n, len(_STEPS)), None if known is None else known.numbers[:n])
+    kinds = _code_kinds(n, stack, None if known is None else known.numbers[:n])
     base, own = _Base.of(prior), None if known is None else known.numbers[n:].reshape(shape)
     step = _steps(kinds.reshape(shape[:2]))
     step = torch.where(step > 0, step, _NOWHERE)  # noise: all numbers are 0
     grid = base.normals(torch.zeros(shape)).scaled(step * _dither(shape), step)
     found = grid.code(_FEW, stack, notes, own)
     return _by_rate(base, kinds.reshape(shape[:2]), found) if known is None else known
+
+
+def _code_kinds(n: int, stack: Stack, known: np.ndarray | None) -> Ints:
+    """Which step each channel has: half of them, about, are noise."""
+    noise = stack.bits(np.full(n, 1 << 23), None if known is None else known == len(_STEPS) - 1)
+    kinds, others = np.full(n, len(_STEPS) - 1), np.full(n - noise.sum(), len(_STEPS) - 1)
+    kinds[~noise] = stack.uniform(others, None if known is None else known[~noise])
+    return kinds
 
 
 def _by_rate(base: _Base, kinds: Ints, found: Ints) -> Latent:
@@ -380,18 +391,28 @@ class _Integers:
 
     def there(self, coupling: Coupling, v: Tensor) -> Tensor:
         moved, ratio, shift = self._parameters(coupling, v)
-        filled = v[moved].numpy() * ratio + self.stack.uniform(ratio)
-        if self.stack.left() == 0:
-            raise Dry
-        whole, rest = filled >> SHARES, filled & (1 << SHARES) - 1
-        self.stack.uniform(np.full_like(rest, 1 << SHARES), rest)
-        self.stack.push()
-        return v.masked_scatter(moved, torch.from_numpy(whole + shift))
+        values = v[moved].numpy()
+        for some in _few(len(values)):
+            filled = values[some] * ratio[some] + self.stack.uniform(ratio[some])
+            if self.stack.left() == 0:
+                raise Dry
+            values[some] = filled >> SHARES
+            rest = filled & (1 << SHARES) - 1
+            self.stack.uniform(np.full_like(rest, 1 << SHARES), rest)
+            self.stack.push()
+        return v.masked_scatter(moved, torch.from_numpy(values + shift))
 
     def back(self, coupling: Coupling, v: Tensor) -> Tensor:
         moved, ratio, shift = self._parameters(coupling, v)
-        rest = self.stack.uniform(np.full_like(ratio, 1 << SHARES))
-        whole, filled = np.divmod((v[moved].numpy() - shift << SHARES) + rest, ratio)
-        self.stack.uniform(ratio, filled)
-        self.stack.push()
-        return v.masked_scatter(moved, torch.from_numpy(whole))
+        values = v[moved].numpy() - shift
+        for some in reversed(_few(len(values))):
+            rest = self.stack.uniform(np.full_like(ratio[some], 1 << SHARES))
+            values[some], filled = np.divmod((values[some] << SHARES) + rest, ratio[some])
+            self.stack.uniform(ratio[some], filled)
+            self.stack.push()
+        return v.masked_scatter(moved, torch.from_numpy(values))
+
+
+def _few(n: int) -> list[slice]:
+    """So many at a time, so that what is popped is soon pushed again."""
+    return [slice(i, i + _AT_ONCE) for i in range(0, n, _AT_ONCE)]

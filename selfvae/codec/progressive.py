@@ -18,7 +18,7 @@ from torch import Tensor
 from selfvae.codec import container
 from selfvae.codec.coder import MOST, Stack, code
 from selfvae.codec.container import CHANGED, CodecError, Header, Part, check_size
-from selfvae.codec.latents import Dry, Gaussian, Latent, Rounded, typical
+from selfvae.codec.latents import FINE, Dry, Gaussian, Latent, Rounded, typical
 from selfvae.codec.lattice import Lattice, Notes
 from selfvae.level import Level
 from selfvae.model import SelfVAE
@@ -236,11 +236,11 @@ class Codec:
         self, name: str, known: Mapping[str, Value], stack: Stack, draw: bool
     ) -> tuple[Latent, Notes]:
         """A Gaussian latent, drawn if that can be; and the notes of this."""
-        posterior, notes = self._posterior(name, known), Notes()
-        if draw:
-            before = stack.copy()
+        posterior, before = self._posterior(name, known), stack.copy()
+        for fine in FINE if draw else ():
+            notes = Notes()
             try:
-                return Gaussian.draw(posterior, stack, notes), notes
+                return Gaussian.draw(posterior, stack, notes, fine), notes
             except Dry:
                 stack.become(before)
         return Gaussian.choose(self._prior(name, known, drawn=False), posterior, not draw), Notes()

@@ -1,5 +1,7 @@
 """The codec: every pixel back, at the length that the model promises, from damaged files nothing."""
 
+import contextlib
+import copy
 import io
 import json
 import math
@@ -34,7 +36,7 @@ from selfvae.codec import (
 )
 from selfvae.codec.coder import Stack, _length, code
 from selfvae.codec.container import Header, Part, Reader, varint
-from selfvae.codec.latents import Dry, Gaussian, _Integers
+from selfvae.codec.latents import _BY_RATE, _ROUNDED, Dry, Gaussian, _Integers, _noise
 from selfvae.codec.lattice import ONE, Channel, Notes, cumulative
 from selfvae.distributions import DiagonalNormal
 from selfvae.flows import Coupling
@@ -211,6 +213,8 @@ def test_rounding_near_a_border_follows_the_note(monkeypatch: pytest.MonkeyPatch
     again.snap(values)
     with pytest.raises(CodecError, match="corrects a value that does not exist"):
         again.check_used()
+    with pytest.raises(CodecError, match="corrects a value twice"):
+        Notes(varint(4) + varint(0))
     with pytest.raises(CodecError, match="corrects a value that needs none"):
         Notes(varint(0)).snap(values)  # the first
     with pytest.raises(CodecError, match="not finite"):
@@ -318,6 +322,11 @@ def test_gaussian_latents(name: str, prior: str, picture: Tensor, monkeypatch: p
     for i, part in enumerate(header.parts[1:], 1):
         cut = data[: header.size + sum(p.size for p in header.parts[:i])]
         assert codec.decompress(cut, partial=True).shape == x.shape, part.name
+        for held in header.parts[:i]:
+            if held.name[0] == "y":
+                found = codec.decompress(cut, held.name, partial=True)
+                assert torch.equal(found, codec.decompress(data, held.name))
+    assert name == "vae" or header.parts[-1].words > 20  # the last part has some of its own
     black = torch.zeros_like(x)
     album = [("a", x), ("b", x.flip(3)), ("c", x[:, :, :3]), *((str(i), black) for i in range(5))]
     for (_, a), (_, b) in zip(album, Archive(codec, pack(codec, album)), strict=True):
@@ -325,6 +334,71 @@ def test_gaussian_latents(name: str, prior: str, picture: Tensor, monkeypatch: p
     monkeypatch.setattr("selfvae.codec.progressive._TILE", 8)
     monkeypatch.setattr("selfvae.codec.progressive._MARGIN", 3)
     assert torch.equal(codec.decompress(codec.compress(x, verify=False)), x)
+
+
+def how_coded(codec: Codec, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """How the latents of a picture are coded: "drawn", "rounded" (on a grid) or "by rate"."""
+    kinds: list[int] = []
+    plain = Gaussian.code
+
+    def code(prior: Any, shape: Any, stack: Any, notes: Any, known: Any) -> Any:
+        kinds.append(known.kind)
+        return plain(prior, shape, stack, notes, known)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Gaussian, "code", code)
+        codec.push(x, Stack())
+    latents = [name for name in reversed(codec.names) if name[0] == "z"]
+    named = zip(latents, kinds[-len(latents) :], strict=True)  # the last try's
+    return {
+        name: "drawn" if kind < _BY_RATE else "rounded" if kind >= _ROUNDED else "by rate"
+        for name, kind in named
+    }
+
+
+def test_which_latents_are_drawn(picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a picture's own bits suffice for; plain pictures take coarser grids, or none."""
+    codec = Codec(gaussian("selfvae", "normal"))
+    rich = how_coded(codec, picture, monkeypatch)
+    assert rich == {"z0": "by rate", "z1": "drawn"}
+    draw = Gaussian.draw
+    for dry, expected in (
+        (1.0, "drawn"),
+        (2.0, "by rate"),
+    ):  # as if the stack were too small for steps below
+        seen = []
+
+        def tried(q: Any, stack: Any, notes: Any, fine: float, dry: float = dry, seen: Any = seen) -> Any:
+            seen.append(fine)
+            if fine < dry:
+                raise Dry
+            return draw(q, stack, notes, fine)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Gaussian, "draw", tried)
+            found = how_coded(codec, picture, monkeypatch)
+        assert found["z1"] == expected and seen == 2 * [0.25, 0.5, 1.0]
+    flow = Codec(gaussian("vae", "flow"))
+    assert how_coded(flow, picture, monkeypatch)["z0"] == "rounded"
+    assert how_coded(flow, torch.zeros_like(picture)[:, :, :4, :4], monkeypatch)["z0"] == "by rate"
+
+
+def test_noise_is_the_same_whatever_torch_is_told() -> None:
+    plain = _noise((1, 1, 1400, 1400))
+    assert plain.isfinite().all() and plain.mean().abs() < 0.01 and (plain.std() - 1).abs() < 0.01
+    kept = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(plain, _noise((1, 1, 1400, 1400)))
+    finally:
+        torch.set_default_dtype(kept)
+
+
+def test_a_model_that_is_not_finite(picture: Tensor) -> None:
+    for model in (fixed(), gaussian()):
+        next(model.levels[0].parameters()).data.fill_(math.nan)
+        with pytest.raises(CodecError, match="not finite: it is damaged"):
+            Codec(model).compress(picture)
 
 
 def codec_input(codec: Codec, x: Tensor) -> Tensor:
@@ -556,10 +630,14 @@ def test_the_margin_is_a_thousand_times_what_computers_differ_by(tmp_path: Path,
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_reads_what_a_cpu_wrote(codec: Codec, picture: Tensor) -> None:
-    for own, model in ((codec, fixed()), (_CODECS["gaussian"], gaussian())):
-        other = Codec(model.cuda())
-        assert torch.equal(other.decompress(own.compress(picture)), picture)
+def test_a_gpu_reads_what_a_cpu_wrote_and_the_other_way(picture: Tensor) -> None:
+    mixtures = (gaussian("vae", "mog"), gaussian("selfvae-3", "mog"), gaussian("selfvae-3", "normal"))
+    for model in (fixed(), gaussian(), gaussian("vae"), *mixtures):
+        here, there = Codec(model), Codec(copy.deepcopy(model).cuda())
+        for a, b in ((here, there), (there, here)):
+            assert torch.equal(a.decompress(b.compress(picture)), picture)
+            album = [(str(i), picture) for i in range(3)]
+            assert all(torch.equal(x, picture) for _, x in Archive(a, pack(b, album)))
 
 
 def _golden() -> dict[str, Any]:
@@ -619,15 +697,16 @@ def test_golden_files_with_other_instructions() -> None:
     script = (
         "import sys, zlib; sys.path.insert(0, 'tests'); import torch; from test_codec import *; "
         "assert torch.backends.cpu.get_cpu_capability() == 'DEFAULT'; "
-        "x = Codec(fixed()).decompress((GOLDEN / 'colour.svae').read_bytes()); "
-        "print(zlib.crc32(x.numpy().tobytes()))"
+        "names = ['colour', 'latents', 'flow', 'flow-plain', 'mixture']; "
+        "[test_golden_files(name) for name in names]; test_golden_archives('drawn', 'flow', 10); "
+        "print('ok')"
     )
     out = subprocess.run(
         [sys.executable, "-c", script],
         env=_PLAIN_CPU,
         cwd=Path(__file__).parents[1], capture_output=True, text=True,
     )  # fmt: skip
-    assert out.stdout.strip() == str(_golden()["colour"][1]), out.stderr
+    assert out.stdout.strip() == "ok", out.stderr
 
 
 # --- damage -------------------------------------------------------------------------------------------
@@ -667,6 +746,30 @@ def test_2000_damaged_files(which: str, picture: Tensor) -> None:
             else:
                 assert partial and kind == "cut" and x.shape == picture.shape, kind
     assert refused == count and count >= 2000
+
+
+@pytest.mark.parametrize(
+    ("name", "prior"), [("vae", "flow"), ("selfvae", "flow"), ("selfvae-3", "mog"), ("selfvae", "normal")]
+)
+def test_forged_latents(name: str, prior: str, picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that was made up, with all checksums right: a picture or a message, nothing else."""
+    codec = Codec(gaussian(name, prior))
+    data = codec.compress(picture[:, :, :8, :8])
+    header, rng = read_header(data), np.random.default_rng(0)
+    monkeypatch.setattr("selfvae.codec.progressive._sum", lambda value: 0)
+    parts = tuple(Part(part.name, part.notes, part.words, 0) for part in header.parts)
+    for i in range(60):
+        payload = bytearray(data[header.size :])
+        if i % 3 == 0:
+            payload = bytearray(rng.bytes(len(payload)))
+        elif i % 3 == 1:
+            at = int(rng.integers(len(payload)))
+            payload[at : at + 16] = b"\xff" * len(payload[at : at + 16])
+        else:
+            payload[int(rng.integers(len(payload)))] ^= 1 << int(rng.integers(8))
+        forged = Header(**{**header.__dict__, "parts": parts}).to_bytes(bytes(payload)) + bytes(payload)
+        with contextlib.suppress(CodecError):
+            assert codec.decompress(forged).shape == (1, 3, 8, 8)
 
 
 def _forged(codec: Codec, data: bytes, **changes: Any) -> bytes:
@@ -750,6 +853,17 @@ def test_the_coder_s_words_stay_what_they_are() -> None:
     encoder.bits(p, np.arange(20_000) * 7919 % 16_777_259 < p)
     encoder.push()
     assert zlib.crc32(encoder.words().astype("<u4").tobytes()) == _golden()["words"]
+    assert uniform_words() == _golden()["uniform"]
+
+
+def uniform_words() -> int:
+    stack, i = Stack(), np.arange(20_000, dtype=np.int64)
+    sizes = np.array([2, 3, 13, 17, 75, 223_635, 1 << 18])[i % 7]
+    stack.uniform(sizes, i * 7919 % sizes)
+    stack.push()
+    words = stack.words()
+    assert np.array_equal(Stack(words).uniform(sizes), i * 7919 % sizes)
+    return zlib.crc32(words.astype("<u4").tobytes())
 
 
 def test_wrong_input(codec: Codec, picture: Tensor) -> None:

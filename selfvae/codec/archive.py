@@ -70,13 +70,14 @@ def _groups(codec: Codec, entries: Sequence[Entry]) -> list[list[int]]:
         pixels = math.prod(codec.padded(first.height, first.width))
         most = max(1, _TOGETHER // pixels)
         if codec.gaussian:
-            while members:
-                n = min(most, max(1, after // pixels))
-                groups.insert(0, members[-n:])
-                members, after = members[:-n], after + n * pixels
+            end = len(members)
+            while end:
+                start = max(0, end - min(most, max(1, after // pixels)))
+                groups.append(members[start:end])
+                end, after = start, after + (end - start) * pixels
         else:
-            groups[:0] = [members[i : i + most] for i in range(0, len(members), most)]
-    return groups
+            groups += [members[i : i + most] for i in range(0, len(members), most)][::-1]
+    return groups[::-1]
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -27,35 +27,37 @@ import torch
 from torch import Tensor
 
 from selfvae.codec.coder import Stack, code
-from selfvae.codec.lattice import SHARES, Ints, Notes, ratios, values, weights
+from selfvae.codec.container import CodecError
+from selfvae.codec.lattice import NOT_FINITE, SHARES, Ints, Notes, ratios, values, weights
 from selfvae.distributions import DiagonalNormal, GaussianMixture, RoundedLogistic, UniformBox
 from selfvae.flows import Coupling
 from selfvae.priors import FlowDistribution
 
 __all__ = ["FINE", "Dry", "Gaussian", "Latent", "Rounded", "typical"]
 
-# all part of the format
-_FEW = 256  # whole numbers of a latent that is rounded or chosen by rate
+# all of these are part of the format
+_LEVELS = 256  # whole numbers of a latent that is rounded or chosen by rate
 # by rate, in standard deviations of the prior; 0 stands for noise that is always the same
 _STEPS = (*(2.0 ** (j / 2 - 4) for j in range(13)), 0.0)
-_NOWHERE = 256.0  # a step that costs nothing
+_NOWHERE = 256.0  # the step of noise, whose numbers are all 0 and cost nothing
 _GRIDS = tuple(2.0**-j for j in range(8))  # of a latent that is drawn
 # kinds: drawn on a grid, by rate in multiples of standard deviations of the prior, rounded to a grid
 _BY_RATE, _ROUNDED = len(_GRIDS), len(_GRIDS) + 1
-_ALL_KINDS = np.array([_ROUNDED + len(_GRIDS)])
+_KINDS = _ROUNDED + len(_GRIDS)
 _MANY = 1 << 15  # whole numbers of a latent that is drawn
 _WIDTH = 6  # deviations from its mean, at most, that a latent is drawn
-_FAR = float(1 << 20)  # what a flow may shift by, in these
+_FAR = float(1 << 20)  # steps of the grid that a flow may shift by
+_WILD = 1 << 44  # a flow's products, at most: the next ones might not fit 64 bits
 _AT_ONCE = 64  # values that a flow maps
 _LATER = 1 << 40  # numbers of a posterior's values in the notes: the decoder meets them later
 
-# a grid's step, in deviations of the posterior (a tenth of the latent may be narrower): the first that the
-# stack has enough for
+# the encoder's choice: a grid's step, in deviations of the posterior (a tenth of the latent may be
+# narrower); the first that the stack has enough for
 FINE = (0.25, 0.5, 1.0)
 
 
 class Dry(Exception):  # noqa: N818 (no error: the caller has another way)
-    """The stack holds too little to draw a latent, or the latent lies outside of what can be coded."""
+    """The stack holds too little to draw a latent, or a flow takes it out of what can be coded."""
 
 
 class Latent(NamedTuple):
@@ -63,7 +65,7 @@ class Latent(NamedTuple):
 
     numbers: np.ndarray  # int8 or int16
     z: Tensor
-    kind: int = 0
+    kind: int
 
     @property
     def drawn(self) -> bool:
@@ -72,7 +74,10 @@ class Latent(NamedTuple):
 
 
 class _Normals(NamedTuple):
-    """Mixtures of M Gaussians, all of a position's channels from one component: (M,), (M, B, C, h, w)."""
+    """Mixtures of M Gaussians, all of a position's channels from one component: (M,), (M, B, C, h, w).
+
+    On the CPU, float64.
+    """
 
     log_weights: Tensor
     mean: Tensor
@@ -81,10 +86,13 @@ class _Normals(NamedTuple):
     @classmethod
     def of(cls, p: DiagonalNormal | GaussianMixture) -> _Normals:
         if isinstance(p, DiagonalNormal):
-            return cls(torch.zeros(1), p.mean[None], p.log_var[None] / math.log(4))
+            mean, log_var = (x.double().cpu()[None] for x in (p.mean, p.log_var))
+            return cls(torch.zeros(1), mean, log_var / math.log(4))
         b, h, w = p.shape
-        mean, log_var = (x[:, None, :, None, None].expand(-1, b, -1, h, w) for x in (p.means, p.log_vars))
-        return cls(torch.log_softmax(p.logits, 0), mean, log_var / math.log(4))
+        mean, log_var = (
+            x.double().cpu()[:, None, :, None, None].expand(-1, b, -1, h, w) for x in (p.means, p.log_vars)
+        )
+        return cls(torch.log_softmax(p.logits.double().cpu(), 0), mean, log_var / math.log(4))
 
     def scaled(self, shift: Tensor | float, step: Tensor | float) -> _Normals:
         """Of (z - shift) / step."""
@@ -104,18 +112,16 @@ class _Normals(NamedTuple):
         if len(self.mean) == 1:  # all channels at once
             flat = None if known is None else known.reshape(-1) + levels // 2
             channel = values(
-                self.mean.reshape(1, -1).cpu().numpy(), self.log2_scale.reshape(1, -1).cpu().numpy(),
-                levels, "normal", notes, _LATER if drawn else None,
+                self.mean.reshape(1, -1).numpy(), self.log2_scale.reshape(1, -1).numpy(), levels,
+                 "normal", notes, _LATER if drawn else None,
             )  # fmt: skip
             bounds = channel.within(_WIDTH, levels) if drawn else None
             found, _ = code(stack, np.full_like(channel.mean, 1 << 20), channel, levels, bounds, flat)
             return found.reshape(shape) - levels // 2
-        w = weights(self.log_weights.double().cpu().numpy()[:, None].repeat(n, 1), notes)
+        w = weights(self.log_weights.numpy()[:, None].repeat(n, 1), notes)
         out = np.zeros(shape, np.int64)
         for c in range(shape[1]):
-            mean, log2_scale = (
-                x[:, :, c].flatten(1).double().cpu().numpy() for x in (self.mean, self.log2_scale)
-            )
+            mean, log2_scale = (x[:, :, c].flatten(1).numpy() for x in (self.mean, self.log2_scale))
             channel = values(mean, log2_scale, levels, "normal", notes)
             flat = None if known is None else known[:, c].reshape(-1) + levels // 2
             found, w = code(stack, w, channel, levels, None, flat)
@@ -129,18 +135,22 @@ class Rounded:
     @staticmethod
     def choose(prior: RoundedLogistic, posterior: UniformBox) -> Latent:
         z = posterior.mode().double().cpu()
-        return Latent(z.numpy().astype(np.int8), z)
+        return Latent(z.numpy().astype(np.int8), z, _ROUNDED)
 
     @staticmethod
     def code(prior: RoundedLogistic, stack: Stack, notes: Notes, known: Latent | None) -> Latent:
         mean, octaves = prior.mean.flatten(), prior.log_scale.flatten() / math.log(2)
         channel = values(
-            mean.double().cpu().numpy()[None], octaves.double().cpu().numpy()[None], _FEW, "logistic", notes
+            mean.double().cpu().numpy()[None],
+            octaves.double().cpu().numpy()[None],
+            _LEVELS,
+            "logistic",
+            notes,
         )
-        flat = None if known is None else known.numbers.reshape(-1).astype(np.int64) + _FEW // 2
-        found, _ = code(stack, np.full_like(channel.mean, 1 << 20), channel, _FEW, None, flat)
-        numbers = (found - _FEW // 2).astype(np.int8).reshape(prior.mean.shape)
-        return Latent(numbers, torch.from_numpy(numbers).double())
+        flat = None if known is None else known.numbers.reshape(-1).astype(np.int64) + _LEVELS // 2
+        found, _ = code(stack, np.full_like(channel.mean, 1 << 20), channel, _LEVELS, None, flat)
+        numbers = (found - _LEVELS // 2).astype(np.int8).reshape(prior.mean.shape)
+        return Latent(numbers, torch.from_numpy(numbers).double(), _ROUNDED)
 
 
 class _Base(NamedTuple):
@@ -163,7 +173,7 @@ class _Base(NamedTuple):
         mean = (shares * prior.means).sum(0)
         spread = (shares * (torch.exp(prior.log_vars) + (prior.means - mean) ** 2)).sum(0).sqrt()
         mean, spread = mean[:, None, None], spread[:, None, None]
-        own = _Normals.of(prior).scaled(mean, spread)
+        own = _Normals.of(prior).scaled(mean.cpu(), spread.cpu())
         return cls(
             lambda z: (z - mean) / spread, lambda e: mean + spread * e.to(spread.device), lambda like: own
         )
@@ -179,7 +189,10 @@ class Gaussian:
 
     @staticmethod
     def draw(posterior: DiagonalNormal, stack: Stack, notes: Notes, fine: float = FINE[0]) -> Latent:
-        """Pop a latent by its posterior. Raises Dry if the stack does not hold enough, and spoils it."""
+        """Pop a latent by its posterior, from the grid's range at most.
+
+        Raises Dry if the stack does not hold enough, and spoils it.
+        """
         kind = _kind(fine * _deviation(posterior, 0.1))
         grid = _Normals.of(posterior).scaled(0.0, _GRIDS[kind])
         numbers = grid.code(_MANY, stack, notes, None, drawn=True)
@@ -215,16 +228,17 @@ class Gaussian:
     ) -> Latent:
         """Push a `known` latent, or pop it. Raises Dry as `draw` does, and leaves the stack in between.
 
-        prior: given whether the latent is drawn.
+        prior: p(z | y_up, z_up), given whether z is drawn. If it is not, it was chosen before z_up was
+            known, and the prior must be told another draw of z_up (`typical`).
         """
-        kind = int(stack.uniform(_ALL_KINDS)[0]) if known is None else known.kind
+        kind = int(stack.uniform(np.array([_KINDS]))[0]) if known is None else known.kind
         if kind == _BY_RATE:
             return _code_by_rate(prior(False), shape, stack, notes, known)
         p = prior(kind < _BY_RATE)
         if isinstance(p, FlowDistribution):
             return _code_by_flow(p, shape, stack, notes, known, kind)
         if known is not None:
-            stack.uniform(_ALL_KINDS, np.array([kind]))
+            stack.uniform(np.array([_KINDS]), np.array([kind]))
         own = None if known is None else known.numbers
         found = _Normals.of(p).scaled(0.0, _grid(kind)).code(_MANY, stack, notes, own)
         return _on_grid(found, kind) if known is None else known
@@ -233,6 +247,8 @@ class Gaussian:
 def _deviation(posterior: DiagonalNormal, share: float) -> float:
     """The posterior's standard deviation, below which is a share of the latent."""
     log_var = posterior.log_var.flatten()
+    if not (log_var.isfinite().all() and posterior.mean.isfinite().all()):
+        raise CodecError(NOT_FINITE)
     return math.exp(0.5 * log_var.kthvalue(max(1, int(share * log_var.numel()))).values.item())
 
 
@@ -253,14 +269,15 @@ def _code_by_rate(
     prior: Any, shape: tuple[int, int, int, int], stack: Stack, notes: Notes, known: Latent | None
 ) -> Latent:
     if known is not None:
-        stack.uniform(_ALL_KINDS, np.array([_BY_RATE]))
+        stack.uniform(np.array([_KINDS]), np.array([_BY_RATE]))
     n = shape[0] * shape[1]
     kinds = _code_kinds(n, stack, None if known is None else known.numbers[:n])
     base, own = _Base.of(prior), None if known is None else known.numbers[n:].reshape(shape)
     step = _steps(kinds.reshape(shape[:2]))
-    step = torch.where(step > 0, step, _NOWHERE)  # noise: all numbers are 0
-    grid = base.normals(torch.zeros(shape)).scaled(step * _dither(shape), step)
-    found = grid.code(_FEW, stack, notes, own)
+    shift = step * _dither(shape)
+    step = torch.where(step > 0, step, _NOWHERE)
+    grid = base.normals(torch.zeros(shape)).scaled(shift, step)
+    found = grid.code(_LEVELS, stack, notes, own)
     return _by_rate(base, kinds.reshape(shape[:2]), found) if known is None else known
 
 
@@ -301,7 +318,7 @@ def _code_by_flow(
         noise = prior.flow.walk(torch.from_numpy(v), couple.there).numpy()
         if np.abs(noise).max() >= _MANY // 2 or stack.left() == 0:
             raise Dry
-        stack.uniform(_ALL_KINDS, np.array([kind]))
+        stack.uniform(np.array([_KINDS]), np.array([kind]))
     found = _standard(torch.zeros(shape)).scaled(0.0, couple.grid).code(_MANY, stack, notes, noise)
     if known is not None:
         return known
@@ -317,7 +334,7 @@ def _dither(shape: torch.Size | tuple[int, ...]) -> Tensor:
     i = torch.arange(1, math.prod(shape[1:]) + 1).view(1, *shape[1:])
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 0x1B56C4E9)):
         i = (i ^ i >> shift) * factor & (1 << 31) - 1
-    return (i + 0.5).double() / (1 << 31) - 0.5
+    return (i.double() + 0.5) / (1 << 31) - 0.5
 
 
 def _noise(shape: torch.Size | tuple[int, ...]) -> Tensor:
@@ -348,7 +365,7 @@ def _cheapest(mean: Tensor, variance: Tensor) -> tuple[Ints, Ints]:
         nearest = torch.round(mean / step - shift)
         cost, found = torch.full_like(mean, math.inf), torch.zeros_like(mean)
         for i in (nearest, nearest - nearest.sign()):
-            i = i.clamp(-_FEW // 2 + 1, _FEW // 2 - 2)
+            i = i.clamp(-_LEVELS // 2 + 1, _LEVELS // 2 - 2)
             e = step * (i + shift)
             own = _nats(e, step) + 0.5 * precision * (e - told) ** 2
             found, cost = torch.where(own < cost, i, found), torch.minimum(own, cost)
@@ -392,9 +409,9 @@ class _Integers:
     def there(self, coupling: Coupling, v: Tensor) -> Tensor:
         moved, ratio, shift = self._parameters(coupling, v)
         values = v[moved].numpy()
-        for some in _few(len(values)):
+        for some in _batches(len(values)):
             filled = values[some] * ratio[some] + self.stack.uniform(ratio[some])
-            if self.stack.left() == 0:
+            if self.stack.left() == 0 or np.abs(filled).max() > _WILD:
                 raise Dry
             values[some] = filled >> SHARES
             rest = filled & (1 << SHARES) - 1
@@ -405,7 +422,7 @@ class _Integers:
     def back(self, coupling: Coupling, v: Tensor) -> Tensor:
         moved, ratio, shift = self._parameters(coupling, v)
         values = v[moved].numpy() - shift
-        for some in reversed(_few(len(values))):
+        for some in reversed(_batches(len(values))):
             rest = self.stack.uniform(np.full_like(ratio[some], 1 << SHARES))
             values[some], filled = np.divmod((values[some] << SHARES) + rest, ratio[some])
             self.stack.uniform(ratio[some], filled)
@@ -413,6 +430,6 @@ class _Integers:
         return v.masked_scatter(moved, torch.from_numpy(values))
 
 
-def _few(n: int) -> list[slice]:
+def _batches(n: int) -> list[slice]:
     """So many at a time, so that what is popped is soon pushed again."""
     return [slice(i, i + _AT_ONCE) for i in range(0, n, _AT_ONCE)]

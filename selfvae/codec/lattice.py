@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import itertools
 from dataclasses import dataclass
 from decimal import Context, Decimal, localcontext
 from typing import Literal, NamedTuple
@@ -24,12 +23,23 @@ import torch
 from selfvae.codec.container import CodecError, Reader, varint
 from selfvae.pixels import PixelMixture
 
-__all__ = ["MARGIN", "Channel", "Lattice", "Notes", "cumulative", "ratios", "values", "weights"]
+__all__ = [
+    "MARGIN",
+    "NOT_FINITE",
+    "Channel",
+    "Lattice",
+    "Notes",
+    "cumulative",
+    "ratios",
+    "values",
+    "weights",
+]
 
 Ints = np.ndarray  # int64
 Shape = Literal["logistic", "normal"]
 
 MARGIN = 2.0**-20  # of a grid step
+NOT_FINITE = "the model computes a parameter that is not finite: it is damaged"
 _NEAR = 0.05  # how far from a border, at most, a value is that a note is believed about
 
 MEAN = 13  # bits: steps of 1/8192 of the range, 1/32 of 256 levels
@@ -40,11 +50,8 @@ _REACH = 1 << 20  # what a mean may be at most, in steps
 _INVERSE = 20  # bits of an inverse scale
 _UNIT = 5  # bits: a scale of 1 in steps of the means
 _ARGUMENT, _TABLE, _FAR = 12, 6, 32  # bits of a distribution's argument; bits of its table's; where it ends
-SHARES, RATIO, _STEEPEST = (
-    12,
-    256,
-    4 * 256,
-)  # bits of a flow's ratio of 1; its steps a nat; the most of these
+SHARES = 12  # bits of a flow's ratio of 1
+_RATIO, _STEEPEST = 256, 4 * 256  # steps a nat of a flow's ratio; the most of these
 ONE = 36  # bits of a probability in the tables
 
 
@@ -69,7 +76,7 @@ _TABLES = {
     "inverse": lambda i: Decimal(2) ** ((i + _FLATTEST) / _SCALE) * 2**_INVERSE,
     "logistic": lambda i: 2**ONE / (1 + (i / 2**_TABLE).exp()),
     "normal": lambda i: 2**ONE * _normal_tail(i / 2**_TABLE),
-    "ratio": lambda i: ((i - _STEEPEST) / RATIO).exp() * 2**SHARES,
+    "ratio": lambda i: ((i - _STEEPEST) / _RATIO).exp() * 2**SHARES,
 }
 
 
@@ -126,6 +133,8 @@ class Notes:
             reader, at = Reader(data, "the notes of a part"), 0
             while reader.at < len(data):
                 gap, up = divmod(reader.varint(), 2)
+                if self._notes and not gap:
+                    raise CodecError("the file is damaged: it corrects a value twice")
                 at += gap
                 self._notes.append((at, bool(up)))
 
@@ -137,7 +146,7 @@ class Notes:
     def snap(self, value: np.ndarray, at: int | None = None) -> Ints:
         """Round values, float64 of any shape, in grid steps; half up. at: their number, if reserved."""
         if not np.isfinite(value).all():
-            raise CodecError("the model computes a parameter that is not finite: it is damaged")
+            raise CodecError(NOT_FINITE)
         shifted = value + 0.5
         low = np.floor(shifted)
         whole = low.astype(np.int64)
@@ -148,10 +157,9 @@ class Notes:
             self._notes += [(start + int(i), bool(rest[i] < MARGIN)) for i in near]
             return whole
         values, first = shifted.reshape(-1), bisect.bisect_left(self._notes, (start, False))
-        for place, up in itertools.islice(self._notes, first, None):
-            if place >= start + flat.size:
-                break
-            self._used += 1
+        last = bisect.bisect_left(self._notes, (start + flat.size, False))
+        self._used += last - first
+        for place, up in self._notes[first:last]:
             border = round(float(values[place - start]))
             if abs(values[place - start] - border) > _NEAR:
                 raise CodecError(
@@ -227,7 +235,7 @@ def values(
 
 def ratios(log_ratio: np.ndarray, notes: Notes, at: int) -> Ints:
     """2^12 times a ratio, from its logarithm, nats: (n,)."""
-    steps = notes.snap(np.clip(log_ratio * RATIO, -_STEEPEST, _STEEPEST), at)
+    steps = notes.snap(np.clip(log_ratio * _RATIO, -_STEEPEST, _STEEPEST), at)
     return _ratio_table()[steps + _STEEPEST]
 
 

@@ -82,7 +82,7 @@ class Written(NamedTuple):
 def _draws(names: Sequence[str]) -> dict[str, str]:
     """Before which variables of the walk, coded in reverse, bits-back draws a latent, and which.
 
-    As late as may be, so that few bits need be there at the start.
+    As late as may be, so that few bits need be there at the start: {"y0": "z0", "z0": "z1", "z1": "z2"}.
     """
     out: dict[str, str] = {}
     for name in reversed(names):
@@ -97,7 +97,8 @@ class Codec:
     """Compresses pictures with a model, without loss: `compress` to bytes, `decompress` to the picture.
 
     A model without latents (e.g. a halving chain) codes at its likelihood, one with latents near its bound:
-    see `latents` for how. It is copied in float64. A file can be read with the same weights alone.
+    see `latents` for how. It is copied in float64. A file can be read with the same weights alone. Images
+    are computed in tiles, latents and what is drawn from them for the whole picture.
     """
 
     def __init__(self, model: SelfVAE) -> None:
@@ -273,7 +274,7 @@ class Codec:
         return _tensor(y).to(self.model.device)
 
     def _prior(self, name: str, known: Mapping[str, Value], drawn: bool = True) -> Any:
-        """p(z | y_up, z_up); if z is chosen by rate, before z_up is drawn, at another draw of z_up."""
+        """p(z | y_up, z_up); if z was chosen before z_up was drawn, it is told another draw."""
         k = int(name[1:])
         above, z_up = f"z{k + 1}", None
         if above in self.names:

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # pytest looks into every module for examples
         golden_codec,
         golden_picture,
         golden_tables,
+        uniform_words,
     )
 
     from selfvae.codec import fingerprint, pack
@@ -35,6 +36,7 @@ if __name__ == "__main__":  # pytest looks into every module for examples
     encoder.bits(p, np.arange(20_000) * 7919 % 16_777_259 < p)
     encoder.push()
     sums["words"] = zlib.crc32(encoder.words().astype("<u4").tobytes())
+    sums["uniform"] = uniform_words()
     (GOLDEN / "checksums.json").write_text(json.dumps(sums) + "\n")
     checks = [zlib.crc32(t.astype("<i8").tobytes()) for t in golden_tables()]
     (GOLDEN / "tables.json").write_text(json.dumps(checks) + "\n")

@@ -24,7 +24,7 @@ import tyro
 from tyro.conf import Positional
 
 import selfvae
-from selfvae.evaluate import autocast
+from selfvae.precision import autocast
 
 
 def seconds(task: Callable[[], object]) -> float:

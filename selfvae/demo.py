@@ -48,7 +48,7 @@ def demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, Any]:
         config = TrainConfig(
             steps=1_000_000, max_seconds=seconds, schedule="cosine", lr=0.004, lr_floor=0.0002,
             warmup=50, ema=0.99, translate=0, log_every=10, eval_every=1_000_000,
-            checkpoint_every=1_000_000, eval_images=64, seed=seed, precision="bf16-mixed",
+            checkpoint_every=1_000_000, eval_images=64, seed=seed,
         )  # fmt: skip
         model = train(configure(**options), photos, folder, config)
         models.append(model)

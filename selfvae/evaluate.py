@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -17,11 +17,11 @@ from selfvae.bounds import Bounds, bounds
 from selfvae.data import Images
 from selfvae.model import SelfVAE
 from selfvae.objective import Terms, bits_per_dim, gather
+from selfvae.precision import Resolved, autocast
 from selfvae.tasks import Drawing, check_computed, enhance, generate, infer, reconstruct
 from selfvae.transforms import Chain, Format, MeanDownscale, Transform
 
 __all__ = [
-    "Precision",
     "check_levels",
     "enhancement",
     "evaluate",
@@ -31,8 +31,6 @@ __all__ = [
     "summary",
     "timing",
 ]
-
-Precision = Literal["32-true", "bf16-mixed"]
 
 
 def check_levels(model: SelfVAE, images: Images) -> None:
@@ -52,15 +50,6 @@ def _batches(model: SelfVAE, images: Images, limit: int | None, batch_size: int)
         raise ValueError(f"limit and batch_size must be at least 1; got {n} and {batch_size}")
     check_levels(model, images)
     return n, [range(start, min(n, start + batch_size)) for start in range(0, n, batch_size)]
-
-
-def autocast(model: SelfVAE, precision: Precision) -> torch.autocast:
-    """A context in which the networks compute in bfloat16, if so wished; likelihoods stay in float32.
-
-    Every parameter of a likelihood gives a normalised one, so that a bound found so is a bound all the
-    same: of the model with rounded outputs.
-    """
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
 def summary(nats: dict[str, Tensor], dims: int) -> dict[str, float]:
@@ -83,7 +72,7 @@ def evaluate(
     iw: int = 0,
     limit: int | None = None,
     batch_size: int = 32,
-    precision: Precision = "32-true",
+    precision: Resolved = "32-true",
 ) -> dict[str, Any]:
     """Mean scores over the first `limit` images (all if None).
 
@@ -91,7 +80,7 @@ def evaluate(
     (lists over levels, in nats and in bits/dim), images; with iw > 0 the bounds of so many draws an image:
     iwae_bits_per_dim, pairs_bits_per_dim (all combinations of the levels' draws) and, from the same draws,
     elbo_bits_per_dim. Every bits_per_dim comes with its standard error over images. With precision
-    "bf16-mixed" the networks compute in bfloat16 (see `autocast`).
+    "bf16-mixed" the networks compute in bfloat16 (see `precision`).
     """
     n, batches = _batches(model, images, limit, batch_size)
     terms: list[Terms] = []

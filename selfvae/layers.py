@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selfvae.dense import dense
+
 __all__ = [
     "BACKBONES",
     "ChannelAttention",
@@ -64,6 +66,11 @@ class Conv(nn.Module):
         norm = torch.linalg.vector_norm(self.direction, dim=others, keepdim=True)
         shape = [-1 if i == axis else 1 for i in range(4)]
         return self.direction * (self.gain.view(shape) / (norm + 1e-8))
+
+    def matrix_and_bias(self) -> tuple[Tensor, Tensor]:
+        """The kernel, as a matrix if it is 1 x 1, and the bias."""
+        weight = self.weight()
+        return weight.flatten(1) if weight.shape[-1] == 1 else weight, self.bias
 
     def _apply_weight(self, x: Tensor) -> Tensor:
         if self.transposed:
@@ -139,13 +146,27 @@ class DenseLayer(nn.Module):
         out: Tensor = self.attention(torch.cat([x, self.new(x)], 1))
         return out
 
+    def convolutions(self) -> list[Conv]:
+        """All of them, in their order."""
+        return [module for module in self.modules() if isinstance(module, Conv)]
+
 
 class DenseBlock(nn.Sequential):
-    """`steps` dense layers, each adding `growth` channels (Huang et al. 2016)."""
+    """`steps` dense layers, each adding `growth` channels (Huang et al. 2016).
+
+    Computed by `dense.dense`; layer by layer where that initialises.
+    """
 
     def __init__(self, channels: int, growth: int, steps: int) -> None:
         super().__init__(*(DenseLayer(channels + i * growth, growth) for i in range(steps)))
         self.out_channels = channels + steps * growth
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = [layer.convolutions() for layer in self]  # type: ignore[operator]
+        if any(conv.initialising for layer in layers for conv in layer):
+            out: Tensor = super().forward(x)
+            return out
+        return dense(x, [[w for conv in layer for w in conv.matrix_and_bias()] for layer in layers])
 
 
 class ResidualBlock(nn.Module):

@@ -25,10 +25,11 @@ import selfvae
 from selfvae import pages
 from selfvae.bounds import Bounds, bounds
 from selfvae.data import Images
-from selfvae.evaluate import Precision, autocast, enhancement, evaluate, summary, timing
+from selfvae.evaluate import enhancement, evaluate, summary, timing
 from selfvae.figures import figures
 from selfvae.hub import load, write_atomic
 from selfvae.ood import ALTERED, ood
+from selfvae.precision import Resolved, autocast
 from selfvae.quality import Network, quality
 
 __all__ = ["PAPERS", "Settings", "report"]
@@ -76,7 +77,7 @@ class Settings:
     limit: int = 10_000
     iw: int = 512
     iw_limit: int = 1000
-    precision: Precision = "32-true"
+    precision: Resolved = "32-true"
     enhance_limit: int = 500
     draws: int = 8
     ood_limit: int = 1000

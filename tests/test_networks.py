@@ -54,6 +54,63 @@ def test_a_constant_input_does_not_break_the_initialisation() -> None:
     assert conv.gain.isfinite().all() and conv.bias.isfinite().all()
 
 
+def _block() -> DenseBlock:
+    torch.manual_seed(0)
+    block = DenseBlock(6, 4, 5)
+    for p in block.parameters():  # gates of all sizes, no zero biases
+        p.data.add_(0.1 * torch.randn_like(p))
+    return block
+
+
+def test_a_dense_block_is_its_layers_one_by_one() -> None:
+    """Values and the gradients of the input and of every weight."""
+    block = _block().double()
+    x = torch.randn(3, 6, 5, 7, dtype=torch.float64, requires_grad=True)
+    found = []
+    for way in (nn.Sequential.forward, type(block).forward):
+        y = way(block, x)
+        assert y.shape == (3, 26, 5, 7)
+        loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().sin()
+        found.append((y, *torch.autograd.grad(loss, [x, *block.parameters()])))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), found[0][0], rtol=1e-9, atol=1e-9)
+
+
+def test_a_dense_block_in_bfloat16() -> None:
+    block, x = _block(), torch.randn(4, 6, 8, 8)
+    exact = block(x)
+    plain = torch.autograd.grad(exact.square().mean(), list(block.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = block(x)
+    assert low.dtype == torch.bfloat16
+    assert (low.float() - exact).abs().max() < 0.05 * exact.abs().max()
+    for a, b in zip(
+        plain, torch.autograd.grad(low.float().square().mean(), list(block.parameters())), strict=True
+    ):
+        assert b.dtype == torch.float32 and (a - b).norm() < 0.1 * a.norm() + 1e-4
+
+
+def test_a_dense_block_keeps_less_than_half() -> None:
+    """Bytes that training keeps until the backward pass, against the layers one by one."""
+    block, x = DenseBlock(32, 16, 8), torch.randn(2, 32, 16, 16)
+    kept = []
+    for way in (nn.Sequential.forward, type(block).forward):
+        seen: dict[int, int] = {}
+
+        def note(t: torch.Tensor, seen: dict[int, int] = seen) -> torch.Tensor:
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            y = way(block, x)
+        weights = sum(4 * p.numel() for p in block.parameters())
+        kept.append(sum(seen.values()) - weights)
+        del y
+    assert kept[1] < 0.5 * kept[0]
+
+
 def test_weight_norm() -> None:
     conv = Conv(4, 6)
     with torch.no_grad():

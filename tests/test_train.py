@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import selfvae
 from selfvae import data, hub, presets
 from selfvae.cli import main
+from selfvae.precision import resolve
 from selfvae.train import Guard, TrainConfig, _loss, train
 
 CONFIG = selfvae.ModelConfig(
@@ -33,7 +34,7 @@ def images(tmp_path: Path) -> data.Dataset:
 
 def settings(**changes: object) -> TrainConfig:
     base = {"steps": 8, "batch_size": 8, "log_every": 2, "eval_every": 4, "checkpoint_every": 4,
-            "eval_images": 4, "warmup": 2}  # fmt: skip
+            "eval_images": 4, "warmup": 2, "precision": "32-true"}  # fmt: skip
     return TrainConfig(**{**base, **changes})  # type: ignore[arg-type]
 
 
@@ -187,7 +188,7 @@ def test_two_processes_make_the_steps_of_one(tmp_path: Path) -> None:
             [sys.executable, "-m", "selfvae.cli", "train", "--model", "selfvae-halve", "--size", "tiny",
              "--options", "width=0.05", "--steps", "4", "--data", tmp_path / "x.npy", "--batch-size", "8",
              "--no-flip", "--translate", "0", "--optimizer", "adamw", "--eval-images", "4",
-             "--devices", devices, "--out", tmp_path / devices],
+             "--devices", devices, "--out", tmp_path / devices, "--precision", "32-true"],
             env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300,
         )  # fmt: skip
     one, two = (load_file(tmp_path / d / "model.safetensors") for d in "12")
@@ -207,6 +208,13 @@ def _state(out: Path) -> dict[str, float]:
 
     with safe_open(out / "checkpoint.safetensors", "pt") as file:
         return json.loads(file.metadata()["state"])  # type: ignore[no-any-return]
+
+
+def test_automatic_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, expected in (({}, "32-true"), ({"avx512_bf16": True}, "bf16-mixed")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        assert resolve("auto", "cpu") == expected
+    assert resolve("32-true", "cpu") == "32-true" and resolve("auto", "mps") == "32-true"
 
 
 def test_learning_rates() -> None:

@@ -29,6 +29,7 @@ from selfvae.cli.common import (
     show,
 )
 from selfvae.model import SelfVAE
+from selfvae.precision import Resolved
 
 
 def evaluate(
@@ -41,7 +42,7 @@ def evaluate(
     enhance: bool = False,
     level: int = 1,
     draws: int = 8,
-    precision: scoring.Precision = "32-true",
+    precision: Resolved = "32-true",
     json: bool = False,
     drawing: DrawingFlags = DRAWING,
 ) -> None:
@@ -59,7 +60,8 @@ def evaluate(
         enhance: score enhancement from y[LEVEL] instead of likelihood.
         level: which computed image is given.
         draws: enhancements of each image.
-        precision: of the networks; bf16-mixed is faster, likelihoods stay in float32.
+        precision: of the networks; bf16-mixed is faster where the processor has it. Likelihoods stay in
+            float32.
         json: print one JSON object and nothing else.
     """
     net = load_model(model)

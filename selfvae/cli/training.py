@@ -13,6 +13,7 @@ from tyro.conf import OmitArgPrefixes
 from selfvae import data as sources
 from selfvae import hub
 from selfvae import train as loop
+from selfvae.precision import resolve
 from selfvae.presets import configure
 from selfvae.train import TrainConfig
 
@@ -50,15 +51,17 @@ def train(
     overrides = dict(map(_option, options))
     _, c, h, w = dataset.train.shape
     config = configure(model, size, (c, h, w), **overrides)
+    precision = resolve(training.precision)
     if not resume:
         flags = {
             "model": model, "size": size, "data": data, "image-size": image_size,
             "options": list(options), "devices": devices, "nodes": nodes,
             **{k.replace("_", "-"): v for k, v in vars(training).items()},
+            "precision": precision,  # so that it goes on alike on another machine
         }  # fmt: skip
         text = yaml.safe_dump({k: v for k, v in flags.items() if v not in (None, [])}, sort_keys=False)
         hub.write_atomic(out / _SETTINGS, text.encode())
-    fabric = Fabric(devices=devices, num_nodes=nodes, precision=training.precision)
+    fabric = Fabric(devices=devices, num_nodes=nodes, precision=precision)
     loop.train(config, dataset, out, training, resume=resume, fabric=fabric)
     print(f"model and curve are in {out}")
 

@@ -38,7 +38,7 @@ from selfvae.precision import Precision, resolve
 from selfvae.presets import ModelConfig, from_config
 from selfvae.tasks import generate
 
-__all__ = ["TrainConfig", "check_free", "train"]
+__all__ = ["TrainConfig", "check_free", "make_step", "prepare", "train"]
 
 
 @dataclass(frozen=True)
@@ -285,6 +285,38 @@ def _update_ema(ema: SelfVAE, model: SelfVAE, config: TrainConfig, step: int) ->
         average.lerp_(value, 1 - decay)
 
 
+def prepare(model: SelfVAE, fabric: Fabric, config: TrainConfig) -> tuple[Any, State]:
+    """The model as `make_step` takes it, and all that changes; the model itself is moved and laid out."""
+    model.to(fabric.device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    kind = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}[config.optimizer]
+    wrapped, optimizer = fabric.setup(model, kind(model.parameters(), lr=config.lr))
+    return wrapped, State(model, ema, optimizer, Guard(config, fabric.device))
+
+
+def make_step(
+    fabric: Fabric, model: Any, state: State, x: Tensor, config: TrainConfig
+) -> tuple[Terms, Tensor]:
+    """One step on this process's part of a batch, uint8 (B, C, H, W).
+
+    Returns the terms of its last part (see `TrainConfig.accumulate`) and the gradient's norm.
+    """
+    terms, parts = None, x.chunk(config.accumulate)
+    dims = x[0].numel()
+    for i, part in enumerate(parts):
+        with fabric.no_backward_sync(model, enabled=i + 1 < len(parts)):
+            terms = model(part)
+            fabric.backward(_loss(terms, dims, config, state.step) / len(parts))
+    assert terms is not None
+    norm = state.guard([p.grad for p in state.model.parameters() if p.grad is not None])
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    _update_ema(state.ema, state.model, config, state.step)
+    return terms, norm
+
+
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
     """The first SIGINT or SIGTERM ends the loop after the step in hand; the list holds it."""
@@ -370,15 +402,9 @@ def train(
         # every process initialises on the whole first batch, so all start alike
         chosen = batch_indices(len(data.train), config.batch_size, 0, config.seed)
         bare.initialise(data.train.take(chosen).to(fabric.device))
-    if config.channels_last:
-        bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    ema = copy.deepcopy(bare).eval().requires_grad_(False)
-    kind = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}[config.optimizer]
-    model, optimizer = fabric.setup(bare, kind(bare.parameters(), lr=config.lr))
-    state = State(bare, ema, optimizer, Guard(config, fabric.device))
+    model, state = prepare(bare, fabric, config)
     if resume:
         state.restore(checkpoint)
-    parameters = [p for p in bare.parameters() if p.requires_grad]
     dims = math.prod(model_config.image_shape)
     log = Log(out / "log.csv", state.step)
     evaluation: dict[str, Any] = {}
@@ -401,18 +427,7 @@ def train(
             for group in state.optimizer.param_groups:
                 group["lr"] = config.rate(step, state.seconds)
             _seed(config.seed, step, rank)
-            x = batch(step)
-            terms = None
-            for i, piece in enumerate(x.split(part)):
-                last = (i + 1) * part >= len(x)
-                with fabric.no_backward_sync(model, enabled=not last):
-                    terms = model(piece)
-                    fabric.backward(_loss(terms, dims, config, step) / config.accumulate)
-            assert terms is not None
-            norm = state.guard([p.grad for p in parameters if p.grad is not None])
-            state.optimizer.step()
-            state.optimizer.zero_grad()
-            _update_ema(state.ema, bare, config, step)
+            terms, norm = make_step(fabric, model, state, batch(step), config)
             state.step = step + 1
             state.seconds = seconds_before + time.monotonic() - began
             state.cpu_seconds = cpu_before + time.process_time() - cpu_began

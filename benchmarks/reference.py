@@ -1,0 +1,76 @@
+"""What a researcher writes first, to measure against: the same models and operations, nothing made fast.
+
+float32, eager, contiguous layout; dense blocks layer by layer, each with its concatenation; transforms
+image by image through Pillow; encoders run again for every importance draw; one picture a file.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import types
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from selfvae import SelfVAE
+from selfvae.codec import Codec
+from selfvae.layers import DenseBlock
+from selfvae.transforms import BicubicDownscale
+
+__all__ = ["compress", "decompress", "iwae", "plain", "train_step"]
+
+
+def plain(model: SelfVAE) -> SelfVAE:
+    """A copy of a model that computes the same, plainly."""
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    for module in model.modules():
+        if isinstance(module, DenseBlock):
+            module.forward = types.MethodType(nn.Sequential.forward, module)  # type: ignore[method-assign]
+    model.pyramid = types.MethodType(_pyramid, model)  # type: ignore[method-assign]
+    return model
+
+
+def _pyramid(model: SelfVAE, x: Tensor) -> list[Tensor]:
+    ys = [x]
+    for level in model.levels[:-1]:
+        ys.append(torch.cat([_transform(level.transform, y[None]) for y in ys[-1]]))
+    return ys
+
+
+def _transform(transform: nn.Module, y: Tensor) -> Tensor:
+    if not isinstance(transform, BicubicDownscale):
+        out: Tensor = transform(y)
+        return out
+    rows, cols = transform.scale
+    image = Image.fromarray(y[0].permute(1, 2, 0).numpy())
+    small = image.resize((image.width // cols, image.height // rows), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].contiguous()
+
+
+def train_step(model: SelfVAE, ema: SelfVAE, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    """One step as the papers make it, with gradient clipping and an average of the weights."""
+    optimizer.zero_grad()
+    (-model(x).elbo.mean() / x[0].numel()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    with torch.no_grad():
+        for average, value in zip(ema.parameters(), model.parameters(), strict=True):
+            average.mul_(0.999).add_(value, alpha=0.001)
+
+
+@torch.no_grad()
+def iwae(model: SelfVAE, x: Tensor, draws: int) -> Tensor:
+    """As many whole passes as there are draws."""
+    weights = torch.stack([model(x).elbo for _ in range(draws)])
+    return torch.logsumexp(weights, 0) - math.log(draws)
+
+
+def compress(codec: Codec, x: Tensor) -> list[bytes]:
+    return [codec.compress(image[None], verify=False) for image in x]
+
+
+def decompress(codec: Codec, files: list[bytes]) -> Tensor:
+    return torch.cat([codec.decompress(file) for file in files])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfvae.pixels import log1mexp
+from selfvae.pixels import log1mexp, rand_like
 
 __all__ = ["DiagonalNormal", "GaussianMixture", "RoundedLogistic", "UniformBox", "soft_limit"]
 
@@ -18,6 +18,11 @@ _LOG_2PI = math.log(2 * math.pi)
 def soft_limit(raw: Tensor, limit: float = 7.0) -> Tensor:
     """Squash to (-limit, limit) with slope 1 at 0, so that no gradient ever vanishes at once."""
     return limit * torch.tanh(raw / limit)
+
+
+def randn_like(x: Tensor) -> Tensor:
+    """Normal numbers of x's shape, the same at the same places whatever x's memory layout."""
+    return torch.randn_like(x, memory_format=torch.contiguous_format)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -48,7 +53,7 @@ class DiagonalNormal:
 
     def sample(self, temperature: float = 1.0) -> Tensor:
         """A reparameterised draw (B, C, h, w); temperature scales the standard deviation."""
-        noise = torch.randn_like(self.mean)
+        noise = randn_like(self.mean)
         return self.mean + temperature * torch.exp(0.5 * self.log_var) * noise
 
     def mode(self) -> Tensor:
@@ -84,7 +89,7 @@ class UniformBox:
 
     def sample(self, temperature: float = 1.0) -> Tensor:
         """A reparameterised draw (B, C, h, w); temperature scales the box, 0 is its mean."""
-        return self.mean + temperature * (torch.rand_like(self.mean) - 0.5)
+        return self.mean + temperature * (rand_like(self.mean) - 0.5)
 
     def mode(self) -> Tensor:
         """The whole number nearest to the mean (B, C, h, w), among the 256 that can be coded."""
@@ -119,7 +124,7 @@ class RoundedLogistic:
 
     def sample(self, temperature: float = 1.0) -> Tensor:
         """A whole number, as float (B, C, h, w); temperature scales the logistic."""
-        u = torch.rand_like(self.mean).clamp(1e-6, 1 - 1e-6)
+        u = rand_like(self.mean).clamp(1e-6, 1 - 1e-6)
         z = self.mean + temperature * torch.exp(self.log_scale) * torch.logit(u)
         return torch.floor(z + 0.5).clamp(-128, 127)
 
@@ -154,7 +159,7 @@ class GaussianMixture:
         b, h, w = self.shape
         pick = torch.multinomial(torch.softmax(self.logits, 0), b * h * w, replacement=True)
         mean, std = self.means[pick], torch.exp(0.5 * self.log_vars[pick])
-        z = mean + temperature * std * torch.randn_like(mean)
+        z = mean + temperature * std * randn_like(mean)
         return z.view(b, h, w, -1).permute(0, 3, 1, 2).contiguous()
 
     def mode(self) -> Tensor:

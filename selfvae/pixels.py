@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selfvae.transforms import Format, Support
 
-__all__ = ["PixelMixture", "log1mexp", "param_count", "to_unit"]
+__all__ = ["PixelMixture", "log1mexp", "param_count", "rand_like", "to_unit"]
 
 _LOG_SCALE_FLOOR = -7.0  # on the [-1, 1] scale: a bin may hold 0.973 of the mass
 _LOG_SCALE_TOP = 7.0  # beyond it a logistic is flat for every purpose
@@ -25,6 +25,11 @@ _LOG_SCALE_TOP = 7.0  # beyond it a logistic is flat for every purpose
 # the residuals are small
 _LOG_SCALE_START, _LOG_SCALE_START_ANCHORED = -1.5, -3.5
 _REACH, _REACH_ANCHORED = 1.0, 0.1
+
+
+def rand_like(x: Tensor) -> Tensor:
+    """Uniform numbers of x's shape, the same at the same places whatever x's memory layout."""
+    return torch.rand_like(x, memory_format=torch.contiguous_format)
 
 
 def to_unit(x: Tensor, levels: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -88,7 +93,7 @@ class _Logistics:
         low = torch.where(lo <= 0, -torch.inf, (lo - 0.5 - self.mean) * inv)
         high = torch.where(hi >= self.top, torch.inf, (hi + 0.5 - self.mean) * inv)
         low, high = torch.where(flip < 0, -high, low), torch.where(flip < 0, -low, high)
-        u = torch.rand_like(self.mean).clamp(1e-7, 1 - 1e-7)
+        u = rand_like(self.mean).clamp(1e-7, 1 - 1e-7)
         log_u = torch.logaddexp(
             F.logsigmoid(low) + torch.log1p(-u), F.logsigmoid(high) + torch.log(u)
         ).clamp(max=-1e-7)
@@ -241,7 +246,7 @@ class PixelMixture:
         """
         if temperature <= 0:
             return self.mode()
-        noise = -torch.log(-torch.log(torch.rand_like(self.logits).clamp(1e-9, 1 - 1e-7)))
+        noise = -torch.log(-torch.log(rand_like(self.logits).clamp(1e-9, 1 - 1e-7)))
         return self._fill((self.logits / temperature + noise).argmax(2), temperature)
 
     @torch.no_grad()

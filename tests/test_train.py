@@ -48,7 +48,8 @@ def test_training_lowers_the_bound_and_writes_everything(tmp_path: Path, images:
     model = train(CONFIG, images, out, settings(steps=60, lr=0.01), quiet=True)
     rows = list(csv.DictReader((out / "log.csv").open()))
     assert [int(row["step"]) for row in rows] == list(range(2, 61, 2))
-    assert float(rows[-1]["bits_per_dim"]) < float(rows[0]["bits_per_dim"]) - 0.5
+    curve = [float(row["bits_per_dim"]) for row in rows]
+    assert sum(curve[-5:]) / 5 < sum(curve[:5]) / 5 - 0.2
     assert rows[1]["val_bits_per_dim"] and not rows[0]["val_bits_per_dim"]
     assert {"re0", "kl0", "re1", "kl1", "seconds", "grad_norm"} <= set(rows[0])
     assert (out / "samples" / "0000060.png").exists()

@@ -9,7 +9,7 @@
   Where the stack holds too little, as for the finest latent of a file's first picture, the latent is chosen
   *by rate*: every channel gets a step, and of its multiples those are taken that cost least, their own bits
   and the image's. The multiples are shifted as if by chance, and a channel that tells too little is noise:
-  a decoder that was trained with noise is at a loss without it (at z = 0 images cost a fifth to a third more).
+  a decoder that was trained with noise is at a loss without it (z = 0 costs a fifth to a third more).
 
 The flow prior is coded through its base space. By rate this is a plain change of variables; with bits-back
 it must map whole numbers one to one, which it does by dividing with a remainder that goes to the stack

@@ -11,9 +11,9 @@
   and the image's. The multiples are shifted as if by chance, and a channel that tells too little is noise:
   a decoder that was trained with noise is at a loss without it (z = 0 costs a fifth to a third more).
 
-The flow prior is coded through its base space. By rate this is a plain change of variables; with bits-back
-it must map whole numbers one to one, which it does by dividing with a remainder that goes to the stack
-(Zhang et al. 2021, iFlow).
+The flow prior is coded through its base space: it maps whole numbers one to one, dividing with a remainder
+that goes to the stack (Zhang et al. 2021, iFlow). By rate a latent is rounded to a coarse grid, the rest of
+its digits filled up from the stack; where that holds too little, steps are taken in the base space itself.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class _Normals(NamedTuple):
             flat = None if known is None else known.reshape(-1) + levels // 2
             channel = values(
                 self.mean.reshape(1, -1).numpy(), self.log2_scale.reshape(1, -1).numpy(), levels,
-                 "normal", notes, _LATER if drawn else None,
+                "normal", notes, _LATER if drawn else None,
             )  # fmt: skip
             bounds = channel.within(_WIDTH, levels) if drawn else None
             found, _ = code(stack, np.full_like(channel.mean, 1 << 20), channel, levels, bounds, flat)
@@ -133,7 +133,7 @@ class Rounded:
     """Latents with a `UniformBox` posterior and a `RoundedLogistic` prior, as whole numbers."""
 
     @staticmethod
-    def choose(prior: RoundedLogistic, posterior: UniformBox) -> Latent:
+    def choose(posterior: UniformBox) -> Latent:
         z = posterior.mode().double().cpu()
         return Latent(z.numpy().astype(np.int8), z, _ROUNDED)
 
@@ -231,17 +231,25 @@ class Gaussian:
         prior: p(z | y_up, z_up), given whether z is drawn. If it is not, it was chosen before z_up was
             known, and the prior must be told another draw of z_up (`typical`).
         """
-        kind = int(stack.uniform(np.array([_KINDS]))[0]) if known is None else known.kind
-        if kind == _BY_RATE:
-            return _code_by_rate(prior(False), shape, stack, notes, known)
+        kind = _pop_kind(stack) if known is None else known.kind
         p = prior(kind < _BY_RATE)
+        if kind == _BY_RATE:
+            return _code_by_rate(p, shape, stack, notes, known)
         if isinstance(p, FlowDistribution):
             return _code_by_flow(p, shape, stack, notes, known, kind)
         if known is not None:
-            stack.uniform(np.array([_KINDS]), np.array([kind]))
+            _push_kind(stack, known)
         own = None if known is None else known.numbers
         found = _Normals.of(p).scaled(0.0, _grid(kind)).code(_MANY, stack, notes, own)
         return _on_grid(found, kind) if known is None else known
+
+
+def _pop_kind(stack: Stack) -> int:
+    return int(stack.uniform(np.array([_KINDS]))[0])
+
+
+def _push_kind(stack: Stack, known: Latent) -> None:
+    stack.uniform(np.array([_KINDS]), np.array([known.kind]))
 
 
 def _deviation(posterior: DiagonalNormal, share: float) -> float:
@@ -269,7 +277,7 @@ def _code_by_rate(
     prior: Any, shape: tuple[int, int, int, int], stack: Stack, notes: Notes, known: Latent | None
 ) -> Latent:
     if known is not None:
-        stack.uniform(np.array([_KINDS]), np.array([_BY_RATE]))
+        _push_kind(stack, known)
     n = shape[0] * shape[1]
     kinds = _code_kinds(n, stack, None if known is None else known.numbers[:n])
     base, own = _Base.of(prior), None if known is None else known.numbers[n:].reshape(shape)
@@ -318,7 +326,7 @@ def _code_by_flow(
         noise = prior.flow.walk(torch.from_numpy(v), couple.there).numpy()
         if np.abs(noise).max() >= _MANY // 2 or stack.left() == 0:
             raise Dry
-        stack.uniform(np.array([_KINDS]), np.array([kind]))
+        _push_kind(stack, known)
     found = _standard(torch.zeros(shape)).scaled(0.0, couple.grid).code(_MANY, stack, notes, noise)
     if known is not None:
         return known

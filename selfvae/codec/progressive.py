@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -48,7 +48,7 @@ def fingerprint(model: SelfVAE) -> bytes:
     return found.digest()[:8]
 
 
-Value = Any  # an image uint8 (B, C, H, W), or a Latent
+Value = Any  # an image uint8 (B, C, H, W), or a Latent; kept beside them, a posterior
 
 
 def _sum(value: Value) -> int:
@@ -218,7 +218,7 @@ class Codec:
         if self.model.has_latents and not self.gaussian:
             for name in self.names:
                 if name[0] == "z":
-                    known[name] = Rounded.choose(self._prior(name, known), self._posterior(name, known))
+                    known[name] = Rounded.choose(self._posterior(name, known))
         written: dict[str, Written] = {}
         for name in reversed(self.names):  # a stack: what is decoded last is coded first
             stack.low, notes = stack.left(), Notes()
@@ -233,9 +233,7 @@ class Codec:
             written[name] = written[name]._replace(start=least)
         return written
 
-    def _draw(
-        self, name: str, known: Mapping[str, Value], stack: Stack, draw: bool
-    ) -> tuple[Latent, Notes]:
+    def _draw(self, name: str, known: dict[str, Value], stack: Stack, draw: bool) -> tuple[Latent, Notes]:
         """A Gaussian latent, drawn if that can be; and the notes of this."""
         posterior, before = self._posterior(name, known), stack.copy()
         for fine in FINE if draw else ():
@@ -267,13 +265,13 @@ class Codec:
             found.check_used()
             yield name, known[name]
 
-    def _above(self, name: str, known: Mapping[str, Value]) -> Tensor:
+    def _above(self, name: str, known: dict[str, Value]) -> Tensor:
         """The image above a variable, on the model's device."""
         k = int(name[1:])
         y = known[f"y{k + 1}"] if f"y{k + 1}" in known else _tensor(known[f"y{k}"])[:, :0]
         return _tensor(y).to(self.model.device)
 
-    def _prior(self, name: str, known: Mapping[str, Value], drawn: bool = True) -> Any:
+    def _prior(self, name: str, known: dict[str, Value], drawn: bool = True) -> Any:
         """p(z | y_up, z_up); if z was chosen before z_up was drawn, it is told another draw."""
         k = int(name[1:])
         above, z_up = f"z{k + 1}", None
@@ -282,14 +280,17 @@ class Codec:
             z_up = z_up.to(self.model.device)
         return self.model.levels[k].prior(self._above(name, known), z_up)
 
-    def _posterior(self, name: str, known: Mapping[str, Value]) -> Any:
-        k = int(name[1:])
-        return self.model.levels[k].posterior(_tensor(known[f"y{k}"]).to(self.model.device))
+    def _posterior(self, name: str, known: dict[str, Value]) -> Any:
+        """q(z | y), computed once for a picture."""
+        k, key = int(name[1:]), f"q({name})"
+        if key not in known:
+            known[key] = self.model.levels[k].posterior(_tensor(known[f"y{k}"]).to(self.model.device))
+        return known[key]
 
     def _code(
         self,
         name: str,
-        known: Mapping[str, Value],
+        known: dict[str, Value],
         stack: Stack,
         notes: Notes,
         track: Track,

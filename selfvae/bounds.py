@@ -54,6 +54,10 @@ class Bounds(NamedTuple):
     iwae: Tensor  # the logarithm of the mean of S weights
     pairs: Tensor  # the logarithm of the mean of all combinations' weights
 
+    def cpu(self) -> Bounds:
+        """The same on the CPU."""
+        return Bounds(*(bound.cpu() for bound in self))
+
 
 def iwae(model: SelfVAE, x: Tensor, draws: int = 64, *, pairs: bool = False, batch: int = 64) -> Tensor:
     """ln (1/S) sum_s p(x, y, z_s) / q(z_s | x): nats (B,), a lower bound of ln p(x) per image.

@@ -26,16 +26,12 @@ def dense(x: Tensor, layers: Sequence[Sequence[Tensor]]) -> Tensor:
     """A dense block: x (B, C, h, w) -> (B, C + steps * G, h, w), in channels-last order.
 
     layers: for each the weight and the bias of its 1x1 convolution (4G, c), of its 3x3 convolution
-        (G, 4G, 3, 3), and of the two linear maps of its gates, (c', c + G) and (c + G, c').
+        (G, 4G, 3, 3), which it is computed in, and of the two linear maps of its gates, (c', c + G) and
+        (c + G, c'), in float32 or float64.
     """
     weights = [weight for layer in layers for weight in layer]
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        low = torch.get_autocast_dtype(kind)
-        x = x.to(low)
-        weights = [w.to(low) if i % _EACH < 4 else w for i, w in enumerate(weights)]
-    with torch.autocast(kind, enabled=False):
-        out: Tensor = _Dense.apply(x, torch.is_grad_enabled(), *weights)
+    with torch.autocast(x.device.type, enabled=False):
+        out: Tensor = _Dense.apply(x.to(weights[0].dtype), torch.is_grad_enabled(), *weights)
     return out
 
 

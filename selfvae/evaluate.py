@@ -18,6 +18,7 @@ from selfvae.data import Images
 from selfvae.model import SelfVAE
 from selfvae.objective import Terms, bits_per_dim, gather
 from selfvae.precision import Resolved, autocast
+from selfvae.processes import spread
 from selfvae.tasks import Drawing, check_computed, enhance, generate, infer, reconstruct
 from selfvae.transforms import Chain, Format, MeanDownscale, Transform
 
@@ -56,7 +57,7 @@ def summary(nats: dict[str, Tensor], dims: int) -> dict[str, float]:
     """Means and standard errors over images, in bits/dim, of bounds of ln p(x), nats (B,), by name."""
     out = {}
     for name, values in nats.items():
-        bits = bits_per_dim(-values.cpu().double(), dims)
+        bits = bits_per_dim(-values.double(), dims)
         out[name] = bits.mean().item()
         out[f"{name}_stderr"] = (
             bits.std(correction=1).item() / math.sqrt(len(bits)) if len(bits) > 1 else 0.0
@@ -80,21 +81,20 @@ def evaluate(
     (lists over levels, in nats and in bits/dim), images; with iw > 0 the bounds of so many draws an image:
     iwae_bits_per_dim, pairs_bits_per_dim (all combinations of the levels' draws) and, from the same draws,
     elbo_bits_per_dim. Every bits_per_dim comes with its standard error over images. With precision
-    "bf16-mixed" the networks compute in bfloat16 (see `precision`).
+    "bf16-mixed" the networks compute in bfloat16 (see `precision`). Several processes share the work.
     """
     n, batches = _batches(model, images, limit, batch_size)
-    terms: list[Terms] = []
-    found: list[Bounds] = []
-    for batch in batches:
+
+    def score(batch: range) -> tuple[Terms, Bounds | None]:
         x = images.take(batch).to(model.device)
         with autocast(model, precision):
-            terms.append(model(x))
-            if iw:
-                found.append(bounds(model, x, iw, batch=batch_size))
+            return model(x).cpu(), bounds(model, x, iw, batch=batch_size).cpu() if iw else None
+
+    terms, found = zip(*spread(score, batches), strict=True)
     dims = math.prod(images.shape[1:])
     elbo = torch.cat([t.elbo for t in terms])
     out: dict[str, Any] = {"images": n, **summary({"bits_per_dim": elbo}, dims)}
-    out["elbo_nats"] = elbo.cpu().double().mean().item()
+    out["elbo_nats"] = elbo.double().mean().item()
     for kind, values in zip(("re", "kl"), gather(terms), strict=True):
         means = values.mean(1)
         out[f"{kind}_nats"] = means.tolist()
@@ -188,41 +188,47 @@ def enhancement(
         raise ValueError(f"draws must be at least 2, to tell how they differ; got {draws}")
     n, batches = _batches(model, images, limit, batch_size)
     seed = how.get("seed")
-    scores: dict[str, list[Tensor]] = {}
 
-    def add(kind: str, x: Tensor, result: Tensor, y: Tensor) -> None:
+    def compare(kind: str, x: Tensor, result: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Scores of results (on x's scale, float or uint8) against x."""
-        spread = 255 / model.format.top
         back = result.round().to(torch.uint8)
         for level in model.levels[:k]:
             back = level.transform(back)
-        for name, value in (
-            ("psnr", psnr(result * spread, x * spread)),
-            ("ssim", ssim(result * spread, x * spread)),
-            ("consistency_error", (back.double() - y.double()).abs().flatten(1).mean(1)),
-        ):
-            scores.setdefault(f"{name}_{kind}", []).append(value.cpu())
+        return {
+            f"psnr_{kind}": psnr(result * unit, x * unit),
+            f"ssim_{kind}": ssim(result * unit, x * unit),
+            f"consistency_error_{kind}": (back.double() - y.double()).abs().flatten(1).mean(1),
+        }
 
     height, width = (size - size % m for size, m in zip(images.shape[2:], model.multiples[0], strict=True))
-    for batch in batches:
+    unit = 255 / model.format.top
+
+    def score(batch: range) -> dict[str, Tensor]:
         x = images.take(batch)[:, :, :height, :width].to(model.device)
         y = infer(model, x, f"y{k}")[f"y{k}"]
         results = []
         for draw in range(draws):
-            how["seed"] = None if seed is None else seed + batch.start * draws + draw
+            if seed is not None:
+                how["seed"] = seed + batch.start * draws + draw
             results.append(enhance(model, y, k, **how))
-            add("draw", x, results[-1], y)
         stack = torch.stack(results).double()
-        add("mean", x, stack.mean(0), y)
-        add("plain", x, plain_enhancement(model, y, k), y)
+        each = [compare("draw", x, result, y) for result in results]
         apart = [
             (stack[i] - stack[j]).square().flatten(1).mean(1).sqrt()
             for i in range(draws) for j in range(i)
         ]  # fmt: skip
-        scores.setdefault("diversity_rmse", []).append(torch.stack(apart).mean(0) * 255 / model.format.top)
+        scores = {
+            **{name: torch.stack([scores[name] for scores in each]).mean(0) for name in each[0]},
+            **compare("mean", x, stack.mean(0), y),
+            **compare("plain", x, plain_enhancement(model, y, k), y),
+            "diversity_rmse": torch.stack(apart).mean(0) * unit,
+        }
+        return {name: values.cpu() for name, values in scores.items()}
+
+    parts = spread(score, batches)
     return {
         "images": n, "given": f"y{k}", "draws": draws,
-        **{name: torch.cat(values).mean().item() for name, values in sorted(scores.items())},
+        **{name: torch.cat([part[name] for part in parts]).mean().item() for name in sorted(parts[0])},
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Unpack
 
@@ -14,6 +15,7 @@ from selfvae.pages import figure, page
 from selfvae.pictures import show
 from selfvae.plots import save_figure
 from selfvae.presets import TRANSFORMS, transform
+from selfvae.processes import alone, spread
 from selfvae.tasks import (
     Drawing,
     complete,
@@ -38,42 +40,36 @@ def figures(model: SelfVAE, x: Tensor, out: str | Path, **how: Unpack[Drawing]) 
 
     Writes one PNG file each and index.html into the folder `out`; returns the files. A model without
     latents has no reconstructions, interpolations and variations; one without computed images has no
-    conditional generations.
+    conditional generations. Several processes share the work.
     """
     if x.shape[0] < 2:
         raise ValueError(f"figures take at least 2 images; got {x.shape[0]}")
     out = Path(out)
     x = x.to(model.device)
-    pages: list[tuple[str, str, list[Row]]] = []
+    pages: list[tuple[str, str, Callable[..., list[Row]]]] = []
     if model.has_latents:
         pages += [
-            ("reconstructions", "Reconstructions by what is sent.", _reconstructions(model, x, **how)),
-            ("interpolations", "Interpolations of u; the rest is drawn with one noise.",
-             _interpolations(model, x, **how)),
-            ("variations", "Variations: u is kept, the rest drawn anew.", _variations(model, x, **how)),
-        ]  # fmt: skip
+            ("reconstructions", "Reconstructions by what is sent.", _reconstructions),
+            ("interpolations", "Interpolations of u; the rest is drawn with one noise.", _interpolations),
+            ("variations", "Variations: u is kept, the rest drawn anew.", _variations),
+        ]
     if len(model.levels) > 1:
-        pages.insert(
-            1,
-            ("conditional", "Conditional generations: a computed image is given, and nothing else.",
-             _conditional(model, x, **how)),
-        )  # fmt: skip
+        caption = "Conditional generations: a computed image is given, and nothing else."
+        pages.insert(1, ("conditional", caption, _conditional))
     pages += [
-        ("generations", "Generated from nothing, every level.", _generations(model, x, **how)),
-        (
-            "transforms",
-            "What a hierarchy can be made of.",
-            _transforms(show(x, model.format)),
-        ),
+        ("generations", "Generated from nothing, every level.", _generations),
+        ("transforms", "What a hierarchy can be made of.", _transforms),
     ]
-    files, sections = [], []
-    for name, caption, rows in pages:
-        file = out / f"{name}.png"
-        save_figure(rows, file)
-        files.append(file)
-        sections.append(figure(file.name, caption))
+
+    def draw(number: int) -> Path:
+        name, _, rows = pages[number]
+        save_figure(rows(model, x, **how), out / f"{name}.png")
+        return out / f"{name}.png"
+
+    files = spread(draw, range(len(pages)))
     title = f"selfvae: {getattr(model.config, 'name', 'model')}"
-    write_atomic(out / "index.html", page(title, sections))
+    sections = [figure(file.name, caption) for file, (_, caption, _) in zip(files, pages, strict=True)]
+    alone(lambda: write_atomic(out / "index.html", page(title, sections)))
     return [*files, out / "index.html"]
 
 
@@ -148,8 +144,9 @@ def _variations(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
     return rows + [(f"variation {i + 1}", show(drawn[:, i], model.format)) for i in range(drawn.shape[1])]
 
 
-def _transforms(x: Tensor) -> list[Row]:
+def _transforms(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
     """Every named transform that takes such images."""
+    x = show(x, model.format)
     x = x[:, :3] if x.shape[1] >= 3 else x[:, :1]  # no alpha
     format, rows = Format(x.shape[1]), [("x", x)]
     for name in TRANSFORMS:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,9 @@ class Conv(nn.Module):
     first forward pass sets gain and bias so that every output channel has mean 0 and standard deviation
     `init_scale` on that batch; the buffer `initialised` remembers it.
 
+    In `eval` mode and without gradients w is computed once and kept until a parameter changes (by any
+    operation that autograd counts: not through `.data`).
+
     Source: Salimans & Kingma 2016, section 3.
     """
 
@@ -58,27 +62,47 @@ class Conv(nn.Module):
         self.stride, self.transposed, self.init_scale = stride, transposed, init_scale
         self.padding = (kernel - 1) // 2
         self.initialising = False
+        self._kept: tuple[Any, Tensor] | None = None
 
-    def weight(self) -> Tensor:
-        """The normalised kernel."""
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The normalised kernel, in the parameters' dtype or another."""
+        dtype = dtype or self.direction.dtype
+        v, g = self.direction, self.gain
+        if self.training or torch.is_grad_enabled() or v.is_inference():
+            return self._normalised().to(dtype)
+        state = dtype, id(v), v._version, id(g), g._version
+        if self._kept is None or self._kept[0] != state:
+            self._kept = state, self._normalised().to(dtype)
+        return self._kept[1]
+
+    def train(self, mode: bool = True) -> Conv:
+        self._kept = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:  # to another device, dtype or layout
+        self._kept = None
+        return super()._apply(*args, **kwargs)
+
+    def _normalised(self) -> Tensor:
         axis = 1 if self.transposed else 0
         others = [i for i in range(4) if i != axis]
         norm = torch.linalg.vector_norm(self.direction, dim=others, keepdim=True)
         shape = [-1 if i == axis else 1 for i in range(4)]
         return self.direction * (self.gain.view(shape) / (norm + 1e-8))
 
-    def matrix_and_bias(self) -> tuple[Tensor, Tensor]:
-        """The kernel, as a matrix if it is 1 x 1, and the bias."""
-        weight = self.weight()
-        return weight.flatten(1) if weight.shape[-1] == 1 else weight, self.bias
+    def matrix_and_bias(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """The kernel, as a matrix if it is 1 x 1, and the bias, in the parameters' dtype or another."""
+        weight = self.weight(dtype)
+        return weight.flatten(1) if weight.shape[-1] == 1 else weight, self.bias.to(weight.dtype)
 
     def _apply_weight(self, x: Tensor) -> Tensor:
+        weight = self.weight(autocast_dtype(self.bias))
         if self.transposed:
             return F.conv_transpose2d(
-                x, self.weight(), self.bias, self.stride, self.padding,
+                x, weight, self.bias, self.stride, self.padding,
                 output_padding=self.stride + 2 * self.padding - self.direction.shape[-1],
             )  # fmt: skip
-        return F.conv2d(x, self.weight(), self.bias, self.stride, self.padding)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.initialising:
@@ -99,6 +123,13 @@ class Conv(nn.Module):
     def extra_repr(self) -> str:
         o, i = self.direction.shape[:2]
         return f"{o}, {i}, kernel={self.direction.shape[-1]}, stride={self.stride}"
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What `torch.autocast` computes a convolution of x in; None if it leaves it as it is."""
+    kind = x.device.type
+    active = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if active else None
 
 
 @contextmanager
@@ -166,7 +197,15 @@ class DenseBlock(nn.Sequential):
         if any(conv.initialising for layer in layers for conv in layer):
             out: Tensor = super().forward(x)
             return out
-        return dense(x, [[w for conv in layer for w in conv.matrix_and_bias()] for layer in layers])
+        low = autocast_dtype(x)
+        return dense(
+            x,
+            [
+                # the gates' own maps stay exact: they are small
+                [w for i, conv in enumerate(layer) for w in conv.matrix_and_bias(low if i < 2 else None)]
+                for layer in layers
+            ],
+        )
 
 
 class ResidualBlock(nn.Module):

@@ -35,12 +35,16 @@ class Terms(NamedTuple):
             total = total + term
         return -total
 
+    def cpu(self) -> Terms:
+        """The same on the CPU."""
+        return Terms(*(tuple(term.cpu() for term in kind) for kind in self))
+
     def bits_per_dim(self, dims: int) -> Tensor:
         """-elbo in bits per dimension (B,); `dims` counts those of x only: C * H * W."""
         return bits_per_dim(-self.elbo, dims)
 
 
 def gather(terms: Sequence[Terms]) -> tuple[Tensor, Tensor]:
-    """re and kl of several batches together: float64 (levels, images) each, nats, on the CPU."""
+    """re and kl of several batches together: float64 (levels, images) each, nats."""
     re, kl = (torch.cat([torch.stack(kind) for kind in kinds], 1) for kinds in zip(*terms, strict=True))
-    return re.cpu().double(), kl.cpu().double()
+    return re.double(), kl.double()

@@ -26,6 +26,7 @@ from selfvae.evaluate import check_levels
 from selfvae.model import SelfVAE
 from selfvae.objective import gather
 from selfvae.pictures import show
+from selfvae.processes import spread
 
 __all__ = ["ALTERED", "auroc", "ood", "scores"]
 
@@ -43,7 +44,7 @@ ALTERED: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
 @torch.no_grad()
 def scores(model: SelfVAE, x: Tensor, batch_size: int = 32) -> dict[str, Tensor]:
     """All scores of images x, uint8 (B, C, H, W): float64 (B,) nats each, by name."""
-    re, kl = gather([model(part.to(model.device)) for part in x.split(batch_size)])
+    re, kl = gather(spread(lambda part: model(part.to(model.device)).cpu(), x.split(batch_size)))
     levels = re + kl
     out = {"nll": levels.sum(0)}
     for k, level in enumerate(model.levels):

@@ -17,6 +17,7 @@ from torch import Tensor
 from selfvae.data import Images
 from selfvae.model import SelfVAE
 from selfvae.pictures import show
+from selfvae.processes import spread
 from selfvae.progress import Track, silent
 from selfvae.tasks import Drawing, generate
 
@@ -25,7 +26,7 @@ __all__ = ["features", "frechet_distance", "kernel_distance", "load_network", "p
 Network = Callable[[Tensor], Tensor]
 
 
-def load_network(name: str, device: str = "cpu") -> Network:
+def load_network(name: str, device: torch.device | str = "cpu") -> Network:
     """The network "inception", or MODULE:NAME, on the device: a callable, or a class without arguments.
 
     Raises ImportError or ValueError that says what to install or give instead.
@@ -45,7 +46,7 @@ def load_network(name: str, device: str = "cpu") -> Network:
     return network
 
 
-def _inception(device: str) -> Network:
+def _inception(device: torch.device | str) -> Network:
     other = "or give --features MODULE:NAME, a network of your own"
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -190,13 +191,16 @@ def quality(
     def chunks(count: int) -> list[range]:
         return [range(i, min(count, i + batch_size)) for i in range(0, count, batch_size)]
 
-    real = [
-        features(network, show(images.take(chunk).to(model.device), model.format))
-        for chunk in track(chunks(len(images)), "real images")
-    ]
-    drawn, seed = [], how.get("seed")
-    for chunk in track(chunks(n), "generated images"):
-        how["seed"] = None if seed is None else seed + chunk.start
+    seed = how.get("seed")
+
+    def known(chunk: range) -> Tensor:
+        return features(network, show(images.take(chunk).to(model.device), model.format)).cpu()
+
+    def drawn(chunk: range) -> Tensor:
+        if seed is not None:
+            how["seed"] = seed + chunk.start
         x = generate(model, len(chunk), *images.shape[2:], **how)
-        drawn.append(features(network, show(x, model.format)))
-    return report(torch.cat(real), torch.cat(drawn))
+        return features(network, show(x, model.format)).cpu()
+
+    real = spread(known, chunks(len(images)), track, "real images")
+    return report(torch.cat(real), torch.cat(spread(drawn, chunks(n), track, "generated images")))

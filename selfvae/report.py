@@ -15,7 +15,6 @@ import platform
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,13 @@ from selfvae.figures import figures
 from selfvae.hub import load, write_atomic
 from selfvae.ood import ALTERED, ood
 from selfvae.precision import Resolved, autocast
+from selfvae.processes import alone, spread
 from selfvae.quality import Network, quality
 
 __all__ = ["PAPERS", "Settings", "report"]
+
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def report(
     outside: Outside | None = None,
     features: tuple[str, Network] | None = None,
     command: str = "",
-    device: str = "cpu",
+    device: torch.device = CPU,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Measure the models in the folders `runs` on images; writes out/report.md and report.html.
@@ -115,7 +118,7 @@ def report(
         command: noted in the report.
         progress: told what is measured next.
 
-    Returns the path of report.md.
+    Returns the path of report.md. Several processes share the work.
     """
     if not runs:
         raise ValueError("a report needs at least one folder with a model")
@@ -145,12 +148,13 @@ def report(
         "images.",
     ]
     notes = [note for note in notes if note]
-    write_atomic(out / "report.md", _markdown(notes, tables, pictures).encode())
+    text = _markdown(notes, tables, pictures)
+    alone(lambda: write_atomic(out / "report.md", text.encode()))
     sections = [f"<p>{html.escape(note)}</p>" for note in notes]
     for caption, columns, lines in tables:
         sections += [f"<h2>{html.escape(caption)}</h2>", pages.table(columns, lines)]
     sections += [pages.figure(file, caption) for caption, file in pictures]
-    write_atomic(out / "report.html", pages.page("selfvae report", sections))
+    alone(lambda: write_atomic(out / "report.html", pages.page("selfvae report", sections)))
     return out / "report.md"
 
 
@@ -165,20 +169,23 @@ class _Work:
     settings: Settings
     outside: Outside
     features: tuple[str, Network] | None
-    device: str
+    device: torch.device
     progress: Callable[[str], None]
 
     def __post_init__(self) -> None:
         self.model = load(self.run).to(self.device)
         weights = hashlib.sha256((self.run / "model.safetensors").read_bytes()).hexdigest()
-        self.base = [weights, self.data, self.images.shape, self.device]
+        self.base = [weights, self.data, self.images.shape, self.device.type]
 
-    def kept(self, name: str, on: list[Any], task: Callable[[], Part]) -> Part:
-        """The result of a task, from its file if there is one for what it depends `on`."""
+    def kept(self, name: str, on: list[Any], task: Callable[[], Part], shared: bool = True) -> Part:
+        """The result of a task, from its file if there is one for what it depends `on`.
+
+        shared: all processes do it together; else it is a share of one.
+        """
         text = json.dumps([*self.base, name, self.settings.seed, *on])
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         file = self.out / "parts" / f"{self.run.name}-{name}-{key}.json"
-        if not file.exists():
+        if not (alone(file.exists) if shared else file.exists()):
             self.progress(f"{self.run.name}: {name}")
             torch.manual_seed(self.settings.seed)
             write_atomic(file, json.dumps(task()).encode())
@@ -194,7 +201,7 @@ class _Work:
                 "elbo", [s.limit, s.precision],
                 lambda: evaluate(model, images, limit=s.limit, precision=s.precision, **size),
             ),
-            "time": self.kept("time", [], lambda: timing(model)),
+            "time": self.kept("time", [], lambda: alone(lambda: timing(model))),
         }  # fmt: skip
         if self.outside:
             parts["ood"] = self.kept(
@@ -224,16 +231,19 @@ class _Work:
     def iwae(self, draws: int) -> Part:
         """Means over images, in bits/dim, found block by block."""
         s, n = self.settings, min(self.settings.iw_limit, len(self.images))
-        found: dict[str, list[float]] = {kind: [] for kind in Bounds._fields}
-        for start in range(0, n, _BLOCK):
-            block = range(start, min(n, start + _BLOCK))
-            part = self.kept(
-                f"iwae-{draws}-{start}", [len(block), s.precision], partial(self.block, block, draws)
+
+        def found(block: range) -> Part:
+            name = f"iwae-{draws}-{block.start}"
+            return self.kept(
+                name, [len(block), s.precision], lambda: self.block(block, draws), shared=False
             )
-            for kind, values in found.items():
-                values += part[kind]
+
+        parts = spread(found, [range(start, min(n, start + _BLOCK)) for start in range(0, n, _BLOCK)])
         dims = math.prod(self.images.shape[1:])
-        nats = {kind: torch.tensor(values, dtype=torch.float64) for kind, values in found.items()}
+        nats = {
+            kind: torch.tensor([value for part in parts for value in part[kind]], dtype=torch.float64)
+            for kind in Bounds._fields
+        }
         return {**summary(nats, dims), "images": n}
 
     def block(self, block: range, draws: int) -> Part:
@@ -367,8 +377,8 @@ def _commit() -> str:
         return "of unknown commit"
 
 
-def _machine(device: str) -> str:
-    if device == "cuda":
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 

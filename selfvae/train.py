@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from selfvae import hub
 from selfvae.data import Dataset, augment, batch_indices
@@ -281,8 +282,7 @@ def _loss(terms: Terms, dims: int, config: TrainConfig, step: int) -> Tensor:
 @torch.no_grad()
 def _update_ema(ema: SelfVAE, model: SelfVAE, config: TrainConfig, step: int) -> None:
     decay = min(config.ema, (step + 1) / (step + 10))
-    for average, value in zip(ema.parameters(), model.parameters(), strict=True):
-        average.lerp_(value, 1 - decay)
+    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), step)
 
 
 def prepare(model: SelfVAE, fabric: Fabric, config: TrainConfig) -> tuple[Any, State]:

@@ -21,6 +21,43 @@ from selfvae.networks import Branch, Constant, Decoder, Encoder
 from selfvae.priors import TOP_PRIORS
 
 
+def test_a_kept_weight_is_never_an_old_one() -> None:
+    conv, x = Conv(3, 4).eval(), torch.randn(2, 3, 5, 5)
+
+    def check() -> None:
+        """Without gradients, where weights are kept, the same as with them, where they are not."""
+        for _ in range(2):
+            with torch.no_grad():
+                found = conv(x.to(conv.bias.dtype))
+            assert torch.equal(found, conv(x.to(conv.bias.dtype)).detach())
+
+    check()
+    with torch.no_grad():
+        assert conv.weight() is conv.weight()
+        conv.gain.mul_(2)
+    check()
+    torch.optim.Adamax(conv.parameters()).step()  # no gradients: nothing changes
+    check()
+    conv(x).sum().backward()
+    torch.optim.Adamax(conv.parameters(), foreach=True).step()
+    check()
+    conv.load_state_dict(Conv(3, 4).state_dict())
+    check()
+    conv.double()
+    check()
+    other = {name: torch.rand_like(p) for name, p in conv.named_parameters()}
+    with torch.no_grad():
+        found = torch.func.functional_call(conv, other, (x.double(),))
+    conv.load_state_dict(other, strict=False)
+    assert torch.equal(found, conv(x.double()))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert conv(x.double()).dtype == torch.float64
+        conv.float()
+        assert conv(x).dtype == torch.bfloat16
+    conv.train()
+    check()
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_data_dependent_init_normalises_once(transposed: bool) -> None:
     conv = Conv(5, 7, stride=2, transposed=transposed)

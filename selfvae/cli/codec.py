@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from selfvae import codec as coding
-from selfvae import pictures
+from selfvae import pictures, processes
 from selfvae.cli.common import In, Out, each, load_model, progress, show
 from selfvae.codec import bench as race
 from selfvae.hub import write_atomic
@@ -19,14 +19,14 @@ _ENDING, _ARCHIVE = ".svae", ".svaes"
 _LOSSLESS = (".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def _codec(model: Path) -> coding.Codec:
-    codec = coding.Codec(load_model(model))
+def _codec(model: Path, devices: int = 1) -> coding.Codec:
+    codec = coding.Codec(load_model(model, devices))
     if codec.model.format.levels != 256:
         raise ValueError(f"picture files have 256 levels; this model has {codec.model.format.levels}")
     return codec
 
 
-def compress(source: In, out: Out, model: Path, verify: bool = True) -> int:
+def compress(source: In, out: Out, model: Path, verify: bool = True, devices: int = 1) -> int:
     """Compress a picture without loss: every pixel comes back. For a folder: every picture in it.
 
     Pixels alone are kept: no palette, no camera's notes; the orientation that they ask for is applied. The
@@ -37,8 +37,9 @@ def compress(source: In, out: Out, model: Path, verify: bool = True) -> int:
         out: file ending in .svae, or folder for them.
         model: folder that training wrote; e.g. of a selfvae-halve.
         verify: decode every file and compare, which takes twice as long.
+        devices: GPUs or processes that share a folder's files.
     """
-    packer = _codec(model)
+    packer = _codec(model, devices)
 
     def work(file: Path, target: Path) -> None:
         if target.suffix.lower() != _ENDING:
@@ -49,7 +50,9 @@ def compress(source: In, out: Out, model: Path, verify: bool = True) -> int:
     return each(source, out, work, ending=_ENDING)
 
 
-def decompress(source: In, out: Out, model: Path, upto: str = "y0", partial: bool = False) -> int:
+def decompress(
+    source: In, out: Out, model: Path, upto: str = "y0", partial: bool = False, devices: int = 1
+) -> int:
     """The picture in a compressed file, or the pictures in all files of a folder.
 
     Args:
@@ -58,8 +61,9 @@ def decompress(source: In, out: Out, model: Path, upto: str = "y0", partial: boo
         model: the model that compressed it.
         upto: y1, y2, ...: the smaller or greyer version of that name, exactly, from the file's first bytes.
         partial: take a file that was cut short: the best picture so far, the rest as is most likely.
+        devices: GPUs or processes that share a folder's files.
     """
-    packer = _codec(model)
+    packer = _codec(model, devices)
 
     def work(file: Path, target: Path) -> None:
         pictures.check_ending(target)
@@ -70,7 +74,7 @@ def decompress(source: In, out: Out, model: Path, upto: str = "y0", partial: boo
     return each(source, out, work, (_ENDING,))
 
 
-def pack(source: In, out: Out, model: Path, block: int = 64, verify: bool = True) -> None:
+def pack(source: In, out: Out, model: Path, block: int = 64, verify: bool = True, devices: int = 1) -> None:
     """Compress all pictures of a folder into one archive, without loss.
 
     Args:
@@ -79,6 +83,7 @@ def pack(source: In, out: Out, model: Path, block: int = 64, verify: bool = True
         model: folder that training wrote; e.g. of a selfvae-halve.
         block: pictures that are decoded together: more are smaller, fewer are quicker to take one out of.
         verify: decode everything and compare, which takes twice as long.
+        devices: GPUs or processes that share the blocks.
     """
     if out.suffix.lower() != _ARCHIVE:
         raise ValueError(f"{out}: an archive ends in {_ARCHIVE}; got {out.suffix!r}")
@@ -88,15 +93,15 @@ def pack(source: In, out: Out, model: Path, block: int = 64, verify: bool = True
     if not files:
         raise ValueError(f"{source} holds no pictures")
     named = [(file.relative_to(source).as_posix(), pictures.read_exactly(file)) for file in files]
-    packer = _codec(model)
+    packer = _codec(model, devices)
     data = coding.pack(packer, named, block=block, verify=verify, track=progress)
-    write_atomic(out, data)
+    processes.alone(lambda: write_atomic(out, data))
     subpixels = sum(x.numel() for _, x in named)
     rate = 8 * len(data) / subpixels
     print(f"{len(named)} pictures in {out}: {len(data)} bytes, {rate:.3f} bits a sub-pixel")
 
 
-def unpack(source: In, out: Out, model: Path, only: str | None = None) -> None:
+def unpack(source: In, out: Out, model: Path, only: str | None = None, devices: int = 1) -> None:
     """The pictures of an archive, as PNG files under their names (another lossless ending is kept).
 
     Args:
@@ -104,20 +109,27 @@ def unpack(source: In, out: Out, model: Path, only: str | None = None) -> None:
         out: folder.
         model: the model that packed it.
         only: the name of one picture, to take out without the rest.
+        devices: GPUs or processes that share the blocks.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; expected a folder")
-    packer = _codec(model)
+    packer = _codec(model, devices)
     archive = coding.Archive(packer, source.read_bytes())
     names = [entry.name for entry in archive.entries]
     if only is not None and only not in names:
         raise ValueError(f"{source} holds no picture {only!r}; it holds {', '.join(names[:5])}, ...")
     targets = _targets(names, out)
-    found = archive if only is None else [(only, archive[only])]
-    count = 0
-    for name, x in found:
-        pictures.write(x[0], targets[name])
-        count += 1
+
+    def write(number: int) -> int:
+        found = archive.block(number) if only is None else [(only, archive[only])]
+        count = 0
+        for name, x in found:
+            pictures.write(x[0], targets[name])
+            count += 1
+        return count
+
+    blocks = range(len(archive.blocks)) if only is None else range(1)
+    count = sum(processes.spread(write, blocks, progress, "decompressing"))
     print(f"{count} of {len(names)} pictures in {out}")
 
 

@@ -16,7 +16,7 @@ from rich.progress import track
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from selfvae import data as sources
-from selfvae import hub, pictures, tasks
+from selfvae import hub, pictures, processes, tasks
 from selfvae.model import SelfVAE
 from selfvae.tiles import tiled
 from selfvae.transforms import Format
@@ -94,14 +94,9 @@ def load_images(net: SelfVAE, data: str, split: str = "test") -> sources.Images:
     return images
 
 
-def load_model(folder: Path) -> SelfVAE:
-    """The model in a folder, where it is to score and draw."""
-    return hub.load(folder).to(device())
-
-
-def device() -> str:
-    """Where to score and draw: the GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def load_model(folder: Path, devices: int = 1) -> SelfVAE:
+    """The model in a folder, where it is to score and draw; starts as many processes as `devices`."""
+    return hub.load(folder).to(processes.launch(devices))
 
 
 def _resizable(data: str) -> bool:
@@ -124,7 +119,8 @@ def fitted(net: SelfVAE, pixels: int) -> SelfVAE:
 
 def progress(sequence: Sequence[Any], description: str) -> Iterable[Any]:
     """A progress bar, on standard error."""
-    return track(sequence, description, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return track(sequence, description, console=console, transient=True, disable=processes.rank() > 0)
 
 
 def check_free(source: Path, out: Path) -> None:
@@ -147,14 +143,14 @@ def each(
     """work(file, output file) for a file, or for every file below a folder whose ending is among `endings`.
 
     In a folder a broken file is passed over and reported at the end: the exit status is then 1. Outputs
-    there have the given ending.
+    there have the given ending. Several processes share a folder's files.
     """
     if not source.exists():
         raise FileNotFoundError(f"no file or folder at {source}")
     if source.is_file():
         out = out / f"{source.stem}{ending}" if out.is_dir() else out
         check_free(source, out)
-        work(source, out)
+        processes.alone(lambda: work(source, out))
         print(f"{out}")
         return 0
     if out.exists() and not out.is_dir():
@@ -165,8 +161,9 @@ def each(
     if not files:
         raise ValueError(f"{source} holds no fitting files: expected some ending in {', '.join(endings)}")
     stems = Counter(f.with_suffix("") for f in files)
-    failed = []
-    for file in files:
+
+    def do(file: Path) -> str:
+        """What went wrong."""
         target = out / file.relative_to(source)
         # two inputs that differ in their endings alone keep them
         alone = stems[file.with_suffix("")] == 1
@@ -174,10 +171,14 @@ def each(
         try:
             work(file, target)
         except (ValueError, OSError) as error:
-            failed.append(f"{file}: {error}")
+            return f"{file}: {error}"
+        return ""
+
+    failed = list(filter(None, processes.spread(do, files)))
     print(f"{len(files) - len(failed)} of {len(files)} files in {out}")
-    for line in failed:
-        print(f"selfvae: {line}", file=sys.stderr)
+    if not processes.rank():
+        for line in failed:
+            print(f"selfvae: {line}", file=sys.stderr)
     return 1 if failed else 0
 
 

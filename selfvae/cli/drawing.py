@@ -68,6 +68,7 @@ def enhance(
     model: Path,
     level: int = 1,
     n: int = 1,
+    devices: int = 1,
     drawing: DrawingFlags = DRAWING,
 ) -> int:
     """Enlarge, colour or de-band a picture of your own: whichever undoes the model's transform.
@@ -81,9 +82,10 @@ def enhance(
         model: folder that training wrote.
         level: which computed image the picture is.
         n: draws; with more than one, OUT is a sheet: the picture and its draws.
+        devices: GPUs or processes that share a folder's files.
     """
 
-    net = load_model(model)
+    net = load_model(model, devices)
     how = drawing.how(net)
     tasks.check_computed(net, level)
     positive("n", n)
@@ -110,6 +112,7 @@ def reconstruct(
     out: Out,
     model: Path,
     given: str = "reconstruction",
+    devices: int = 1,
     drawing: DrawingFlags = DRAWING,
 ) -> int:
     """Draw a picture again from what the model infers of it. Alpha is kept.
@@ -119,9 +122,10 @@ def reconstruct(
         out: picture file (.png and .webp are lossless), or folder for them.
         model: folder that training wrote.
         given: what is kept: variables and the papers' operations, e.g. RS1, CR, u,z0.
+        devices: GPUs or processes that share a folder's files.
     """
 
-    net = load_model(model)
+    net = load_model(model, devices)
     how, given_names = drawing.how(net), tasks.names(net, given)
 
     def work(picture: pictures.Picture, file: Path) -> None:
@@ -208,6 +212,7 @@ def figures(
     data: str = "photos",
     out: Path | None = None,
     n: int = 8,
+    devices: int = 1,
     drawing: DrawingFlags = DRAWING,
 ) -> None:
     """The papers' figures from a trained model, and a page that shows them: OUT/index.html.
@@ -217,9 +222,10 @@ def figures(
         data: as for train; the first N test images are shown.
         out: folder; by default figures inside the model's.
         n: images in a row.
+        devices: GPUs or processes that share the figures.
     """
 
-    net = load_model(model)
+    net = load_model(model, devices)
     images = load_images(net, data)
     files = sheets.figures(
         net, images.take(range(min(n, len(images)))), out or model / "figures", **drawing.how(net)

@@ -13,8 +13,8 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from selfvae import data as sources
 from selfvae import evaluate as scoring
-from selfvae import hub
 from selfvae import ood as outliers
+from selfvae import processes
 from selfvae import quality as samples
 from selfvae import report as whole
 from selfvae.cli.common import (
@@ -22,7 +22,6 @@ from selfvae.cli.common import (
     Drawing,
     DrawingFlags,
     Run,
-    device,
     load_images,
     load_model,
     progress,
@@ -43,6 +42,7 @@ def evaluate(
     level: int = 1,
     draws: int = 8,
     precision: Resolved = "32-true",
+    devices: int = 1,
     json: bool = False,
     drawing: DrawingFlags = DRAWING,
 ) -> None:
@@ -62,9 +62,10 @@ def evaluate(
         draws: enhancements of each image.
         precision: of the networks; bf16-mixed is faster where the processor has it. Likelihoods stay in
             float32.
+        devices: GPUs or processes that share the images.
         json: print one JSON object and nothing else.
     """
-    net = load_model(model)
+    net = load_model(model, devices)
     images = load_images(net, data, split)
     if enhance:
         result = scoring.enhancement(
@@ -87,6 +88,7 @@ def ood(
     limit: int | None = 1000,
     batch_size: int = 32,
     seed: int = 0,
+    devices: int = 1,
     json: bool = False,
 ) -> None:
     """Out-of-distribution detection: AUROC of every score per image, for every out-set.
@@ -98,9 +100,10 @@ def ood(
         limit: the first so many images of each.
         batch_size: images at a time.
         seed: of the latents and the random sets.
+        devices: GPUs or processes that share the images.
         json: print one JSON object and nothing else.
     """
-    net = load_model(model)
+    net = load_model(model, devices)
     inside = load_images(net, data)
     outside = _outside(net, out_sets)
     result = outliers.ood(net, inside, outside, limit=limit, batch_size=batch_size, seed=seed)
@@ -126,6 +129,7 @@ def quality(
     n: int = 10_000,
     features: str = "inception",
     batch_size: int = 100,
+    devices: int = 1,
     json: bool = False,
     drawing: DrawingFlags = DRAWING,
 ) -> None:
@@ -138,10 +142,11 @@ def quality(
         n: images to generate; the papers take 10,000 against test and 50,000 against train.
         features: inception, or MODULE:NAME, a network from images uint8 (B, 3, H, W) to (B, D).
         batch_size: images at a time.
+        devices: GPUs or processes that share the images.
         json: print one JSON object and nothing else.
     """
-    network = _network(features)
-    net = load_model(model)
+    net = load_model(model, devices)
+    network = _network(features, net.device)
     images = load_images(net, data, split)
     result = samples.quality(
         net, images, network, n, batch_size=batch_size, track=progress, **drawing.how(net)
@@ -149,10 +154,10 @@ def quality(
     show(result, json)
 
 
-def _network(features: str) -> samples.Network:
+def _network(features: str, device: torch.device) -> samples.Network:
     """The feature network of that name, a user's own among them."""
     sys.path.append(os.getcwd())  # where it may lie
-    return samples.load_network(features, device())
+    return samples.load_network(features, device)
 
 
 def timing(
@@ -178,6 +183,7 @@ def report(
     out: Path = Path("report"),
     out_sets: tuple[str, ...] = tuple(outliers.ALTERED),
     features: str | None = None,
+    devices: int = 1,
     settings: Annotated[whole.Settings, OmitArgPrefixes] = whole.Settings(),  # noqa: B008 (frozen)
 ) -> None:
     """All scores of trained models in one report: OUT/report.md and OUT/report.html; goes on if ended.
@@ -188,15 +194,17 @@ def report(
         out: folder of the report and of its parts.
         out_sets: as for ood.
         features: as for quality (inception, or MODULE:NAME); by default sample quality is left out.
+        devices: GPUs or processes that share the work.
     """
     if not models:
         raise ValueError("a report needs at least one folder with a model")
-    first = hub.load(models[0])
+    first = load_model(models[0], devices)
     images = load_images(first, data)
     path = whole.report(
-        models, images, Path(data).name, out, settings, outside=_outside(first, out_sets), device=device(),
-        features=None if features is None else (features, _network(features)),
+        models, images, Path(data).name, out, settings, outside=_outside(first, out_sets),
+        device=first.device,
+        features=None if features is None else (features, _network(features, first.device)),
         command="selfvae " + " ".join(Path(word).name if "/" in word else word for word in sys.argv[1:]),
-        progress=lambda text: print(text, file=sys.stderr),
+        progress=lambda text: print(text, file=sys.stderr) if not processes.rank() else None,
     )  # fmt: skip
     print(f"See {path}")

@@ -30,6 +30,7 @@ from torch import Tensor
 from selfvae.codec.coder import Stack
 from selfvae.codec.container import CHANGED, CodecError, Reader, check_size, check_start, varint
 from selfvae.codec.progressive import Codec
+from selfvae.processes import spread
 from selfvae.progress import Track, silent
 
 __all__ = ["Archive", "Entry", "pack"]
@@ -107,6 +108,8 @@ def pack(
         verify: decode everything and compare.
         track: given the blocks and what is done with them, hands them on: to show progress.
 
+    Several processes share the work.
+
     Raises ValueError for pictures that do not fit the model, or names that come twice.
     """
     if block < 1:
@@ -120,10 +123,12 @@ def pack(
         for name, x in named
     ]
     starts = range(0, len(named), block)
-    blocks = []
-    for start in track(starts, "compressing"):
+
+    def packed_block(start: int) -> bytes:
         part = slice(start, start + block)
-        blocks.append(_pack_block(codec, entries[part], [x for _, x in named[part]]))
+        return _pack_block(codec, entries[part], [x for _, x in named[part]])
+
+    blocks = spread(packed_block, starts, track, "compressing")
     index = {
         "levels": codec.model.format.levels,
         "pictures": entries,
@@ -138,10 +143,15 @@ def pack(
         [head, struct.pack("<II", len(packed), zlib.crc32(packed, zlib.crc32(head))), packed, *blocks]
     )
     if verify:
-        back = iter(Archive(codec, data))
-        for name, x in track(named, "checking"):
-            if not torch.equal(x.cpu(), next(back)[1]):
-                raise CodecError(f"{name} came back changed: please report this, with the picture")
+        archive = Archive(codec, data)
+
+        def check(number: int) -> None:
+            part = named[starts[number] : starts[number] + block]
+            for (name, x), (_, back) in zip(part, archive.block(number), strict=True):
+                if not torch.equal(x.cpu(), back):
+                    raise CodecError(f"{name} came back changed: please report this, with the picture")
+
+        spread(check, range(len(starts)), track, "checking")
     return data
 
 
@@ -188,16 +198,15 @@ class Archive:
             raise IndexError(f"the archive holds {len(self)} pictures; got number {which}")
         number = bisect.bisect_right(self._first, which) - 1
         inside = which - self._first[number]
-        return next(itertools.islice(self._block(number), inside, None))
+        return next(itertools.islice(self.block(number), inside, None))[1]
 
     def __iter__(self) -> Iterator[Named]:
-        for number, first in enumerate(self._first[:-1]):
-            for i, x in enumerate(self._block(number)):
-                yield self.entries[first + i].name, x
+        for number in range(len(self.blocks)):
+            yield from self.block(number)
 
     @torch.no_grad()
-    def _block(self, number: int) -> Iterator[Tensor]:
-        """The pictures of a block, each decoded when it is asked for."""
+    def block(self, number: int) -> Iterator[Named]:
+        """The pictures of one of the `blocks`, each decoded when it is asked for."""
         data = bytes(self._data[number])
         if zlib.crc32(data) != self.blocks[number].crc:
             raise CodecError(f"block {number} of the archive is damaged: its checksum does not fit")
@@ -214,7 +223,7 @@ class Archive:
                 picture = picture[:, : entries[i].channels].contiguous()
                 if zlib.crc32(picture.numpy().tobytes()) != entries[i].crc:
                     raise CodecError(f"{entries[i].name} {CHANGED}")
-                yield picture
+                yield entries[i].name, picture
 
 
 def _read_index(codec: Codec, data: bytes) -> tuple[list[Entry], list[_Block], int, int]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from selfvae.dense import dense
 
@@ -24,6 +26,7 @@ __all__ = [
     "Down",
     "ResidualBlock",
     "Up",
+    "checkpoint_activations",
     "data_dependent_init",
 ]
 
@@ -208,26 +211,39 @@ class DenseBlock(nn.Sequential):
         )
 
 
-class ResidualBlock(nn.Module):
-    """`steps` residual layers at a width of `growth` channels: ELU, 3x3 conv, ELU, 1x1 conv, add.
+class ResidualLayer(nn.Sequential):
+    """ELU, 3x3 conv, ELU, 1x1 conv, add; the last convolution starts near zero."""
 
-    The layers' last convolutions start near zero, so that the block starts as the identity.
-    """
+    def __init__(self, channels: int) -> None:
+        super().__init__(
+            nn.ELU(), Conv(channels, channels), nn.ELU(), Conv(channels, channels, 1, init_scale=0.1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        change: Tensor = super().forward(x)
+        return x + change
+
+
+class ResidualBlock(nn.Module):
+    """`steps` residual layers at a width of `growth` channels; it starts as the identity."""
 
     def __init__(self, channels: int, growth: int, steps: int) -> None:
         super().__init__()
         self.widen = nn.Identity() if channels == growth else Conv(channels, growth, 1)
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.ELU(), Conv(growth, growth), nn.ELU(), Conv(growth, growth, 1, init_scale=0.1))
-            for _ in range(steps)
-        )
+        self.layers = nn.Sequential(*(ResidualLayer(growth) for _ in range(steps)))
         self.out_channels = growth
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.widen(x)
-        for layer in self.layers:
-            x = x + layer(x)
-        return x
+        out: Tensor = self.layers(self.widen(x))
+        return out
+
+
+def checkpoint_activations(module: nn.Module) -> None:
+    """From now on compute what lies inside dense blocks and residual layers again in the backward pass."""
+    for part in module.modules():
+        if isinstance(part, (DenseBlock, ResidualLayer)):
+            again = partial(checkpoint, part.forward, use_reentrant=False)
+            part.forward = again  # type: ignore[method-assign]
 
 
 BACKBONES: dict[str, type[DenseBlock] | type[ResidualBlock]] = {

@@ -32,6 +32,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from selfvae import hub
 from selfvae.data import Dataset, augment, batch_indices
 from selfvae.evaluate import check_levels, evaluate
+from selfvae.layers import checkpoint_activations
 from selfvae.model import SelfVAE
 from selfvae.objective import Terms, bits_per_dim
 from selfvae.plots import save_grid
@@ -64,6 +65,8 @@ class TrainConfig:
         translate: random shifts by up to so many pixels, edges repeated.
         accumulate: parts that a batch is split into to save memory.
         precision: "32-true", "bf16-mixed" (likelihoods stay in float32), or "auto": the faster one here.
+        activation_checkpointing: compute what is inside the networks' blocks again in the backward pass:
+            less memory, for more time.
         channels_last: memory layout of the networks.
         seed: of the weights, the data order and all noise.
         log_every: steps between rows of log.csv.
@@ -92,6 +95,7 @@ class TrainConfig:
     translate: int = 2
     accumulate: int = 1
     precision: Precision = "auto"
+    activation_checkpointing: bool = False
     channels_last: bool = True
     seed: int = 0
     log_every: int = 50
@@ -291,6 +295,8 @@ def prepare(model: SelfVAE, fabric: Fabric, config: TrainConfig) -> tuple[Any, S
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = copy.deepcopy(model).eval().requires_grad_(False)
+    if config.activation_checkpointing:
+        checkpoint_activations(model)
     kind = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}[config.optimizer]
     wrapped, optimizer = fabric.setup(model, kind(model.parameters(), lr=config.lr))
     return wrapped, State(model, ema, optimizer, Guard(config, fabric.device))

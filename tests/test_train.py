@@ -5,18 +5,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lightning_fabric import Fabric
 from safetensors.torch import load_file
 
 import selfvae
 from selfvae import data, hub, presets
 from selfvae.cli import main
 from selfvae.precision import resolve
-from selfvae.train import Guard, TrainConfig, _loss, train
+from selfvae.train import Guard, TrainConfig, _loss, prepare, train
 
 CONFIG = selfvae.ModelConfig(
     name="selfvae", image_shape=(3, 8, 8), transforms=("mean2",), prior="mog", consistent=True,
@@ -179,6 +181,30 @@ def test_accumulation_gives_the_whole_batchs_gradient(tmp_path: Path, images: da
         train(halve, images, tmp_path / str(parts), config, quiet=True)
     one, four = (load_file(tmp_path / p / "model.safetensors") for p in "14")
     assert all(torch.allclose(one[k].float(), four[k].float(), atol=2e-4) for k in one)
+
+
+@pytest.mark.parametrize("backbone", ["dense", "residual"])
+def test_activation_checkpointing_makes_the_same_steps_with_less_memory(
+    tmp_path: Path, images: data.Dataset, backbone: str
+) -> None:
+    model = replace(CONFIG, backbone=backbone, depth=1.0)  # type: ignore[arg-type]
+    runs = [settings(activation_checkpointing=on, steps=3) for on in (False, True)]
+    for run in runs:
+        train(model, images, tmp_path / str(run.activation_checkpointing), run, quiet=True)
+    assert same_weights(tmp_path / "False", tmp_path / "True")
+    kept = []
+    for run in runs:
+        net, _ = prepare(presets.from_config(model), Fabric(accelerator="cpu", devices=1), run)
+        sizes: list[int] = []
+
+        def note(x: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            net(images.train.take(range(32)))
+        kept.append(sum(sizes))
+    assert kept[1] < 0.8 * kept[0]
 
 
 def test_two_processes_make_the_steps_of_one(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What the importance-weighted bounds cost, against as many full forward passes of the same model.
 
-    python benchmarks/bounds.py RUN... [--draws 512] [--repeats 3] [--threads 2] [--json]
+    python -m benchmarks.bounds RUN... [--draws 512] [--repeats 3] [--threads 2] [--json]
 
 Prints for every model, as medians of interleaved repeats, of one image:
     full          seconds of `draws` forward passes, encoders and pyramid each time
@@ -14,9 +14,8 @@ Prints for every model, as medians of interleaved repeats, of one image:
 from __future__ import annotations
 
 import json as jsonlib
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,13 +23,8 @@ import tyro
 from tyro.conf import Positional
 
 import selfvae
+from benchmarks.measure import medians
 from selfvae.precision import autocast
-
-
-def seconds(task: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    task()
-    return time.perf_counter() - began
 
 
 @torch.no_grad()
@@ -57,14 +51,8 @@ def main(
             "pairs": lambda model=model, x=x: selfvae.iwae(model, x, draws, pairs=True),
         }
         for name in ("full", "iwae"):
-            ways[f"{name}_low"] = lambda task=ways[name], low=low: low(task)
-        for way in ("iwae", "iwae_low"):
-            ways[way]()  # what is done once is not counted
-        found = {name: [] for name in ways}
-        for _ in range(repeats):
-            for name, task in ways.items():
-                found[name].append(seconds(task))
-        row = {name: statistics.median(values) for name, values in found.items()}
+            ways[f"{name}_low"] = partial(low, ways[name])
+        row = medians(ways, repeats)
         row |= {
             "speedup": row["full"] / row["iwae"],
             "speedup_low": row["full_low"] / row["iwae_low"],

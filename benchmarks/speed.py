@@ -9,7 +9,10 @@ Ratios, reference / ours, of the medians of interleaved repeats, by name:
     iwae512_M     seconds of IWAE-512 of one image; the reference's from fewer draws, to which it is linear
     compress_M, decompress_M
                   seconds of a few images: one archive against files of their own
-Ours uses what nobody has to ask for; "seconds" and "bytes" hold both sides' figures, (reference, ours).
+Ours uses what nobody has to ask for. "seconds" and "bytes" hold both sides' figures, (reference, ours);
+"floor" what ours would take if its convolutions and matrix products (its "operations") were all there is,
+and ran as fast as a large matrix product does here; "at_most" the reference's seconds over that floor: the
+ratio that no rewriting with the same operations and numbers can pass.
 """
 
 from __future__ import annotations
@@ -17,14 +20,10 @@ from __future__ import annotations
 import copy
 import json as jsonlib
 import platform
-import resource
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,11 +33,11 @@ from torch import Tensor
 
 import selfvae
 from benchmarks import reference
+from benchmarks.measure import Task, medians, operations, own_peak, peak_rate
 from selfvae.codec import Archive, Codec, pack
 from selfvae.precision import autocast, resolve
 from selfvae.train import TrainConfig, make_step, prepare
 
-Task = Callable[[], object]
 Pair = tuple[Task, Task]  # the reference's and ours
 
 
@@ -81,7 +80,7 @@ def inference(
 ) -> dict[str, Pair]:
     """All that is done with a trained model."""
     slow = reference.plain(model)
-    fast = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fast = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     low = resolve("auto", "cpu")
 
     def quickly(task: Callable[..., object], *args: Any) -> object:
@@ -108,27 +107,6 @@ def inference(
         lambda: list(Archive(other, together)),
     )
     return pairs
-
-
-def seconds(pair: Pair, repeats: int) -> tuple[float, float]:
-    """Medians, after one round that does not count."""
-    found: tuple[list[float], list[float]] = ([], [])
-    for i in range(repeats + 1):
-        for task, times in zip(pair, found, strict=True):
-            began = time.perf_counter()
-            task()
-            if i:
-                times.append(time.perf_counter() - began)
-    return statistics.median(found[0]), statistics.median(found[1])
-
-
-def own_peak() -> int:
-    """Bytes of this process at its largest."""
-    try:  # what getrusage says may be of the process that started this one
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    except OSError:
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def peak(side: int, name: str, size: str, batch: int, threads: int) -> int:
@@ -171,31 +149,38 @@ def main(
     generated, draws, files = (1, 20, 100), 512, 8
     if quick:
         models, batch, repeats, generated, draws, files = models[:2], 4, 1, (20,), 64, 2
-    out: dict[str, Any] = {"seconds": {}, "bytes": {}}
+    precision = resolve("auto", "cpu")
+    rate = peak_rate(torch.bfloat16 if precision == "bf16-mixed" else torch.float32)
+    out: dict[str, Any] = {"seconds": {}, "bytes": {}, "operations": {}, "floor": {}, "at_most": {}}
 
-    def note(name: str, kind: str, figures: tuple[float, float]) -> None:
-        out[name] = round(figures[0] / figures[1], 2)
-        out[kind][name] = [round(f, 4) for f in figures]
+    def note(name: str, kind: str, a: float, b: float, more: str = "") -> None:
+        out[name] = round(a / b, 2)
+        out[kind][name] = [round(a, 4), round(b, 4)]
         if not json:
-            print(f"{name:20} {out[name]:6.2f}  {kind} {figures[0]:.4g} -> {figures[1]:.4g}", flush=True)
+            print(f"{name:20} {out[name]:6.2f}  {kind} {a:.4g} -> {b:.4g}{more}", flush=True)
+
+    def compare(name: str, pair: Pair, scale: tuple[float, float] = (1, 1)) -> None:
+        found = medians(dict(zip("ab", pair, strict=True)), repeats)
+        a, b = found["a"] * scale[0], found["b"] * scale[1]
+        count = operations(pair[1]) * scale[1]
+        floor = count / rate
+        out["operations"][name], out["floor"][name] = count, round(floor, 4)
+        out["at_most"][name] = round(a / floor, 2)
+        note(name, "seconds", a, b, f", floor {floor:.4g}, at most {a / floor:.2f}")
 
     for name in models:
         model, x = model_and_images(name, size, max(batch, 8))
-        steps = plain_training(model, x[:batch]), training(model, x[:batch])
-        note(f"train_{name}", "seconds", seconds(steps, repeats))
-        del steps
-        peaks = [peak(side, name, size, batch, threads) for side in (0, 1)]
-        note(f"memory_{name}", "bytes", (peaks[0], peaks[1]))
+        compare(f"train_{name}", (plain_training(model, x[:batch]), training(model, x[:batch])))
+        note(f"memory_{name}", "bytes", *(peak(side, name, size, batch, threads) for side in (0, 1)))
         for kind, pair in inference(model, x, generated, draws, files).items():
-            a, b = seconds(pair, repeats)
-            if kind == "iwae512":
-                a, b = a * 512 / few(draws), b * 512 / draws
-            note(f"{kind}_{name}", "seconds", (a, b))
+            scale = (512 / few(draws), 512 / draws) if kind == "iwae512" else (1, 1)
+            compare(f"{kind}_{name}", pair, scale)
     out["machine"] = {
         "processor": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "threads": threads,
-        "precision": resolve("auto", "cpu"),
+        "precision": precision,
+        "operations_a_second": round(rate),
         "size": size,
         "batch": batch,
     }

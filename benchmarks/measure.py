@@ -1,0 +1,53 @@
+"""What the benchmarks measure with: seconds side by side, operations, what the processor can do at best."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ["Task", "medians", "operations", "own_peak", "peak_rate"]
+
+Task = Callable[[], object]
+
+
+def seconds(task: Task) -> float:
+    began = time.perf_counter()
+    task()
+    return time.perf_counter() - began
+
+
+def medians(tasks: Mapping[str, Task], repeats: int) -> dict[str, float]:
+    """Seconds of each task: medians of interleaved repeats, after one round that does not count."""
+    found: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(repeats + 1):
+        for name, task in tasks.items():
+            found[name].append(seconds(task))
+    return {name: statistics.median(times[1:]) for name, times in found.items()}
+
+
+def operations(task: Task) -> int:
+    """Multiplications and additions of a task's convolutions and matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        task()
+    return counter.get_total_flops()
+
+
+def peak_rate(dtype: torch.dtype) -> float:
+    """The most operations a second that torch reaches here in matrix products."""
+    a, b = torch.rand(2, 2048, 2048).to(dtype)
+    return 2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(8))
+
+
+def own_peak() -> int:
+    """Bytes of this process at its largest."""
+    try:  # what getrusage says may be of the process that started this one
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except OSError:
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

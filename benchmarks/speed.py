@@ -11,7 +11,7 @@ Ratios, reference / ours, of the medians of interleaved repeats, by name:
                   seconds of a few images: one archive against files of their own
 Ours uses what nobody has to ask for. "seconds" and "bytes" hold both sides' figures, (reference, ours);
 "floor" what ours would take if its convolutions and matrix products (its "operations") were all there is,
-and ran as fast as a large matrix product does here; "at_most" the reference's seconds over that floor: the
+and ran as fast as the best of them does here; "at_most" the reference's seconds over that floor: the
 ratio that no rewriting with the same operations and numbers can pass.
 """
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -71,7 +72,8 @@ class Conv(nn.Module):
         """The normalised kernel, in the parameters' dtype or another."""
         dtype = dtype or self.direction.dtype
         v, g = self.direction, self.gain
-        if self.training or torch.is_grad_enabled() or v.is_inference():
+        # what is split over processes (FSDP) changes uncounted
+        if self.training or torch.is_grad_enabled() or v.is_inference() or dist.is_initialized():
             return self._normalised().to(dtype)
         state = dtype, id(v), v._version, id(g), g._version
         if self._kept is None or self._kept[0] != state:

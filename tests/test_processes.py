@@ -62,12 +62,7 @@ def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
     assert found[0] == found[1]
     assert found[0].pop("ranks") == [0, 1, 0]
     assert found[0].pop("error") == "integer division or modulo by zero"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the others had
-    try:
-        assert found[0] == work(tmp_path / "run", tmp_path / "alone")
-    finally:
-        torch.set_num_threads(threads)
+    assert found[0] == work(tmp_path / "run", tmp_path / "alone")
 
 
 def test_one_process() -> None:

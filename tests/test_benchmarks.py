@@ -1,0 +1,49 @@
+"""The benchmarks run, and give what they promise; what they find is not for a test."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import cost
+from benchmarks.measure import medians, operations, peak_rate
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*words: str) -> dict[str, object]:
+    command = [sys.executable, "-m", *words]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300)
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def test_speed() -> None:
+    found = run("benchmarks.speed", "--quick", "--json", "--models", "vae", "--size", "tiny", "--threads", "1")
+    for task in ("train", "memory", "generate20", "iwae512", "compress", "decompress"):
+        assert found[f"{task}_vae"] > 0  # type: ignore[operator]
+    for kind in ("operations", "floor", "at_most", "seconds"):
+        assert found[kind]["train_vae"]  # type: ignore[index]
+    assert found["bytes"]["memory_vae"][1] > 1e8  # type: ignore[index]
+
+
+def test_cost(tmp_path: Path) -> None:
+    row = run("benchmarks.cost", "--one", "32", "2", "--size", "tiny", "--batch", "2", "--repeats", "1")
+    assert row["side"] == 32 and row["levels"] == 2 and row["bytes"] > 0  # type: ignore[operator]
+    rows = [{**row, "side": side, "levels": k} for side in cost.SIDES for k in cost.LEVELS]
+    cost.plot(rows, 2, tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").stat().st_size > 1000
+
+
+def test_measures() -> None:
+    a = torch.rand(30, 40)
+    assert operations(lambda: a @ a.T) == 2 * 30 * 40 * 30
+    assert peak_rate(torch.float32) > 1e8
+    calls: list[str] = []
+    found = medians({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert calls == list("ababab") and found.keys() == {"a", "b"}
+    assert found["a"] == pytest.approx(0, abs=1)

@@ -23,7 +23,9 @@ def run(*words: str) -> dict[str, object]:
 
 
 def test_speed() -> None:
-    found = run("benchmarks.speed", "--quick", "--json", "--models", "vae", "--size", "tiny", "--threads", "1")
+    found = run(
+        "benchmarks.speed", "--quick", "--json", "--models", "vae", "--size", "tiny", "--threads", "1"
+    )
     for task in ("train", "memory", "generate20", "iwae512", "compress", "decompress"):
         assert found[f"{task}_vae"] > 0  # type: ignore[operator]
     for kind in ("operations", "floor", "at_most", "seconds"):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_sharded_training(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/scale.md").read_text(), re.DOTALL)
-    code += "\nassert all(p.isfinite().all() for p in weights.values())\nprint(dist.get_world_size(), loss.item())"
+    code += "\nassert all(p.isfinite().all() for p in weights.values())\nprint(dist.get_world_size())"
     (tmp_path / "shard.py").write_text(code)
     done = subprocess.run(
         [sys.executable, tmp_path / "shard.py"],
@@ -21,4 +21,4 @@ def test_sharded_training(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("2 ")
+    assert done.stdout.split() == ["2"]

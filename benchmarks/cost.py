@@ -29,11 +29,15 @@ SIDES, LEVELS = (32, 64, 128), (0, 1, 2, 3)
 def measure(model: str, size: str, side: int, levels: int, batch: int, repeats: int) -> dict[str, Any]:
     """One of them, in this process."""
     before = own_peak()
-    net = selfvae.build(model, size, (3, side, side), transforms=("mean2",) * levels)
+
+    def built() -> selfvae.SelfVAE:
+        return selfvae.build(model, size, (3, side, side), transforms=("mean2",) * levels)
+
     x = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
-    seconds = medians({"train": training(net, x)}, repeats)
+    seconds = medians({"train": training(built(), x)}, repeats)
     memory = own_peak() - before
-    net.eval().to(memory_format=torch.channels_last)
+    net = built().eval()
+    net.to(memory_format=torch.channels_last)
     seconds |= medians({"generate": lambda: selfvae.generate(net, batch)}, repeats)
     parameters = sum(p.numel() for p in net.parameters())
     return {"side": side, "levels": levels, "parameters": parameters, "bytes": memory, **seconds}

@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: seconds side by side, operations, what the processor can do at best."""
+"""What the benchmarks measure with: seconds side by side, FLOPs, what the processor can do at best."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Task", "medians", "operations", "own_peak", "peak_rate"]
+__all__ = ["Task", "flop_count", "medians", "own_peak", "peak_flops"]
 
 Task = Callable[[], object]
 
@@ -31,21 +31,21 @@ def medians(tasks: Mapping[str, Task], repeats: int) -> dict[str, float]:
     return {name: statistics.median(times[1:]) for name, times in found.items()}
 
 
-def operations(task: Task) -> int:
-    """Multiplications and additions of a task's convolutions and matrix products."""
+def flop_count(task: Task) -> int:
+    """FLOPs, multiplications and additions, of a task's convolutions and matrix products."""
     with FlopCounterMode(display=False) as counter:
         task()
     return counter.get_total_flops()
 
 
-def peak_rate(dtype: torch.dtype) -> float:
-    """The most operations a second that torch reaches here in matrix products and 3x3 convolutions."""
+def peak_flops(dtype: torch.dtype) -> float:
+    """The most FLOP/s that torch reaches here in matrix products and 3x3 convolutions."""
     a, b = torch.rand(2, 2048, 2048).to(dtype)
     x = torch.rand(16, 128, 32, 32).to(dtype, memory_format=torch.channels_last)
     w = torch.rand(128, 128, 3, 3).to(dtype, memory_format=torch.channels_last)
     tasks = (lambda: a @ b), (lambda: torch.conv2d(x, w, padding=1))
     with torch.no_grad():
-        return max(operations(task) / min(seconds(task) for _ in range(20)) for task in tasks)
+        return max(flop_count(task) / min(seconds(task) for _ in range(20)) for task in tasks)
 
 
 def own_peak() -> int:

@@ -39,8 +39,8 @@ class Conv(nn.Module):
     first forward pass sets gain and bias so that every output channel has mean 0 and standard deviation
     `init_scale` on that batch; the buffer `initialised` remembers it.
 
-    In `eval` mode and without gradients w is computed once and kept until a parameter changes (by any
-    operation that autograd counts: not through `.data`).
+    In `eval` mode, without gradients and in a single process, w is computed once and kept until a parameter
+    changes (by an operation that autograd counts: not in place through `.data`).
 
     Source: Salimans & Kingma 2016, section 3.
     """
@@ -66,7 +66,7 @@ class Conv(nn.Module):
         self.stride, self.transposed, self.init_scale = stride, transposed, init_scale
         self.padding = (kernel - 1) // 2
         self.initialising = False
-        self._kept: tuple[Any, Tensor] | None = None
+        self._kept: tuple[Tensor, Tensor, Any, Tensor] | None = None
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The normalised kernel, in the parameters' dtype or another."""
@@ -75,10 +75,11 @@ class Conv(nn.Module):
         # what is split over processes (FSDP) changes uncounted
         if self.training or torch.is_grad_enabled() or v.is_inference() or dist.is_initialized():
             return self._normalised().to(dtype)
-        state = dtype, id(v), v._version, id(g), g._version
-        if self._kept is None or self._kept[0] != state:
-            self._kept = state, self._normalised().to(dtype)
-        return self._kept[1]
+        state = dtype, v._version, v.data_ptr(), g._version, g.data_ptr()
+        kept = self._kept
+        if kept is None or kept[0] is not v or kept[1] is not g or kept[2] != state:
+            self._kept = kept = v, g, state, self._normalised().to(dtype)
+        return kept[3]
 
     def train(self, mode: bool = True) -> Conv:
         self._kept = None

@@ -1,26 +1,33 @@
 """Work that several processes share: each takes its part, and all of them get everything back.
 
-They are the processes of Fabric, started by `launch` or by the usual launchers (torchrun, srun); with one
-process everything runs as it is written.
+They are the processes of Fabric, started by `launch` or by the usual launchers (torchrun, srun). What
+shares its work must be called in every one of them; with one process everything runs as it is written.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
 
 from selfvae.progress import Track, silent
 
-__all__ = ["alone", "launch", "rank", "spread"]
+__all__ = ["alone", "launch", "rank", "spread", "world_size"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+_inside = False  # a task is being done: what it spreads in turn is its own
 
 
 def rank() -> int:
@@ -28,18 +35,20 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def launch(devices: int = 1, nodes: int = 1) -> torch.device:
+def launch(devices: int = 1) -> torch.device:
     """Start the other processes, if any, and return this one's device; only the first one prints."""
-    if devices < 1 or nodes < 1:
-        raise ValueError(f"devices and nodes must be at least 1; got {devices} and {nodes}")
+    if devices < 1:
+        raise ValueError(f"devices must be at least 1; got {devices}")
     # not on "auto": an Apple GPU knows no float64, which scores and files need
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    fabric = Fabric(accelerator=kind, devices=devices, num_nodes=nodes)
+    # a share may take hours longer than another
+    strategy = DDPStrategy(timeout=timedelta(days=30)) if devices > 1 else "auto"
+    fabric = Fabric(accelerator=kind, devices=devices, strategy=strategy)
     fabric.launch()
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
@@ -51,33 +60,57 @@ def spread(
 ) -> list[Result]:
     """[task(item) for item in items], in every process, each having done its share of it.
 
-    Every task draws from a random state of its own, made of the global one and the item's number: the
-    result is the same for any number of processes that begin with one state. What goes to `track` is the
-    first process's share. If a task fails, its exception is raised in every process.
+    Call it in every process; inside a task it runs in that process alone. Every task draws from a random
+    state of its own, made of one number of the global one and the item's: the result is the same for any
+    number of processes that begin with one state. `track` is given the first process's share. If a task
+    fails, its exception is raised in every process.
     """
     seed = int(torch.randint(2**62, ()))
-    mine = range(rank(), len(items), world())
+    first, processes = (0, 1) if _inside else (rank(), world_size())
+    mine = range(first, len(items), processes)
     done: list[tuple[Result | None, Exception | None]] = []
-    for i in track(mine, text) if not rank() else mine:
-        torch.manual_seed((seed + 0x9E3779B97F4A7C15 * (i + 1)) % 2**63)
-        try:
-            done.append((task(items[i]), None))
-        except Exception as error:
-            if world() == 1:
-                raise
-            done.append((None, error))
-            break
-    torch.manual_seed(seed)
+    with _at_work():
+        for i in track(mine, text) if not first else mine:
+            torch.manual_seed((seed + 0x9E3779B97F4A7C15 * (i + 1)) % 2**63)
+            try:
+                done.append((task(items[i]), None))
+            except Exception as error:
+                if processes == 1:
+                    raise
+                done.append((None, _portable(error)))
+                break
     parts = [done]
-    if world() > 1:
-        parts = [[] for _ in range(world())]
+    if processes > 1:
+        parts = [[] for _ in range(processes)]
         dist.all_gather_object(parts, done)
     for part in parts:
         if part and (failed := part[-1][1]):
             raise failed
-    return [parts[i % len(parts)][i // len(parts)][0] for i in range(len(items))]  # type: ignore[misc]
+    return [parts[i % processes][i // processes][0] for i in range(len(items))]  # type: ignore[misc]
 
 
 def alone(task: Callable[[], Any]) -> Any:
-    """What a task gives that the first process does while the others wait."""
+    """What a task gives that the first process does while the others wait; call it in every process."""
     return spread(lambda _: task(), [None])[0]
+
+
+@contextmanager
+def _at_work() -> Iterator[None]:
+    global _inside
+    before, devices = _inside, [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    _inside = True
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        _inside = before
+
+
+def _portable(error: Exception) -> Exception:
+    """The exception as other processes can have it, with the traceback in its notes."""
+    error.add_note(traceback.format_exc())
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError("".join(traceback.format_exception(error)))
+    return error

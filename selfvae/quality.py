@@ -194,13 +194,13 @@ def quality(
     seed = how.get("seed")
 
     def known(chunk: range) -> Tensor:
-        return features(network, show(images.take(chunk).to(model.device), model.format)).cpu()
+        return features(network, show(images.take(chunk).to(model.device), model.format))
 
     def drawn(chunk: range) -> Tensor:
         if seed is not None:
             how["seed"] = seed + chunk.start
         x = generate(model, len(chunk), *images.shape[2:], **how)
-        return features(network, show(x, model.format)).cpu()
+        return features(network, show(x, model.format))
 
     real = spread(known, chunks(len(images)), track, "real images")
     return report(torch.cat(real), torch.cat(spread(drawn, chunks(n), track, "generated images")))

@@ -35,9 +35,6 @@ from selfvae.quality import Network, quality
 __all__ = ["PAPERS", "Settings", "report"]
 
 
-CPU = torch.device("cpu")
-
-
 @dataclass(frozen=True)
 class Published:
     """A row of the papers' tables: nats, millions of parameters, FID against test / train images."""
@@ -106,7 +103,7 @@ def report(
     outside: Outside | None = None,
     features: tuple[str, Network] | None = None,
     command: str = "",
-    device: torch.device = CPU,
+    device: torch.device | str = "cpu",
     progress: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Measure the models in the folders `runs` on images; writes out/report.md and report.html.
@@ -126,7 +123,7 @@ def report(
     names = {run: run.name if len({r.name for r in runs}) == len(runs) else str(run) for run in runs}
     rows = {}
     for run in runs:
-        work = _Work(run, images, data, out, settings, outside, features, device, progress)
+        work = _Work(run, images, data, out, settings, outside, features, torch.device(device), progress)
         rows[names[run]] = work.measure()
     tables = [
         _likelihood(rows), _draws(rows), _enhancement(rows), _ood(rows), _quality(rows, features),
@@ -142,7 +139,7 @@ def report(
         f"Command: `{command}`" if command else "",
         f"Data: {data}, {len(images)} images, {settings.limit} at most for the ELBO, "
         f"{settings.iw_limit} for IWAE-{settings.iw} ({settings.precision}). Seed {settings.seed}.",
-        f"selfvae {_commit()}, torch {torch.__version__}, {_machine(device)}, "
+        f"selfvae {_commit()}, torch {torch.__version__}, {_machine(torch.device(device))}, "
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.",
         "Terms are nats per image; bits/dim counts the dimensions of x only; +- is the standard error over "
         "images.",
@@ -188,7 +185,11 @@ class _Work:
         if not (alone(file.exists) if shared else file.exists()):
             self.progress(f"{self.run.name}: {name}")
             torch.manual_seed(self.settings.seed)
-            write_atomic(file, json.dumps(task()).encode())
+            found = json.dumps(task()).encode()
+            if shared:
+                alone(lambda: write_atomic(file, found))
+            else:
+                write_atomic(file, found)
         part: Part = json.loads(file.read_text())
         return part
 

@@ -446,6 +446,7 @@ def train(
             if state.step % config.eval_every == 0 or ends:
                 _seed(config.seed, step, 2**31)
                 scores = evaluate(state.ema, data.validation, limit=config.eval_images, batch_size=64)
+                state.ema.eval()  # drops the weights that scoring kept
                 evaluation = {"val_bits_per_dim": round(scores["bits_per_dim"], 5)}
                 if state.step % config.eval_every == 0:  # one out of turn must not count
                     score = fabric.broadcast(scores["bits_per_dim"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import cost
-from benchmarks.measure import medians, operations, peak_rate
+from benchmarks.measure import flop_count, medians, peak_flops
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +28,7 @@ def test_speed() -> None:
     )
     for task in ("train", "memory", "generate20", "iwae512", "compress", "decompress"):
         assert found[f"{task}_vae"] > 0  # type: ignore[operator]
-    for kind in ("operations", "floor", "at_most", "seconds"):
+    for kind in ("flops", "floor", "at_most", "seconds"):
         assert found[kind]["train_vae"]  # type: ignore[index]
     assert found["bytes"]["memory_vae"][1] > 1e8  # type: ignore[index]
 
@@ -43,8 +43,8 @@ def test_cost(tmp_path: Path) -> None:
 
 def test_measures() -> None:
     a = torch.rand(30, 40)
-    assert operations(lambda: a @ a.T) == 2 * 30 * 40 * 30
-    assert peak_rate(torch.float32) > 1e8
+    assert flop_count(lambda: a @ a.T) == 2 * 30 * 40 * 30
+    assert peak_flops(torch.float32) > 1e8
     calls: list[str] = []
     found = medians({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert calls == list("ababab") and found.keys() == {"a", "b"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -12,26 +13,31 @@ import pytest
 import torch
 
 import selfvae
-from selfvae import hub
+from selfvae import hub, pictures
 from selfvae.codec import Codec, pack
 from selfvae.data import Images
 from selfvae.evaluate import evaluate
 from selfvae.figures import figures
+from selfvae.ood import ood
 from selfvae.processes import alone, launch, rank, spread
+from selfvae.quality import quality
+from selfvae.report import Settings, report
 
 WORK = """
-import hashlib, json, sys
+import json, sys
 from pathlib import Path
 from tests.test_processes import work
-from selfvae.processes import alone, launch, rank, spread
+from selfvae.processes import launch, rank, spread
 
 launch(2)
 found = work(Path(sys.argv[1]), Path(sys.argv[2]))
 found["ranks"] = spread(lambda item: rank(), [0, 1, 2])
+found["nested"] = spread(lambda a: spread(lambda b: a + b, ["1", "2"]), ["A", "B"])
 try:
     spread(lambda item: 1 // item, [1, 0, 1])
 except ZeroDivisionError as error:
     found["error"] = str(error)
+    assert "1 // item" in error.__notes__[0]
 Path(sys.argv[2], f"{rank()}.json").write_text(json.dumps(found))
 print(rank())
 """
@@ -40,29 +46,59 @@ print(rank())
 def work(run: Path, out: Path) -> dict[str, object]:
     """Whatever is shared, with a model and its own images."""
     model = hub.load(run)
-    x = torch.randint(0, 256, (10, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    x = torch.randint(
+        0, 256, (10, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    images = Images(x.numpy())
     torch.manual_seed(5)
-    scores = evaluate(model, Images(x.numpy()), iw=3, batch_size=4)
     files = figures(model, x[:2], out, seed=0)
     archive = pack(Codec(model), [(str(i), image[None]) for i, image in enumerate(x)], block=4)
-    return {"scores": scores, "archive": archive.hex(), "files": [file.name for file in files]}
+    some = Settings(
+        limit=8, iw=2, iw_limit=30, ood_limit=8, enhance_limit=4, draws=2, batch_size=4, figures=2
+    )
+    whole = report([run], images, "noise", out / "report", some)
+    return {
+        "scores": evaluate(model, images, iw=3, batch_size=4),
+        "ood": ood(model, images, {"inverted": None}, batch_size=4),
+        "quality": quality(model, images, lambda x: x[:, 0, 0, :9].float(), n=10, batch_size=3, seed=0),
+        "archive": archive.hex(),
+        "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
+        "report": whole.read_text().split("## Seconds")[0],
+    }
 
 
 def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
-    model = selfvae.build("selfvae", "tiny", (3, 8, 8), width=0.05)
+    model = selfvae.build("selfvae", "tiny", (3, 16, 16), width=0.05)
     hub.save(model, tmp_path / "run")
     (tmp_path / "work.py").write_text(WORK)
     done = subprocess.run(
         [sys.executable, tmp_path / "work.py", tmp_path / "run", tmp_path],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-        check=True, capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["0"]  # one alone speaks
     found = [json.loads((tmp_path / f"{i}.json").read_text()) for i in (0, 1)]
     assert found[0] == found[1]
     assert found[0].pop("ranks") == [0, 1, 0]
+    assert found[0].pop("nested") == [["A1", "A2"], ["B1", "B2"]]
     assert found[0].pop("error") == "integer division or modulo by zero"
     assert found[0] == work(tmp_path / "run", tmp_path / "alone")
+
+
+def test_a_folder_by_two_processes(tmp_path: Path) -> None:
+    hub.save(selfvae.build("selfvae-halve", "tiny", (3, 8, 8), width=0.05), tmp_path / "run")
+    for i in range(3):
+        pictures.write(torch.full((3, 8, 8), i, dtype=torch.uint8), tmp_path / f"in/{i}.png")
+    (tmp_path / "in/bad.png").write_bytes(b"no picture")
+    done = subprocess.run(
+        [sys.executable, "-m", "selfvae.cli", "compress", tmp_path / "in", tmp_path / "out",
+         "--model", tmp_path / "run", "--devices", "2"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout.count("3 of 4 files") == 1 and done.stderr.count("selfvae: ") == 1
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["0.svae", "1.svae", "2.svae"]
 
 
 def test_one_process() -> None:
@@ -74,6 +110,12 @@ def test_one_process() -> None:
     torch.manual_seed(1)
     assert spread(lambda _: torch.rand(()).item(), range(3)) == one and len(set(one)) == 3
     assert torch.rand(()).item() not in one
+    torch.manual_seed(1)
+    torch.randint(2**62, ())
+    after = torch.rand(())
+    torch.manual_seed(1)
+    spread(lambda _: torch.rand(9), range(3))
+    assert torch.rand(()) == after  # one number is taken of the global state
     assert alone(lambda: 4) == 4
     with pytest.raises(KeyError):
         spread({}.__getitem__, [1])

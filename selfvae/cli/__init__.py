@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from selfvae import demo as first_run
-from selfvae import hub
+from selfvae import hub, processes
 from selfvae.cli.codec import bench, compress, decompress, describe, pack, unpack
 from selfvae.cli.common import show
 from selfvae.cli.drawing import enhance, figures, generate, interpolate, reconstruct, vary
@@ -105,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
             description="Self-supervised variational auto-encoders.",
         )
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"selfvae: {error}", file=sys.stderr)
+        who = f"selfvae (process {processes.rank()})" if processes.rank() else "selfvae"
+        print(f"{who}: {error}", file=sys.stderr)
         return 2
     return status or 0

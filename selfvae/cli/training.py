@@ -63,7 +63,8 @@ def train(
         hub.write_atomic(out / _SETTINGS, text.encode())
     fabric = Fabric(devices=devices, num_nodes=nodes, precision=precision)
     loop.train(config, dataset, out, training, resume=resume, fabric=fabric)
-    print(f"model and curve are in {out}")
+    if not fabric.global_rank:
+        print(f"model and curve are in {out}")
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -1,0 +1,130 @@
+"""Recipes side by side: the same data, the same seconds of one core each, bits/dim against seconds.
+
+    python -m benchmarks.equal_compute RECIPE... --data CIFAR10 --seconds 3600 --out results/equal-compute
+
+A recipe is a YAML file of the flags of `selfvae train`. Every one trains for so many seconds, one thread
+each, as many at a time as there are cores; then the averaged weights are scored on test images. Ended and
+called again, it goes on. Writes OUT/curves.png (validation bits/dim against seconds), OUT/result.json and
+OUT/result.md; the runs stay in OUT/runs.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tyro.conf import Positional
+
+from selfvae.hub import write_atomic
+
+
+def command(*words: object) -> str:
+    """What a command of selfvae prints, run on one thread."""
+    done = subprocess.run(
+        [sys.executable, "-m", "selfvae.cli", *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+def run(recipe: Path, seed: int, data: str, seconds: float, limit: int, out: Path) -> dict[str, Any]:
+    """Train, or go on, and score."""
+    folder = out / "runs" / f"{recipe.stem}-{seed}"
+    if (folder / "checkpoint.safetensors").exists():
+        command("train", "--resume", "--out", folder, "--max-seconds", seconds)
+    else:
+        # what is not fixed by the recipe: the clock ends the run, not the steps
+        command(
+            "train", "--config", recipe, "--data", data, "--seed", seed, "--out", folder,
+            "--max-seconds", seconds, "--steps", 10**7,
+        )  # fmt: skip
+    curve = list(csv.DictReader((folder / "log.csv").open()))
+    info = json.loads(command("info", folder, "--json"))
+    scores = json.loads(command("eval", folder, "--data", data, "--limit", limit, "--json"))
+    last, key = curve[-1], "val_bits_per_dim"
+    return {
+        "recipe": recipe.stem,
+        "seed": seed,
+        "parameters": info["parameters"],
+        "steps": int(last["step"]),
+        "seconds": float(last["seconds"]),
+        "cpu_seconds": float(last["cpu_seconds"]),
+        "curve": [(float(row["seconds"]), float(row[key])) for row in curve if row[key]],
+        **scores,
+    }
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Validation bits/dim against seconds; one colour a recipe."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    colours: dict[str, str] = {}
+    for row in rows:
+        new = row["recipe"] not in colours
+        colour = colours.setdefault(row["recipe"], f"C{len(colours)}")
+        axis.plot(*zip(*row["curve"], strict=True), color=colour, label=row["recipe"] if new else None)
+    axis.set(xscale="log", xlabel="seconds of training on one core", ylabel="bits/dim, validation")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(file, dpi=110)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line a run."""
+    columns = "recipe, seed, parameters, steps, seconds (CPU), test ELBO (bits/dim), RE (nats), KL (nats)"
+    lines = [f"| {columns.replace(', ', ' | ')} |", "|---" * 8 + "|"]
+    for row in rows:
+        terms = [", ".join(f"{value:.0f}" for value in row[f"{kind}_nats"]) for kind in ("re", "kl")]
+        score = f"{row['bits_per_dim']:.3f} ± {row['bits_per_dim_stderr']:.3f}"
+        spent = f"{row['seconds']:.0f} ({row['cpu_seconds']:.0f})"
+        size = f"{row['parameters'] / 1e6:.2f} M"
+        cells = [row["recipe"], str(row["seed"]), size, str(row["steps"]), spent, score, *terms]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    recipes: Positional[tuple[Path, ...]],
+    data: str,
+    out: Path = Path("results/equal-compute"),
+    seconds: float = 3600,
+    seeds: tuple[int, ...] = (0,),
+    limit: int = 1000,
+    together: int = os.cpu_count() or 1,
+) -> None:
+    """Compare.
+
+    Args:
+        recipes: YAML files with flags of `selfvae train`.
+        data: as for train.
+        out: folder for the results and the runs.
+        seconds: of training, each.
+        seeds: every recipe is run with each.
+        limit: test images that are scored.
+        together: runs at a time.
+    """
+    if not seconds > 0 or not math.isfinite(seconds):
+        raise ValueError(f"--seconds must be positive; got {seconds}")
+    with ThreadPoolExecutor(together) as pool:
+        waiting = [pool.submit(run, r, seed, data, seconds, limit, out) for seed in seeds for r in recipes]
+        rows = [done.result() for done in waiting]
+    write_atomic(out / "result.json", (json.dumps(rows, indent=1) + "\n").encode())
+    write_atomic(out / "result.md", table(rows).encode())
+    plot(rows, out / "curves.png")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

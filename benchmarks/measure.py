@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Task", "flop_count", "medians", "own_peak", "peak_flops"]
+__all__ = ["Task", "flop_count", "medians", "own_peak", "peak_flops", "seconds"]
 
 Task = Callable[[], object]
 
 
 def seconds(task: Task) -> float:
+    """Of one run."""
     began = time.perf_counter()
     task()
     return time.perf_counter() - began

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cost
+from benchmarks import cost, rates
 from benchmarks.measure import flop_count, medians, peak_flops
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +39,12 @@ def test_cost(tmp_path: Path) -> None:
     rows = [{**row, "side": side, "levels": k} for side in cost.SIDES for k in cost.LEVELS]
     cost.plot(rows, 2, tmp_path / "cost.png")
     assert (tmp_path / "cost.png").stat().st_size > 1000
+
+
+def test_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    rates.main(images=1, threads=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9 and all(float(rate) > 0 for line in lines for rate in line.split()[-3:])
 
 
 def test_measures() -> None:

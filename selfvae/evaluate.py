@@ -187,7 +187,8 @@ def enhancement(
     if draws < 2:
         raise ValueError(f"draws must be at least 2, to tell how they differ; got {draws}")
     n, batches = _batches(model, images, limit, batch_size)
-    seed = how.get("seed")
+    seed, unit = how.get("seed"), 255 / model.format.top
+    height, width = (size - size % m for size, m in zip(images.shape[2:], model.multiples[0], strict=True))
 
     def compare(kind: str, x: Tensor, result: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Scores of results (on x's scale, float or uint8) against x."""
@@ -199,9 +200,6 @@ def enhancement(
             f"ssim_{kind}": ssim(result * unit, x * unit),
             f"consistency_error_{kind}": (back.double() - y.double()).abs().flatten(1).mean(1),
         }
-
-    height, width = (size - size % m for size, m in zip(images.shape[2:], model.multiples[0], strict=True))
-    unit = 255 / model.format.top
 
     def score(batch: range) -> dict[str, Tensor]:
         x = images.take(batch)[:, :, :height, :width].to(model.device)

@@ -72,8 +72,10 @@ class Conv(nn.Module):
         """The normalised kernel, in the parameters' dtype or another."""
         dtype = dtype or self.direction.dtype
         v, g = self.direction, self.gain
-        # what is split over processes (FSDP) changes uncounted
-        if self.training or torch.is_grad_enabled() or v.is_inference() or dist.is_initialized():
+        learning = self.training or torch.is_grad_enabled()
+        # what is traced has no memory, and what is split over processes (FSDP) changes uncounted
+        uncounted = v.is_inference() or torch.compiler.is_compiling() or dist.is_initialized()
+        if learning or uncounted:
             return self._normalised().to(dtype)
         state = dtype, v._version, v.data_ptr(), g._version, g.data_ptr()
         kept = self._kept

@@ -35,12 +35,16 @@ from selfvae.evaluate import check_levels, evaluate
 from selfvae.layers import checkpoint_activations
 from selfvae.model import SelfVAE
 from selfvae.objective import Terms, bits_per_dim
+from selfvae.optim import Muon
 from selfvae.plots import save_grid
 from selfvae.precision import Precision, resolve
 from selfvae.presets import ModelConfig, from_config
 from selfvae.tasks import generate
 
 __all__ = ["TrainConfig", "check_free", "make_step", "prepare", "train"]
+
+
+_OPTIMIZERS: dict[str, Any] = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW, "muon": Muon}
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class TrainConfig:
     Arguments:
         steps: optimizer steps in all.
         batch_size: images a step, over all devices and accumulated parts.
-        optimizer: "adamax" or "adamw".
-        lr: learning rate at the start.
+        optimizer: "adamax", "adamw" or "muon" (see `optim.Muon`).
+        lr: learning rate at the start; by default 0.05 for "muon", 0.002 for the others.
         lr_floor: the least learning rate.
         lr_decay: factor a step of the exponential schedule.
         schedule: "exponential" decays by lr_decay a step; "cosine" reaches lr_floor at the last step.
@@ -80,8 +84,8 @@ class TrainConfig:
 
     steps: int = 100_000
     batch_size: int = 32
-    optimizer: Literal["adamax", "adamw"] = "adamax"
-    lr: float = 0.002
+    optimizer: Literal["adamax", "adamw", "muon"] = "adamax"
+    lr: float | None = None
     lr_floor: float = 0.0001
     lr_decay: float = 0.999999
     schedule: Literal["exponential", "cosine"] = "exponential"
@@ -106,8 +110,8 @@ class TrainConfig:
     patience: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "lr", "clip", "skip", "accumulate", "log_every",
-                      "eval_every", "checkpoint_every", "eval_images"):  # fmt: skip
+        for field in ("steps", "batch_size", "clip", "skip", "accumulate", "log_every", "eval_every",
+                      "checkpoint_every", "eval_images"):  # fmt: skip
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be positive; got {getattr(self, field)}")
         for field in ("lr_floor", "warmup", "kl_warmup", "free_bits", "translate", "seed", "max_seconds",
@@ -115,12 +119,16 @@ class TrainConfig:
             if not getattr(self, field) >= 0:
                 raise ValueError(f"{field} must not be negative; got {getattr(self, field)}")
         for field, known in (
-            ("optimizer", ("adamax", "adamw")),
+            ("optimizer", tuple(_OPTIMIZERS)),
             ("schedule", ("exponential", "cosine")),
             ("precision", get_args(Precision)),
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}")
+        if self.lr is None:
+            object.__setattr__(self, "lr", 0.05 if self.optimizer == "muon" else 0.002)
+        if self.lr is None or not self.lr > 0:
+            raise ValueError(f"lr must be positive; got {self.lr}")
         if not 0 < self.lr_decay <= 1:
             raise ValueError(f"lr_decay must be above 0 and at most 1; got {self.lr_decay}")
         if self.batch_size % self.accumulate:
@@ -132,6 +140,7 @@ class TrainConfig:
 
     def rate(self, step: int, seconds: float = 0.0) -> float:
         """The learning rate of a step (from 0), begun after so many seconds of training."""
+        assert self.lr is not None
         if self.schedule == "cosine":
             by_clock = seconds / self.max_seconds if self.max_seconds else 0.0
             part = min(1.0, max(step / self.steps, by_clock))
@@ -297,7 +306,7 @@ def prepare(model: SelfVAE, fabric: Fabric, config: TrainConfig) -> tuple[Any, S
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     if config.activation_checkpointing:
         checkpoint_activations(model)
-    kind = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}[config.optimizer]
+    kind = _OPTIMIZERS[config.optimizer]
     wrapped, optimizer = fabric.setup(model, kind(model.parameters(), lr=config.lr))
     return wrapped, State(model, ema, optimizer, Guard(config, fabric.device))
 

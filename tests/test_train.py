@@ -63,10 +63,12 @@ def test_training_lowers_the_bound_and_writes_everything(tmp_path: Path, images:
         train(CONFIG, images, tmp_path / "none", settings(), resume=True, quiet=True)
 
 
-def test_resuming_makes_the_same_steps(tmp_path: Path, images: data.Dataset) -> None:
-    train(CONFIG, images, tmp_path / "straight", settings(steps=8), quiet=True)
-    train(CONFIG, images, tmp_path / "twice", settings(steps=4), quiet=True)
-    train(CONFIG, images, tmp_path / "twice", settings(steps=8), resume=True, quiet=True)
+@pytest.mark.parametrize("optimizer", ["adamax", "adamw", "muon"])
+def test_resuming_makes_the_same_steps(tmp_path: Path, images: data.Dataset, optimizer: str) -> None:
+    eight, four = (settings(steps=n, optimizer=optimizer) for n in (8, 4))
+    train(CONFIG, images, tmp_path / "straight", eight, quiet=True)
+    train(CONFIG, images, tmp_path / "twice", four, quiet=True)
+    train(CONFIG, images, tmp_path / "twice", eight, resume=True, quiet=True)
     assert same_weights(tmp_path / "straight", tmp_path / "twice")
 
 

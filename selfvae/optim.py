@@ -1,0 +1,113 @@
+"""Muon: steps of one size in all directions of a kernel, by orthogonalised momentum."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Muon"]
+
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0 among quintics that end near 1
+_SMALL = 64  # a matrix of fewer kernels than this is left to Adam
+
+
+def _orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Matrices (N, r, c) with all singular values brought near 1 (0.7 to 1.2), by Newton-Schulz steps."""
+    a, b, c = _NEWTON_SCHULZ
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    for _ in range(steps):
+        square = x @ x.mT
+        x = a * x + torch.baddbmm(square, square, square, beta=b, alpha=c) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the kernels of convolutions, Adam for everything else.
+
+    A kernel (out, in, h, w) is taken as a matrix out x (in h w); its momentum (Nesterov's), made
+    orthogonal, times sqrt(max(1, rows / columns)) is the step. Weight normalisation takes care of the
+    kernels' size.
+    Under FSDP the parameters are parts of matrices: use another optimizer there.
+
+    Arguments:
+        params: parameters; those of 4 dimensions with at least 64 kernels get Muon's steps.
+        lr: length of a step in every direction of a kernel.
+        momentum: of Muon's steps.
+        adam: Adam's learning rate, as a part of `lr`.
+        betas: Adam's.
+
+    Source: Jordan et al. 2024, Muon: an optimizer for hidden layers in neural networks.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        adam: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.99),
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "adam": adam, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step from the gradients; `closure` is not supported."""
+        if closure is not None:
+            raise ValueError("Muon takes no closure: compute the gradients before the step")
+        for group in self.param_groups:
+            kernels: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            others: list[Tensor] = []
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.ndim == 4 and p.shape[0] * p.shape[1] >= _SMALL:
+                    kernels[p.shape].append(p)
+                else:
+                    others.append(p)
+            for alike in kernels.values():
+                self._muon(alike, group["lr"], group["momentum"])
+            if others:
+                self._adam(others, group["lr"] * group["adam"], *group["betas"])
+
+    @staticmethod
+    def _grads(params: list[Tensor]) -> list[Tensor]:
+        return [p.grad for p in params if p.grad is not None]
+
+    def _kept(self, params: list[Tensor], *names: str) -> list[list[Tensor]]:
+        for p in params:
+            for name in names:
+                if name not in self.state[p]:
+                    self.state[p][name] = torch.zeros_like(p)
+        return [[self.state[p][name] for p in params] for name in names]
+
+    def _muon(self, params: list[Tensor], lr: float, momentum: float) -> None:
+        """For kernels of one shape: all at once."""
+        (kept,), grads = self._kept(params, "momentum"), self._grads(params)
+        torch._foreach_mul_(kept, momentum)
+        torch._foreach_add_(kept, grads)
+        ahead = torch._foreach_add(grads, kept, alpha=momentum)
+        matrices = torch.stack([m.flatten(1) for m in ahead])
+        # half precision is exact enough for directions, and faster where it is native
+        steps = _orthogonalised(matrices.bfloat16() if matrices.is_cuda else matrices).to(matrices.dtype)
+        lr *= max(1.0, steps.shape[1] / steps.shape[2]) ** 0.5
+        torch._foreach_add_(params, [s.view_as(p) for s, p in zip(steps, params, strict=True)], alpha=-lr)
+
+    def _adam(self, params: list[Tensor], lr: float, beta1: float, beta2: float) -> None:
+        mean, square = self._kept(params, "mean", "square")
+        for p in params:
+            self.state[p].setdefault("step", torch.tensor(0.0)).add_(1)
+        step = self.state[params[0]]["step"].item()
+        grads = self._grads(params)
+        torch._foreach_lerp_(mean, grads, 1 - beta1)
+        torch._foreach_mul_(square, beta2)
+        torch._foreach_addcmul_(square, grads, grads, 1 - beta2)
+        root = torch._foreach_sqrt(square)
+        torch._foreach_div_(root, (1 - beta2**step) ** 0.5)
+        torch._foreach_add_(root, 1e-8)
+        torch._foreach_addcdiv_(params, mean, root, -lr / (1 - beta1**step))

@@ -1,0 +1,52 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from selfvae.optim import Muon, _orthogonalised
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
+def test_orthogonalised_keeps_directions_and_evens_sizes(shape: tuple[int, int]) -> None:
+    m = torch.randn(3, *shape)
+    left, _, right = torch.linalg.svd(m, full_matrices=False)
+    out = _orthogonalised(m)
+    core = left.mT @ out @ right.mT  # diagonal if the singular vectors are kept
+    values = core.diagonal(dim1=1, dim2=2)
+    assert (core - torch.diag_embed(values)).abs().max() < 1e-3
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_what_is_no_kernel_is_adams() -> None:
+    """Biases and small kernels move as torch's Adam moves them, at a tenth of the rate."""
+    ours = [nn.Parameter(torch.randn(7)), nn.Parameter(torch.randn(3, 4, 3, 3))]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    one, other = Muon(ours, lr=0.1), torch.optim.Adam(theirs, lr=0.01, betas=(0.9, 0.99))
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        one.step()
+        other.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_kernels_of_one_shape_do_not_mix() -> None:
+    grads = [torch.randn(16, 8, 3, 3) for _ in range(3)]
+    together = [nn.Parameter(torch.zeros(16, 8, 3, 3)) for _ in grads]
+    alone = [nn.Parameter(torch.zeros(16, 8, 3, 3)) for _ in grads]
+    for p, q, g in zip(together, alone, grads, strict=True):
+        p.grad, q.grad = g, g.clone()
+        Muon([q], lr=0.1).step()
+    Muon(together, lr=0.1).step()
+    for p, q in zip(together, alone, strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+        # every direction is walked as far: 16 singular values of about 0.1
+        assert math.isclose(p.norm().item(), 0.1 * 4, rel_tol=0.2)
+
+
+def test_no_closure() -> None:
+    with pytest.raises(ValueError, match="no closure"):
+        Muon([nn.Parameter(torch.zeros(1))]).step(lambda: None)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from selfvae.distributions import DiagonalNormal, RoundedLogistic, UniformBox
 from selfvae.pixels import PixelMixture, to_unit
 from selfvae.priors import LatentDistribution
-from selfvae.transforms import Blank, Format, Subsample, Support, Transform
+from selfvae.transforms import Blank, Format, Keep, Support, Transform
 
 __all__ = ["Level", "Posterior"]
 
@@ -25,8 +25,8 @@ class Level(nn.Module):
     Arguments:
         format: channels and levels of y.
         transform: d, with y_up = d(y). At the top it is `Blank`: y_up tells the size and nothing else.
-        decoder: network (context, z) -> pixel parameters, at y's resolution, or at y_up's where the
-            transform keeps pixels (`Subsample`): then only the dropped ones are modelled.
+        decoder: network (context, z) -> pixel parameters, at y's resolution, or one position a block where
+            the transform keeps pixels (`Keep`): then only the dropped ones are modelled.
         encoder, prior: networks of the latent; both None for a level without one.
         consistent: truncate the likelihood to the images with d(y) = y_up, where d tells them.
         anchored: add d's plain estimate of y to every component's mean.
@@ -76,8 +76,8 @@ class Level(nn.Module):
 
     @property
     def fills_in(self) -> bool:
-        """Whether y_up keeps pixels of y, so that the level works at y_up's resolution."""
-        return self.consistent and isinstance(self.transform, Subsample)
+        """Whether y_up keeps pixels of y, so that the level models the others, block by block."""
+        return self.consistent and isinstance(self.transform, Keep)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,7 +88,9 @@ class Level(nn.Module):
         """What the decoder sees of y_up: (B, C', h, w) in [-1, 1]; no channels at the top."""
         if y_up.shape[1] == 0:
             return y_up.to(self.dtype)
-        if not self.fills_in:
+        if self.fills_in and isinstance(self.transform, Keep):
+            y_up = self.transform.fold(y_up)
+        else:
             y_up = self.transform.estimate(y_up.to(self.dtype), self.format)
         return to_unit(y_up, self.format.levels, self.dtype)
 
@@ -121,8 +123,9 @@ class Level(nn.Module):
         """p(y | y_up, z); with `core`, rows and columns of y_up, of y's part there alone."""
         params = self.decoder(self.context(y_up), z)
         if core is not None:
-            rows, cols = (1, 1) if self.fills_in else self.transform.scale
-            params = params[..., _times(core[0], rows), _times(core[1], cols)]
+            rows, cols = self.transform.scale
+            high, wide = self.transform.block if self.fills_in else (1, 1)
+            params = params[..., _times(core[0], rows, high), _times(core[1], cols, wide)]
         guess = self.transform.estimate(y_up.to(self.dtype), self.format) if self.anchored else None
         if core is not None:
             rows, cols = self.transform.scale
@@ -141,5 +144,5 @@ class Level(nn.Module):
         return PixelMixture(params, support, self.format, anchor=anchor, coefficients=self.coefficients)
 
 
-def _times(part: slice, n: int) -> slice:
-    return slice(part.start * n, part.stop * n)
+def _times(part: slice, n: int, over: int = 1) -> slice:
+    return slice(part.start * n // over, part.stop * n // over)

@@ -79,8 +79,9 @@ class SelfVAE(nn.Module):
         """What the height and width of each y_k must be divisible by, for all levels, in pixels."""
         rows, cols = 1, 1
         for level in reversed(self.levels):
-            n, m = level.transform.scale
-            rows, cols = math.lcm(level.multiple, n * rows), math.lcm(level.multiple, m * cols)
+            (n, m), (high, wide) = level.transform.scale, level.transform.block
+            rows = math.lcm(level.multiple, high, n * rows)
+            cols = math.lcm(level.multiple, wide, m * cols)
         scales = [self.scale(k) for k in range(len(self.levels))]
         return [(rows // n, cols // m) for n, m in scales]
 

@@ -21,9 +21,11 @@ from selfvae.transforms import (
     BitDepth,
     Blank,
     Chain,
+    Checkerboard,
     Format,
     GaussianBlur,
     Greyscale,
+    Keep,
     MeanDownscale,
     Sketch,
     Subsample,
@@ -40,6 +42,8 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     **{f"subsample{n}": lambda n=n: Subsample(n) for n in (2, 3, 4)},  # type: ignore[misc]
     "columns": lambda: Subsample(1, 2),
     "rows": lambda: Subsample(2, 1),
+    "checkerboard": Checkerboard,
+    "staggered": lambda: Subsample(2, 1, staggered=True),
     **{f"bits{n}": lambda n=n: BitDepth(n) for n in (1, 2, 3)},  # type: ignore[misc]
     "grey": Greyscale,
     "blur": GaussianBlur,
@@ -71,7 +75,7 @@ class ModelConfig:
             strides divide; this size settles how often the encoders halve and how long a chain is.
         levels: grey levels a channel of x.
         transforms: names of d_1..d_K (see `TRANSFORMS`); "halve" alone is the chain of alternating
-            "columns" and "rows" down to 4 x 4.
+            "columns" and "rows" down to 4 x 4, "quincunx" that of "checkerboard" and "staggered".
         prior: of the top latent: "normal", "mog", "flow" or, with a uniform posterior, "logistic".
         posterior: of all latents: "normal", or "uniform", whose latents are coded as whole numbers.
         latents: "all" levels have one, "top" only the top one, or "none".
@@ -214,13 +218,17 @@ def configure(
 
 def _transforms(config: ModelConfig) -> list[Transform]:
     _, h, w = config.image_shape
-    if config.transforms != ("halve",):
+    if config.transforms not in (("halve",), ("quincunx",)):
         return [transform(name) for name in config.transforms]
     steps: list[Transform] = []
     while h > 4 or w > 4:
-        step = Subsample(1, 2) if w >= h else Subsample(2, 1)
-        h, w = step.size(h, w)
-        steps.append(step)
+        if config.transforms == ("quincunx",) and h < 2 * w and w < 2 * h:
+            names = ["checkerboard", "staggered"]
+        else:
+            names = ["columns" if w >= h else "rows"]
+        for step in map(transform, names):
+            h, w = step.size(h, w)
+            steps.append(step)
     return steps
 
 
@@ -275,9 +283,10 @@ class _Plan:
     def level(self, k: int) -> Level:
         config, format, up = self.config, self.formats[k], self.formats[k + 1]
         t, alone, is_top = self.transforms[k], self.top == 0, k == self.top
-        fills_in = config.consistent and isinstance(t, Subsample)
-        scale = t.scale if fills_in else (1, 1)
-        groups = scale[0] * scale[1] - 1 if fills_in else 1
+        fills_in = config.consistent and isinstance(t, Keep)
+        scale = t.block if fills_in else (1, 1)
+        kept = len(t.kept) if isinstance(t, Keep) else 0
+        groups = math.prod(scale) - kept if fills_in else 1
         params = param_count(format.channels, config.components) * groups
         latent = config.latent_channels if self.has_latent(k) else 0
         downs = self.downs(k) if latent else 0
@@ -298,7 +307,7 @@ class _Plan:
             stem = 128 if is_top else 64
             z_branch = self.branch(growth * deep, steps, ups, "up", stem=stem)
             prior = self._prior(k, latent, downs)
-        context = 0 if is_top else up.channels if fills_in else format.channels
+        context = 0 if is_top else up.channels * kept if fills_in else format.channels
         decoder: nn.Module
         if is_top and not latent:
             decoder = Constant(params)

@@ -24,9 +24,11 @@ __all__ = [
     "BitDepth",
     "Blank",
     "Chain",
+    "Checkerboard",
     "Format",
     "GaussianBlur",
     "Greyscale",
+    "Keep",
     "MeanDownscale",
     "Sketch",
     "Subsample",
@@ -135,6 +137,11 @@ class Transform(nn.Module):
 
     scale: tuple[int, int] = (1, 1)  # rows and columns of x for one of y
 
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns of x that belong together: its height and width are multiples of these."""
+        return self.scale
+
     def forward(self, x: Tensor) -> Tensor:
         raise TypeError("use a concrete transform")
 
@@ -155,13 +162,13 @@ class Transform(nn.Module):
 
     def size(self, h: int, w: int) -> tuple[int, int]:
         """The height and width of d(x) for x of height h and width w, in pixels."""
-        rows, cols = self.scale
+        rows, cols = self.block
         if h % rows or w % cols:
             raise ValueError(
                 f"{self} needs a height divisible by {rows} and a width divisible by {cols}; "
                 f"got {h} x {w}: pad or crop the image"
             )
-        return h // rows, w // cols
+        return h // self.scale[0], w // self.scale[1]
 
 
 class Blank(Transform):
@@ -256,34 +263,64 @@ class MeanDownscale(Transform):
         return f"{self.scale[0]}, {self.scale[1]}"
 
 
-class _SubsampleSupport(_Blocks):
-    """The first phase of every block is y itself; the others are free."""
+class _KeepSupport(_Blocks):
+    """Some phases of every block are y itself; the others are free."""
 
     restricts = True
 
-    def __init__(self, y: Tensor, format: Format, scale: tuple[int, int]) -> None:
-        super().__init__(y, format, scale)
-        self.groups -= 1
+    def __init__(self, y: Tensor, format: Format, d: Keep) -> None:
+        super().__init__(y, format, d.block)
+        self.d = d
+        self.free = [i for i in range(self.groups) if i not in d.kept]
+        self.groups = len(self.free)
 
     def phases(self, x: Tensor) -> Tensor:
-        return super().phases(x)[:, 1:]
+        return super().phases(x)[:, self.free]
 
     def unphase(self, v: Tensor) -> Tensor:
-        return super().unphase(torch.cat([self.y[:, None].to(v.dtype), v], 1))
+        y = self.d.fold(self.y)
+        b, c, h, w = y.shape
+        kept = y.view(b, -1, c // len(self.d.kept), h, w).to(v.dtype)
+        every = torch.cat([kept, v], 1).unbind(1)
+        place = dict(zip((*self.d.kept, *self.free), every, strict=True))
+        return super().unphase(torch.stack([place[i] for i in range(len(place))], 1))
 
     def allows(self, x: Tensor) -> Tensor:
-        n, m = self.scale
-        return (x[:, :, ::n, ::m] == self.y).flatten(1).all(1)
+        return (self.d(x) == self.y).flatten(1).all(1)
 
 
-class Subsample(Transform):
-    """Keep the first of every `rows` rows and of every `cols` columns; the rest is what a level models."""
+class Keep(Transform):
+    """Keep some pixels of every block as they are; the others are what a level models.
 
-    def __init__(self, rows: int = 2, cols: int | None = None) -> None:
+    `kept` are the phases of a block (row by row) that are kept. A level's network works on a grid with one
+    position a block.
+    """
+
+    kept: tuple[int, ...] = (0,)
+
+    def fold(self, y: Tensor) -> Tensor:
+        """y (B, C, h, w) on the grid of blocks, kept phases as further channels: (B, n C, H, W)."""
+        return y
+
+    def support(self, y: Tensor, format: Format) -> Support:
+        return _KeepSupport(y, format, self)
+
+
+class Subsample(Keep):
+    """Keep the first of every `rows` rows and of every `cols` columns.
+
+    staggered: every second row of x lies half a column to the right, as `Checkerboard` leaves them; for a
+    better estimate.
+    """
+
+    def __init__(self, rows: int = 2, cols: int | None = None, *, staggered: bool = False) -> None:
         super().__init__()
         self.scale = (rows, rows if cols is None else cols)
         if min(self.scale) < 1 or self.scale == (1, 1):
             raise ValueError(f"at least every second row or column is dropped; got {self.scale}")
+        if staggered and self.scale != (2, 1):
+            raise ValueError(f"staggered goes with every second row, (2, 1); got {self.scale}")
+        self.staggered = staggered
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(x)
@@ -291,12 +328,13 @@ class Subsample(Transform):
         n, m = self.scale
         return x[:, :, ::n, ::m].contiguous()
 
-    def support(self, y: Tensor, format: Format) -> Support:
-        return _SubsampleSupport(y, format, self.scale)
-
     def estimate(self, y: Tensor, format: Format) -> Tensor:
         """Linear interpolation between the kept pixels; past the last one it is repeated."""
         out = _real(y)
+        if self.staggered:
+            rows = out + torch.cat([out[:, :, 1:], out[:, :, -1:]], 2)
+            between = (rows + torch.cat([rows[..., 1:], rows[..., -1:]], 3)) / 4
+            return torch.stack([out, between], 3).flatten(2, 3)
         for dim, n in zip((2, 3), self.scale, strict=True):
             after = torch.cat([out.narrow(dim, 1, out.shape[dim] - 1), out.narrow(dim, -1, 1)], dim)
             steps = [out + (after - out) * (i / n) for i in range(n)]
@@ -304,7 +342,41 @@ class Subsample(Transform):
         return out
 
     def extra_repr(self) -> str:
-        return f"{self.scale[0]}, {self.scale[1]}"
+        return f"{self.scale[0]}, {self.scale[1]}" + (", staggered" if self.staggered else "")
+
+
+class Checkerboard(Keep):
+    """Keep every second pixel, as on a checkerboard: of row r the columns 2c + r % 2.
+
+    y is half as wide. Each dropped pixel has its four neighbours in y, so that dropped pixels tell each
+    other little; `Subsample(2, 1, staggered=True)` after it leaves every second row and column.
+    """
+
+    scale = (1, 2)
+    kept = (0, 3)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        return (2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_image(x)
+        self.size(*x.shape[2:])
+        return torch.stack([x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]], 3).flatten(2, 3)
+
+    def fold(self, y: Tensor) -> Tensor:
+        return torch.cat([y[:, :, ::2], y[:, :, 1::2]], 1)
+
+    def estimate(self, y: Tensor, format: Format) -> Tensor:
+        """A dropped pixel is the mean of its neighbours above, below, left and right."""
+        even, odd = _real(y).unflatten(2, (-1, 2)).unbind(3)
+        left = torch.cat([odd[..., :1], odd[..., :-1]], 3)
+        right = torch.cat([even[..., 1:], even[..., -1:]], 3)
+        above = torch.cat([odd[:, :, :1], odd[:, :, :-1]], 2)
+        below = torch.cat([even[:, :, 1:], even[:, :, -1:]], 2)
+        upper = torch.stack([even, (even + right + above + odd) / 4], 4).flatten(3)
+        lower = torch.stack([(left + odd + even + below) / 4, odd], 4).flatten(3)
+        return torch.stack([upper, lower], 3).flatten(2, 3)
 
 
 _BITS = 22  # of the fixed-point filter weights: 2**22 * 255 * taps stays far below float64's 2**53
@@ -548,6 +620,14 @@ class Chain(Transform):
 
     def _steps(self) -> list[Transform]:
         return [t for t in self.transforms if isinstance(t, Transform)]
+
+    @property
+    def block(self) -> tuple[int, int]:
+        rows, cols, scale = 1, 1, (1, 1)
+        for t in self._steps():
+            rows, cols = math.lcm(rows, scale[0] * t.block[0]), math.lcm(cols, scale[1] * t.block[1])
+            scale = (scale[0] * t.scale[0], scale[1] * t.scale[1])
+        return rows, cols
 
     def forward(self, x: Tensor) -> Tensor:
         for transform in self._steps():

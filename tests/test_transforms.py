@@ -26,7 +26,7 @@ from selfvae.transforms import (
 RGB = Format(3)
 NAMES = [*TRANSFORMS, "grey+mean2", "mean2+bits3"]
 RESTRICTING = [n for n in TRANSFORMS if n.startswith(("mean", "subsample", "bits"))]
-RESTRICTING += ["grey", "rows", "columns"]
+RESTRICTING += ["grey", "rows", "columns", "checkerboard", "staggered"]
 
 
 def noise(b: int = 5, c: int = 3, h: int = 12, w: int = 24) -> torch.Tensor:

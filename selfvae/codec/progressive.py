@@ -322,8 +322,9 @@ class Codec:
         """Code y given y_up and z, tile by tile."""
         n, _, height, width = y_up.shape
         scale = level.transform.scale
-        # a tile holds whole positions of the latent
-        units = [math.lcm(s, level.multiple) // s if z is not None else 1 for s in scale]
+        # a tile holds whole blocks, and whole positions of the latent
+        least = level.multiple if z is not None else 1
+        units = [math.lcm(s, b, least) // s for s, b in zip(scale, level.transform.block, strict=True)]
         y = torch.zeros(n, level.format.channels, height * scale[0], width * scale[1], dtype=torch.uint8)
         tiles = [
             (r, c)

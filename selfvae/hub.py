@@ -11,12 +11,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfvae.model import SelfVAE
 from selfvae.presets import ModelConfig, from_config
 
-__all__ = ["load", "save", "write_atomic", "write_tensors"]
+__all__ = ["load", "own_state", "save", "set_state", "write_atomic", "write_tensors"]
 
 _FORMAT = 1
 
@@ -54,6 +54,20 @@ def write_tensors(
         raise
 
 
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each once: what levels share goes by its first name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def set_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """The inverse of `own_state`; RuntimeError if the names or shapes are not the model's."""
+    own = own_state(model)
+    first = {id(value): name for name, value in own.items()}
+    names = {name: first[id(value)] for name, value in model.state_dict(keep_vars=True).items()}
+    again = {name: state[own] for name, own in names.items() if name != own and own in state}
+    model.load_state_dict({**state, **again})
+
+
 def save(model: SelfVAE, folder: str | Path, *, half: bool = False) -> None:
     """Write folder/config.json and folder/model.safetensors; the model must come from `build`.
 
@@ -62,7 +76,7 @@ def save(model: SelfVAE, folder: str | Path, *, half: bool = False) -> None:
     if not isinstance(model.config, ModelConfig):
         raise ValueError("only a model made by selfvae.build can be saved: this one has no config")
     folder = Path(folder)
-    state = {k: v.half() if half and v.is_floating_point() else v for k, v in model.state_dict().items()}
+    state = {k: v.half() if half and v.is_floating_point() else v for k, v in own_state(model).items()}
     write_tensors(folder / "model.safetensors", state)
     config: dict[str, Any] = {"format": _FORMAT, "model": model.config.to_dict()}
     write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
@@ -88,7 +102,7 @@ def load(path: str | Path) -> SelfVAE:
         )
     model = from_config(ModelConfig.from_dict(config["model"]))
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        set_state(model, load_file(folder / "model.safetensors"))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(
             f"{folder}/model.safetensors is damaged or not of the model in config.json: {error}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from selfvae.layers import BACKBONES, Conv, Down, Up
 
-__all__ = ["Branch", "Constant", "Decoder", "Encoder", "PriorNet"]
+__all__ = ["Branch", "Constant", "Decoder", "Encoder", "PriorNet", "Shared"]
 
 _HEAD_SCALE = 0.1
 
@@ -141,6 +141,26 @@ class Decoder(nn.Module):
         if self.joint is not None:
             h = self.joint(h)
         out: Tensor = self.head(h)
+        return out
+
+
+class Shared(nn.Module):
+    """A decoder that several levels share; `code`, learnt constant planes, tells it which one it serves.
+
+    The decoder takes `PLANES` channels more than the context image has.
+    """
+
+    PLANES = 4
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.code = nn.Parameter(torch.zeros(self.PLANES))
+
+    def forward(self, y: Tensor, z: Tensor | None) -> Tensor:
+        b, _, h, w = y.shape
+        planes = self.code.to(y.dtype).view(1, -1, 1, 1).expand(b, -1, h, w)
+        out: Tensor = self.decoder(torch.cat([y, planes], 1), z)
         return out
 
 

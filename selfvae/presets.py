@@ -13,7 +13,7 @@ from torch import nn
 
 from selfvae.level import Level
 from selfvae.model import SelfVAE
-from selfvae.networks import Branch, Constant, Decoder, Encoder, PriorNet
+from selfvae.networks import Branch, Constant, Decoder, Encoder, PriorNet, Shared
 from selfvae.pixels import param_count
 from selfvae.priors import TOP_PRIORS, FlowPrior
 from selfvae.transforms import (
@@ -75,7 +75,8 @@ class ModelConfig:
             strides divide; this size settles how often the encoders halve and how long a chain is.
         levels: grey levels a channel of x.
         transforms: names of d_1..d_K (see `TRANSFORMS`); "halve" alone is the chain of alternating
-            "columns" and "rows" down to 4 x 4, "quincunx" that of "checkerboard" and "staggered".
+            "columns" and "rows" down to 4 x 4, "quincunx" that of "checkerboard" and "staggered" down to
+            2 x 2.
         prior: of the top latent: "normal", "mog", "flow" or, with a uniform posterior, "logistic".
         posterior: of all latents: "normal", or "uniform", whose latents are coded as whole numbers.
         latents: "all" levels have one, "top" only the top one, or "none".
@@ -85,6 +86,7 @@ class ModelConfig:
         coefficients: "raw" (PixelCNN++) or "residual" channel coefficients.
         components: logistics in a mixture.
         backbone: "dense" (the papers') or "residual".
+        shared: levels of one transform share one decoder; without latents only.
         width: factor on all growths and stems.
         depth: factor on all steps.
     """
@@ -102,6 +104,7 @@ class ModelConfig:
     coefficients: Literal["raw", "residual"] = "raw"
     components: int = 10
     backbone: Literal["dense", "residual"] = "dense"
+    shared: bool = False
     width: float = 1.0
     depth: float = 1.0
 
@@ -135,9 +138,11 @@ class ModelConfig:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
                 raise ValueError(f"{field} must be a positive number; got {value!r}")
-        for field in ("consistent", "anchored"):
+        for field in ("consistent", "anchored", "shared"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be true or false; got {getattr(self, field)!r}")
+        if self.shared and self.latents != "none":
+            raise ValueError(f"shared=true needs latents=none; got latents={self.latents}")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dictionary."""
@@ -220,9 +225,10 @@ def _transforms(config: ModelConfig) -> list[Transform]:
     _, h, w = config.image_shape
     if config.transforms not in (("halve",), ("quincunx",)):
         return [transform(name) for name in config.transforms]
+    quincunx = config.transforms == ("quincunx",)
     steps: list[Transform] = []
-    while h > 4 or w > 4:
-        if config.transforms == ("quincunx",) and h < 2 * w and w < 2 * h:
+    while max(h, w) > (2 if quincunx else 4):
+        if quincunx and h < 2 * w and w < 2 * h:
             names = ["checkerboard", "staggered"]
         else:
             names = ["columns" if w >= h else "rows"]
@@ -252,6 +258,7 @@ class _Plan:
     transforms: list[Transform]
     formats: list[Format]
     sizes: list[tuple[int, int]]
+    shared: dict[str, Decoder] = dataclasses.field(default_factory=dict)  # by transform
 
     @property
     def top(self) -> int:
@@ -311,6 +318,11 @@ class _Plan:
         decoder: nn.Module
         if is_top and not latent:
             decoder = Constant(params)
+        elif config.shared and not is_top:
+            if str(t) not in self.shared:
+                joint = self.branch(256, 12, 1, stem=256)
+                self.shared[str(t)] = Decoder(context + Shared.PLANES, 0, params, None, joint)
+            decoder = Shared(self.shared[str(t)])
         else:
             joint = None
             if not is_top and config.backbone == "residual":

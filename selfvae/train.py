@@ -231,7 +231,7 @@ class State:
         """Everything needed to go on, in one file, written whole or not at all."""
         tensors: dict[str, Tensor] = dict(self.guard.state())
         for prefix, model in (("model", self.model), ("ema", self.ema)):
-            tensors |= {f"{prefix}.{k}": v for k, v in model.state_dict().items()}
+            tensors |= {f"{prefix}.{k}": v for k, v in hub.own_state(model).items()}
         for i, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in values.items()}
         numbers = {name: getattr(self, name) for name in self._numbers}
@@ -251,7 +251,7 @@ class State:
                 tensors[key] = file.get_tensor(key)
         for prefix, model in (("model.", self.model), ("ema.", self.ema)):
             part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            model.load_state_dict(part)
+            hub.set_state(model, part)
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer."):

@@ -20,6 +20,7 @@ from selfvae.codec.coder import MOST, Stack, code
 from selfvae.codec.container import CHANGED, CodecError, Header, Part, check_size
 from selfvae.codec.latents import FINE, Dry, Gaussian, Latent, Rounded, typical
 from selfvae.codec.lattice import Lattice, Notes
+from selfvae.hub import own_state
 from selfvae.level import Level
 from selfvae.model import SelfVAE
 from selfvae.progress import Track, silent
@@ -33,7 +34,7 @@ __all__ = ["Codec", "fingerprint"]
 _TILE, _MARGIN = 192, 16
 
 # options that came later, as they were before: they leave the fingerprints of older models alone
-_PLAIN = {"posterior": "normal"}
+_PLAIN = {"posterior": "normal", "shared": False}
 
 
 def fingerprint(model: SelfVAE) -> bytes:
@@ -42,7 +43,7 @@ def fingerprint(model: SelfVAE) -> bytes:
         raise ValueError("only a model made by selfvae.build can compress: this one has no config")
     config = {key: value for key, value in model.config.to_dict().items() if value != _PLAIN.get(key)}
     found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(own_state(model).items()):
         found.update(f"{name} {tuple(value.shape)} ".encode())
         found.update(value.detach().cpu().double().numpy().astype("<f8").tobytes())
     return found.digest()[:8]

@@ -1,4 +1,7 @@
-"""Models on disk: a folder with config.json and model.safetensors, nothing that is ever executed."""
+"""Models on disk: a folder with config.json and model.safetensors, nothing that is ever executed.
+
+Some come with the package: see `shipped`.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,15 @@ from torch import Tensor, nn
 from selfvae.model import SelfVAE
 from selfvae.presets import ModelConfig, from_config
 
-__all__ = ["load", "own_state", "save", "set_state", "write_atomic", "write_tensors"]
+__all__ = ["load", "own_state", "save", "set_state", "shipped", "write_atomic", "write_tensors"]
 
 _FORMAT = 1
+_SHIPPED = Path(__file__).parent / "models"
+
+
+def shipped() -> dict[str, Path]:
+    """The models that come with the package, by name; each folder holds a model card, README.md."""
+    return {folder.name: folder for folder in sorted(_SHIPPED.iterdir()) if folder.is_dir()}
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -83,16 +92,18 @@ def save(model: SelfVAE, folder: str | Path, *, half: bool = False) -> None:
 
 
 def load(path: str | Path) -> SelfVAE:
-    """The model in a folder that `save` or training wrote, on the CPU, ready for use.
+    """The model in a folder that `save` or training wrote, or one of `shipped`; on the CPU, ready for use.
 
     Raises FileNotFoundError or ValueError saying what the folder lacks.
     """
     folder = Path(path)
+    if not folder.exists():
+        folder = shipped().get(str(path), folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder} holds no model: {name} is missing (expected config.json and "
-                "model.safetensors, as selfvae train writes them)"
+                f"{folder} holds no model: {name} is missing (expected config.json and model.safetensors, "
+                f"as selfvae train writes them, or one of {', '.join(shipped())})"
             )
     config = json.loads((folder / "config.json").read_text())
     if not isinstance(config, dict) or "model" not in config or config.get("format") != _FORMAT:

@@ -158,6 +158,7 @@ class ModelConfig:
 
 
 _OURS: dict[str, Any] = {"consistent": True, "anchored": True, "coefficients": "residual"}
+_CHAIN: dict[str, Any] = {"latents": "none", "backbone": "residual", **_OURS}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "vae-normal": {"prior": "normal"},
@@ -170,12 +171,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "selfvae-3": {"transforms": ("mean2", "mean2"), **_OURS},
     "selfvae-grey": {"transforms": ("grey",), **_OURS},
     "selfvae-bits": {"transforms": ("bits3",), **_OURS},
-    "selfvae-halve": {
-        "transforms": ("halve",),
-        "latents": "none",
-        "backbone": "residual",
-        **_OURS,
-    },
+    "selfvae-halve": {"transforms": ("halve",), **_CHAIN},
+    "selfvae-quincunx": {"transforms": ("quincunx",), **_CHAIN},
 }
 
 SIZES: dict[str, dict[str, float]] = {
@@ -271,6 +268,15 @@ class _Plan:
         """How often level k's encoder halves y[k]: to 8 x 8 from 16 pixels on, three times at most."""
         return max(1, min(3, int(math.log2(min(self.sizes[k]) / 8))))
 
+    def grid(self, k: int) -> float:
+        """The side of the grid that level k's decoder works on, if that were a square."""
+        rows, cols = self.transforms[k].block if self.fills_in(k) else (1, 1)
+        return math.sqrt(math.prod(self.sizes[k]) / (rows * cols))
+
+    def fills_in(self, k: int) -> bool:
+        """Whether level k models only what `Keep` dropped."""
+        return self.config.consistent and isinstance(self.transforms[k], Keep)
+
     def wide(self, channels: float) -> int:
         """The papers' number of channels, scaled: a multiple of 4, 4 at least."""
         return max(4, round(channels * self.config.width / 4) * 4)
@@ -290,7 +296,7 @@ class _Plan:
     def level(self, k: int) -> Level:
         config, format, up = self.config, self.formats[k], self.formats[k + 1]
         t, alone, is_top = self.transforms[k], self.top == 0, k == self.top
-        fills_in = config.consistent and isinstance(t, Keep)
+        fills_in = self.fills_in(k)
         scale = t.block if fills_in else (1, 1)
         kept = len(t.kept) if isinstance(t, Keep) else 0
         groups = math.prod(scale) - kept if fills_in else 1
@@ -326,8 +332,8 @@ class _Plan:
         else:
             joint = None
             if not is_top and config.backbone == "residual":
-                # the finest levels hold most of the bits: each level above has 1/sqrt(2) of the layers
-                joint = self.branch(256, round(12 * 0.5 ** (k / 2)), 1, stem=256)
+                # the finest levels hold most of the bits: half the layers for each halving of the grid
+                joint = self.branch(256, round(12 * self.grid(k) / self.grid(0)), 1, stem=256)
             elif not is_top:
                 joint = self.branch(64, 5, 3, stem=0 if latent else 64)
             decoder = Decoder(context, latent, params, z_branch, joint)

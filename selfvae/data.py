@@ -22,8 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from selfvae.pictures import ENDINGS, open_picture
+from selfvae.progress import Track, silent
 
-__all__ = ["Dataset", "HubSource", "Images", "augment", "batch_indices", "load", "to_uint8"]
+__all__ = ["Dataset", "HubSource", "Images", "augment", "batch_indices", "crop", "load", "to_uint8"]
 
 _HELD_OUT = 0.15  # of the training images, for validation, where a source has no such split
 
@@ -132,16 +133,30 @@ _PHOTOS = {
 }
 
 
+def _shrunk(picture: np.ndarray, factor: int) -> np.ndarray:
+    """A picture (H, W, 3) shrunk by block means, rounded half up: uint8 (3, h, w)."""
+    h, w = picture.shape[0] // factor, picture.shape[1] // factor
+    blocks = picture[: h * factor, : w * factor].reshape(h, factor, w, factor, 3)
+    total = blocks.sum((1, 3), dtype=np.int64)
+    return ((total + factor**2 // 2) // factor**2).astype(np.uint8).transpose(2, 0, 1)
+
+
+def _crops(pictures: Sequence[np.ndarray], n: int, size: int, random: np.random.Generator) -> np.ndarray:
+    """n random squares, each from any of the pictures uint8 (3, h, w): uint8 (n, 3, size, size)."""
+    out = np.empty((n, 3, size, size), np.uint8)
+    for i, which in enumerate(random.integers(0, len(pictures), n)):
+        _, h, w = pictures[which].shape
+        top, left = random.integers(0, h - size + 1), random.integers(0, w - size + 1)
+        out[i] = pictures[which][:, top : top + size, left : left + size]
+    return out
+
+
 def _photo(name: str, factor: int) -> np.ndarray:
-    """A colour photograph inside scikit-image, shrunk by block means: uint8 (3, h, w)."""
+    """A colour photograph inside scikit-image, shrunk: uint8 (3, h, w)."""
     from skimage import data as skimage_data
 
     picture = getattr(skimage_data, name)()
-    picture = np.asarray(picture[0] if isinstance(picture, tuple) else picture)[..., :3]
-    h, w = picture.shape[0] // factor, picture.shape[1] // factor
-    blocks = picture[: h * factor, : w * factor].reshape(h, factor, w, factor, 3)
-    total = blocks.astype(np.int64).sum((1, 3))
-    return ((total + factor**2 // 2) // factor**2).astype(np.uint8).transpose(2, 0, 1)
+    return _shrunk(np.asarray(picture[0] if isinstance(picture, tuple) else picture)[..., :3], factor)
 
 
 def _photos(size: int) -> Splits:
@@ -159,12 +174,7 @@ def _photos(size: int) -> Splits:
             raise ValueError(
                 f"photos: every photograph for {split} is smaller than size {size}: choose less"
             )
-        out = np.empty((n, 3, size, size), np.uint8)
-        for i, which in enumerate(random.integers(0, len(pictures), n)):
-            _, h, w = pictures[which].shape
-            top, left = random.integers(0, h - size + 1), random.integers(0, w - size + 1)
-            out[i] = pictures[which][:, top : top + size, left : left + size]
-        return out
+        return _crops(pictures, n, size, random)
 
     return {
         "train": crops("train", 16384, (2, 3, 4)),
@@ -339,23 +349,91 @@ def _cache() -> Path:
     return Path(os.environ.get("SELFVAE_CACHE") or Path.home() / ".cache" / "selfvae")
 
 
+def _write_folder(folder: Path, splits: Splits) -> None:
+    """Write FOLDER/train.npy, ...: all of them or nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        for split, images in splits.items():
+            np.save(temporary / f"{split}.npy", images)
+        temporary.chmod(0o755)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _prepare(name: str, key: str, read: Callable[[], Splits]) -> Dataset:
     """Arrays from the cache; made and renamed into place as a whole if they are not there."""
     folder = _cache() / key
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{key}."))
         try:
-            for split, images in read().items():
-                np.save(temporary / f"{split}.npy", images)
-            temporary.replace(folder)
+            _write_folder(folder, read())
         except OSError:
             if not folder.is_dir():  # another process may have been first
                 raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     dataset = _arrays(folder, None)
     return Dataset(name, dataset.train, dataset.validation, dataset.test)
+
+
+def crop(
+    source: str | Path,
+    out: str | Path,
+    size: int = 64,
+    shrink: Sequence[int] = (2, 3, 4),
+    n: int = 20_000,
+    seed: int = 0,
+    track: Track = silent,
+) -> dict[str, int]:
+    """Random crops of the photographs in a folder, as a data set to train on: OUT/train.npy, ....
+
+    A tenth of the pictures, at least one, is held out whole for validation, and as many for test. Every
+    shrunk picture gives as many crops, however large it is.
+
+    Arguments:
+        source: folder of at least three picture files; sub-folders too.
+        out: folder to write; must not exist.
+        size: height and width of a crop in pixels.
+        shrink: factors by which every picture is shrunk first (means of blocks): what hides the traces of
+            JPEG. Where that leaves less than a crop, the version is left out.
+        n: crops to train on; a twentieth of that for validation, and for test.
+        seed: of the choice.
+
+    Returns the number of pictures in each split. Raises ValueError that says what does not fit.
+    """
+    folder, out = Path(source), Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists: choose another folder to write to")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of pictures at {folder}")
+    if size < 1 or n < 20 or not shrink or min(shrink) < 1:
+        raise ValueError(
+            "size must be at least 1 pixel, n at least 20, every shrink at least 1; "
+            f"got {size}, {n}, {shrink}"
+        )
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in ENDINGS)
+    large: list[list[np.ndarray]] = []
+    for file in track(files, "reading"):
+        picture = np.asarray(open_picture(file).convert("RGB"))
+        versions = [_shrunk(picture, k) for k in shrink if min(picture.shape[:2]) // k >= size]
+        large += [versions] if versions else []
+    if len(large) < 3:
+        raise ValueError(
+            f"{folder} holds {len(large)} picture(s) from which {size} x {size} can be cut after shrinking "
+            f"by {min(shrink)}; at least 3 are needed: choose a smaller size or shrink"
+        )
+    random = np.random.default_rng(seed)
+    held = max(1, len(large) // 10)
+    order = random.permutation(len(large))
+    chosen = {"test": order[:held], "validation": order[held : 2 * held], "train": order[2 * held :]}
+    parts = {
+        split: _crops(
+            [version for i in which for version in large[i]],
+            n if split == "train" else n // 20, size, random,
+        )
+        for split, which in chosen.items()
+    }  # fmt: skip
+    _write_folder(out, parts)
+    return {split: len(which) for split, which in chosen.items()}
 
 
 def _fingerprint(folder: Path) -> str:

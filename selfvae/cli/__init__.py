@@ -16,7 +16,7 @@ from selfvae.cli.codec import bench, compress, decompress, describe, pack, unpac
 from selfvae.cli.common import show
 from selfvae.cli.drawing import enhance, figures, generate, interpolate, reconstruct, vary
 from selfvae.cli.scores import evaluate, ood, quality, report, timing
-from selfvae.cli.training import expand, train
+from selfvae.cli.training import crop, expand, train
 from selfvae.presets import PRESETS, SIZES, build
 
 
@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; 0, 1 if some pictures of a folder failed, or 2 with a message for bad input."""
     commands: dict[str, Any] = {
         "train": train,
+        "crop": crop,
         "eval": evaluate,
         "quality": quality,
         "ood": ood,

@@ -13,6 +13,7 @@ from tyro.conf import OmitArgPrefixes
 from selfvae import data as sources
 from selfvae import hub
 from selfvae import train as loop
+from selfvae.cli.common import In, Out, progress
 from selfvae.precision import resolve
 from selfvae.presets import configure
 from selfvae.train import TrainConfig
@@ -65,6 +66,28 @@ def train(
     loop.train(config, dataset, out, training, resume=resume, fabric=fabric)
     if not fabric.global_rank:
         print(f"model and curve are in {out}")
+
+
+def crop(
+    source: In,
+    out: Out,
+    size: int = 64,
+    shrink: tuple[int, ...] = (2, 3, 4),
+    n: int = 20_000,
+    seed: int = 0,
+) -> None:
+    """Cut a folder of photographs into a data set for --data: random squares, whole pictures held out.
+
+    Args:
+        source: folder of at least three pictures; what lies in folders below it too.
+        out: folder for train.npy, validation.npy and test.npy.
+        size: height and width of a crop in pixels.
+        shrink: factors by which every picture is shrunk first, which hides the traces of JPEG.
+        n: crops to train on; a twentieth of that for validation, and for test.
+        seed: of the choice.
+    """
+    pictures = sources.crop(source, out, size, shrink, n, seed, progress)
+    print(f"{n} crops of {pictures['train']} pictures, and {n // 20} of {pictures['test']} twice, in {out}")
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -24,7 +24,17 @@ from torch import Tensor
 from selfvae.pictures import ENDINGS, open_picture
 from selfvae.progress import Track, silent
 
-__all__ = ["Dataset", "HubSource", "Images", "augment", "batch_indices", "crop", "load", "to_uint8"]
+__all__ = [
+    "Dataset",
+    "HubSource",
+    "Images",
+    "augment",
+    "batch_indices",
+    "crop",
+    "load",
+    "photo",
+    "to_uint8",
+]
 
 _HELD_OUT = 0.15  # of the training images, for validation, where a source has no such split
 
@@ -151,7 +161,7 @@ def _crops(pictures: Sequence[np.ndarray], n: int, size: int, random: np.random.
     return out
 
 
-def _photo(name: str, factor: int) -> np.ndarray:
+def photo(name: str, factor: int) -> np.ndarray:
     """A colour photograph inside scikit-image, shrunk: uint8 (3, h, w)."""
     from skimage import data as skimage_data
 
@@ -168,7 +178,7 @@ def _photos(size: int) -> Splits:
 
     def crops(split: str, n: int, factors: tuple[int, ...]) -> np.ndarray:
         random = np.random.default_rng([size, len(split)])
-        pictures = [_photo(name, factor) for name in _PHOTOS[split] for factor in factors]
+        pictures = [photo(name, factor) for name in _PHOTOS[split] for factor in factors]
         pictures = [p for p in pictures if min(p.shape[1:]) >= size]
         if not pictures:
             raise ValueError(

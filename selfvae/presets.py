@@ -76,7 +76,7 @@ class ModelConfig:
         levels: grey levels a channel of x.
         transforms: names of d_1..d_K (see `TRANSFORMS`); "halve" alone is the chain of alternating
             "columns" and "rows" down to 4 x 4, "quincunx" that of "checkerboard" and "staggered" down to
-            2 x 2.
+            2 x 2, with latents to 4 x 4.
         prior: of the top latent: "normal", "mog", "flow" or, with a uniform posterior, "logistic".
         posterior: of all latents: "normal", or "uniform", whose latents are coded as whole numbers.
         latents: "all" levels have one, "top" only the top one, or "none".
@@ -224,7 +224,8 @@ def _transforms(config: ModelConfig) -> list[Transform]:
         return [transform(name) for name in config.transforms]
     quincunx = config.transforms == ("quincunx",)
     steps: list[Transform] = []
-    while max(h, w) > (2 if quincunx else 4):
+    least = 2 if quincunx and config.latents == "none" else 4
+    while max(h, w) > least:
         if quincunx and h < 2 * w and w < 2 * h:
             names = ["checkerboard", "staggered"]
         else:

@@ -243,9 +243,12 @@ def test_round_trip_at_the_model_s_length(codec: Codec, picture: Tensor) -> None
         {"transforms": ("mean3",), "anchored": False, "coefficients": "raw"}, {"transforms": ("blur",)},
         {"image_shape": (1, 18, 18)}, {"image_shape": (4, 18, 18), "transforms": ("mean2",)},
         {"transforms": ("halve",), "levels": 2, "image_shape": (3, 16, 16)},
+        {"transforms": ("quincunx",), "image_shape": (3, 16, 16)},
+        {"transforms": ("quincunx",), "image_shape": (3, 16, 16), "shared": True},
+        {"transforms": ("checkerboard", "grey")},
     ],
 )  # fmt: skip
-def test_every_transform(options: dict[str, Any], picture: Tensor) -> None:
+def test_every_transform(options: dict[str, Any], picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     how = {"backbone": "residual", "width": 0.03, "image_shape": (3, 18, 18), **options}
     model = fixed("selfvae", **how)
     channels, levels = model.format.channels, model.format.levels
@@ -257,6 +260,9 @@ def test_every_transform(options: dict[str, Any], picture: Tensor) -> None:
         rows, cols = model.scale(k)
         y = selfvae.infer(model, x, f"y{k}")[f"y{k}"][:, :, : -(-9 // rows), : -(-13 // cols)]
         assert torch.equal(codec.decompress(data, f"y{k}"), y)
+    monkeypatch.setattr("selfvae.codec.progressive._TILE", 4)
+    monkeypatch.setattr("selfvae.codec.progressive._MARGIN", 3)
+    assert torch.equal(codec.decompress(codec.compress(x, verify=False)), x)
 
 
 @pytest.mark.parametrize("name", ["vae", "selfvae", "selfvae-3"])

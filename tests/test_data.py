@@ -146,6 +146,51 @@ def test_hub_source_that_cannot_be_reached(tmp_path: Path) -> None:
         source.read(8)
 
 
+def test_crops_of_photographs(tmp_path: Path) -> None:
+    """Whole pictures are held out; what is too small is left out; shrinking takes the means of blocks."""
+    pictures(tmp_path / "mine" / "a", 20, (40, 32))
+    pictures(tmp_path / "mine" / "small", 5, (12, 12))
+    counts = data.crop(tmp_path / "mine", tmp_path / "out", size=16, shrink=(1, 2, 9), n=200)
+    assert counts == {"test": 2, "validation": 2, "train": 16}
+    images = data.load(tmp_path / "out")
+    assert [len(i) for i in (images.train, images.validation, images.test)] == [200, 10, 10]
+    x = torch.cat([i.take(range(len(i))) for i in (images.train, images.validation, images.test)]).numpy()
+    assert x.shape[1:] == (3, 16, 16)
+    # noise: halved, its standard deviation of 74 is halved as well
+    spread = x.reshape(220, -1).std(1)
+    assert (spread[spread > 55].min()) > 60 and (spread[spread < 55]).max() < 45
+    assert 0.3 < (spread > 55).mean() < 0.7
+    again = data.crop(tmp_path / "mine", tmp_path / "again", size=16, shrink=(1, 2, 9), n=200)
+    assert again == counts
+    for split in ("train", "test"):
+        one, other = (np.load(tmp_path / out / f"{split}.npy") for out in ("out", "again"))
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"out": "mine"}, FileExistsError, "exists: choose another"),
+        ({"source": "none"}, FileNotFoundError, "no folder of pictures"),
+        ({"size": 64}, ValueError, r"holds 0 picture\(s\) from which 64 x 64"),
+        ({"shrink": ()}, ValueError, "every shrink at least 1"),
+        ({"n": 3}, ValueError, "n at least 20"),
+        ({"source": "broken"}, ValueError, "x.png"),
+    ],
+)
+def test_crops_that_cannot_be(
+    changes: dict[str, object], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    pictures(tmp_path / "mine", 4)
+    pictures(tmp_path / "broken", 4)
+    (tmp_path / "broken" / "x.png").write_bytes(b"no picture")
+    how = {"source": "mine", "out": "out", "size": 8, "shrink": (1,), "n": 20, **changes}
+    source, out = (tmp_path / str(how.pop(name)) for name in ("source", "out"))
+    with pytest.raises(error, match=message):
+        data.crop(source, out, **how)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
 def test_batches_visit_every_image_once_an_epoch() -> None:
     steps = [data.batch_indices(10, 4, step, seed=3) for step in range(5)]
     epochs = np.concatenate(steps).reshape(2, 10)

@@ -1,9 +1,13 @@
+import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import selfvae
+from selfvae import hub
 from selfvae.bounds import iwae
 from selfvae.distributions import DiagonalNormal
 from selfvae.level import Level
@@ -46,7 +50,9 @@ def test_all_given_returns_the_image(name: str, images: torch.Tensor) -> None:
     assert torch.equal(reconstruct(model, images, {"y0"}), images)
 
 
-@pytest.mark.parametrize("name", ["selfvae", "selfvae-3", "selfvae-grey", "selfvae-bits", "selfvae-halve"])
+@pytest.mark.parametrize(
+    "name", ["selfvae", "selfvae-3", "selfvae-grey", "selfvae-bits", "selfvae-halve", "selfvae-quincunx"]
+)
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
 def test_enhancements_agree_with_what_was_given(
     name: str, temperature: float, images: torch.Tensor
@@ -59,7 +65,7 @@ def test_enhancements_agree_with_what_was_given(
 
 
 @pytest.mark.parametrize("latents", ["all", "top", "none"])
-@pytest.mark.parametrize("name", ["selfvae-halve", "selfvae-3", "srvae"])
+@pytest.mark.parametrize("name", ["selfvae-halve", "selfvae-quincunx", "selfvae-3", "srvae"])
 def test_latents_are_optional(name: str, latents: str, images: torch.Tensor) -> None:
     model = build(name, images, latents=latents)
     have = [level.has_latent for level in model.levels]
@@ -68,6 +74,32 @@ def test_latents_are_optional(name: str, latents: str, images: torch.Tensor) -> 
     for has, kl in zip(have, terms.kl, strict=True):
         assert bool((kl != 0).all()) == has
     generate(model, 2, 16, 16)
+
+
+def test_a_shared_decoder_is_one(images: torch.Tensor, tmp_path: Path) -> None:
+    """The levels of one transform share their weights, not their codes; so do copies, and files."""
+    alone, model = (build("selfvae-quincunx", images, shared=shared) for shared in (False, True))
+    count = {m: sum(p.numel() for p in m.parameters()) for m in (alone, model)}
+    assert count[model] < 0.6 * count[alone]
+    hub.save(model, tmp_path)
+    for net in (model, copy.deepcopy(model), hub.load(tmp_path)):
+        first, second, third, *_ = (level.decoder for level in net.levels)
+        assert first.decoder is third.decoder and first.decoder is not second.decoder
+        assert first.code is not third.code
+        assert torch.equal(net(images).elbo, model(images).elbo)
+    with torch.no_grad():
+        before = model.score(model.pyramid(images), {}).re
+        model.levels[2].decoder.code.add_(1.0)
+        after = model.score(model.pyramid(images), {}).re
+    changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert changed == [k == 2 for k in range(len(changed))]
+    with pytest.raises(ValueError, match="shared=true needs latents=none"):
+        build("selfvae", images, shared=True)
+    broken = load_file(tmp_path / "model.safetensors")
+    broken.pop("levels.0.decoder.decoder.head.gain")
+    save_file(broken, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="Missing key"):
+        hub.load(tmp_path)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])

@@ -13,6 +13,7 @@ from selfvae.transforms import (
     BitDepth,
     Blank,
     Chain,
+    Checkerboard,
     Format,
     GaussianBlur,
     Greyscale,
@@ -121,6 +122,36 @@ def test_a_refined_guess_ends_at_what_is_left() -> None:
     assert (guess[:, 3] - v[:, 3]).abs().max() <= 2
     exact = support.refine(v.float(), v)  # a right guess hardly moves
     assert (exact - v).abs().max() <= 2
+
+
+@pytest.mark.parametrize("name", ["columns", "rows", "subsample3", "checkerboard", "staggered"])
+def test_kept_pixels_are_estimated_exactly_and_ramps_too(name: str) -> None:
+    """Where y keeps pixels its estimate has them; on a ramp it has the others as well, off the border."""
+    d = transform(name)
+    x = (3 * torch.arange(24)[:, None] + 5 * torch.arange(24)).to(torch.uint8).expand(1, 3, 24, 24)
+    if name == "staggered":
+        x = Checkerboard()(x)
+    y = d(x)
+    off = d.estimate(y, RGB) - x
+    assert off[:, :, 3:-3, 3:-3].abs().max() < 1e-4
+    y = d(noise())
+    support = d.support(y, RGB)
+    guess = d.estimate(y, RGB)
+    assert torch.equal(support.merge(support.split(guess)), guess)  # merge puts y where it was kept
+
+
+def test_checkerboard_then_staggered_is_every_second_row_and_column() -> None:
+    x = noise()
+    y = Checkerboard()(x)
+    assert torch.equal(y[:, :, 1], x[:, :, 1, 1::2])  # odd rows keep odd columns
+    assert torch.equal(transform("staggered")(y), x[:, :, ::2, ::2])
+
+
+def test_a_checkerboard_needs_even_sides() -> None:
+    with pytest.raises(ValueError, match="height divisible by 2 and a width divisible by 2; got 5 x 4"):
+        Checkerboard()(noise(h=5, w=4))
+    with pytest.raises(ValueError, match="got 6 x 4"):  # 3 rows of y
+        Chain(MeanDownscale(2, 1), Checkerboard()).size(6, 4)
 
 
 def test_grey_leaves_two_greens_at_most() -> None:

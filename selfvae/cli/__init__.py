@@ -28,8 +28,10 @@ def info(
     """What a trained model is: configuration, parameters, levels. With --presets: the known names.
 
     Args:
-        model: folder that training wrote; or a compressed picture, for the bytes of its parts.
-        presets: list the presets with their parameter counts at every size instead.
+        model: folder that training wrote, or the name of a shipped model; or a compressed picture, for the
+            bytes of its parts.
+        presets: list the presets with their parameter counts at every size, and the models that come with
+            selfvae, instead.
         json: print one JSON object and nothing else.
     """
 
@@ -38,7 +40,7 @@ def info(
 
     if presets or model is None:
         sizes = {name: [count(build(name, size)) for size in SIZES] for name in PRESETS}
-        show({"size": list(SIZES), **sizes}, json)
+        show({"size": list(SIZES), **sizes, "shipped": list(hub.shipped())}, json)
         return
     if model.is_file():
         describe(model, json)
@@ -55,19 +57,22 @@ def info(
     show({**config, "parameters": count(net), "hierarchy": levels}, json)
 
 
-def demo(out: Path = Path("demo"), fast: bool = False, seed: int = 0, json: bool = False) -> None:
-    """Train two small models on photographs and show what they do: OUT/figure.png, OUT/result.json.
+def demo(
+    out: Path = Path("demo"), train: bool = False, fast: bool = False, seed: int = 0, json: bool = False
+) -> None:
+    """Show what the models do that come with selfvae: OUT/figure.png, OUT/result.json, compressed pictures.
 
     Args:
-        out: folder for the picture, the numbers and the models.
-        fast: train for half a minute instead of three.
+        out: folder for the picture, the numbers and the files.
+        train: train two small models on photographs instead, for three minutes, and show those.
+        fast: smaller pictures; with --train, half a minute.
         seed: of everything random.
         json: print one JSON object and nothing else.
     """
 
     # whatever libraries print goes to standard error: standard output is for the result
     with contextlib.redirect_stdout(sys.stderr):
-        result = first_run.demo(out, fast, seed)
+        result = (first_run.train_demo if train else first_run.demo)(out, fast, seed)
     show(result, json)
     if not json:
         print(f"\nSee {out / 'figure.png'}")

@@ -15,6 +15,7 @@ from selfvae.cli.common import In, Out, each, load_model, progress, show
 from selfvae.codec import bench as race
 from selfvae.hub import write_atomic
 
+PHOTOS = Path("selfvae-photos")  # the shipped model that compresses photographs
 _ENDING, _ARCHIVE = ".svae", ".svaes"
 _LOSSLESS = (".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -26,7 +27,7 @@ def _codec(model: Path, devices: int = 1) -> coding.Codec:
     return codec
 
 
-def compress(source: In, out: Out, model: Path, verify: bool = True, devices: int = 1) -> int:
+def compress(source: In, out: Out, model: Path = PHOTOS, verify: bool = True, devices: int = 1) -> int:
     """Compress a picture without loss: every pixel comes back. For a folder: every picture in it.
 
     Pixels alone are kept: no palette, no camera's notes; the orientation that they ask for is applied. The
@@ -35,7 +36,7 @@ def compress(source: In, out: Out, model: Path, verify: bool = True, devices: in
     Args:
         source: picture file, or a folder.
         out: file ending in .svae, or folder for them.
-        model: folder that training wrote; e.g. of a selfvae-halve.
+        model: folder that training wrote, or a shipped model (selfvae info).
         verify: decode every file and compare, which takes twice as long.
         devices: GPUs or processes that share a folder's files.
     """
@@ -51,7 +52,7 @@ def compress(source: In, out: Out, model: Path, verify: bool = True, devices: in
 
 
 def decompress(
-    source: In, out: Out, model: Path, upto: str = "y0", partial: bool = False, devices: int = 1
+    source: In, out: Out, model: Path = PHOTOS, upto: str = "y0", partial: bool = False, devices: int = 1
 ) -> int:
     """The picture in a compressed file, or the pictures in all files of a folder.
 
@@ -74,13 +75,15 @@ def decompress(
     return each(source, out, work, (_ENDING,))
 
 
-def pack(source: In, out: Out, model: Path, block: int = 64, verify: bool = True, devices: int = 1) -> None:
+def pack(
+    source: In, out: Out, model: Path = PHOTOS, block: int = 64, verify: bool = True, devices: int = 1
+) -> None:
     """Compress all pictures of a folder into one archive, without loss.
 
     Args:
         source: folder of pictures; what lies in folders below it too.
         out: file ending in .svaes.
-        model: folder that training wrote; e.g. of a selfvae-halve.
+        model: folder that training wrote, or a shipped model (selfvae info).
         block: pictures that are decoded together: more are smaller, fewer are quicker to take one out of.
         verify: decode everything and compare, which takes twice as long.
         devices: GPUs or processes that share the blocks.
@@ -101,7 +104,7 @@ def pack(source: In, out: Out, model: Path, block: int = 64, verify: bool = True
     print(f"{len(named)} pictures in {out}: {len(data)} bytes, {rate:.3f} bits a sub-pixel")
 
 
-def unpack(source: In, out: Out, model: Path, only: str | None = None, devices: int = 1) -> None:
+def unpack(source: In, out: Out, model: Path = PHOTOS, only: str | None = None, devices: int = 1) -> None:
     """The pictures of an archive, as PNG files under their names (another lossless ending is kept).
 
     Args:
@@ -154,7 +157,7 @@ def _targets(names: list[str], out: Path) -> dict[str, Path]:
 def bench(
     what: Annotated[Positional[Literal["codec"]], arg(metavar="codec")],
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")],
-    model: Path,
+    model: Path = PHOTOS,
     out: Path | None = None,
     limit: int | None = None,
     prefixes: bool = True,
@@ -165,7 +168,7 @@ def bench(
     Args:
         what: the codec.
         folder: pictures.
-        model: folder that training wrote.
+        model: folder that training wrote, or a shipped model (selfvae info).
         out: folder for codec.md, codec.json and codec.png; by default nothing is written.
         limit: the first so many pictures.
         prefixes: measure how good the picture is that a prefix of the file gives.

@@ -65,7 +65,7 @@ def generate(
 def enhance(
     source: In,
     out: Out,
-    model: Path,
+    model: Path = Path("selfvae-photos-x2"),
     level: int = 1,
     n: int = 1,
     devices: int = 1,
@@ -79,7 +79,7 @@ def enhance(
     Args:
         source: picture file, or a folder: every picture in it.
         out: picture file (.png and .webp are lossless), or folder for them.
-        model: folder that training wrote.
+        model: folder that training wrote, or a shipped model (selfvae info).
         level: which computed image the picture is.
         n: draws; with more than one, OUT is a sheet: the picture and its draws.
         devices: GPUs or processes that share a folder's files.

@@ -345,6 +345,21 @@ class Subsample(Keep):
         return f"{self.scale[0]}, {self.scale[1]}" + (", staggered" if self.staggered else "")
 
 
+_CORNER = -0.2  # by regression on CIFAR-10, given all that is kept: -0.22 for green, -0.19 for the others
+
+
+class _CheckerboardSupport(_KeepSupport):
+    """Of every block the upper right pixel, then the lower left one, between four of the former."""
+
+    def refine(self, estimate: Tensor, v: Tensor) -> Tensor:
+        """What the four missed their guesses by tells the pixel between them, with a negative sign: an
+        interpolation from eight neighbours takes the corners with negative weights."""
+        missed = F.pad(v[:, 0] - estimate[:, 0], (1, 0, 0, 1))
+        corners = missed[:, :, :-1] + missed[:, :, 1:]
+        between = estimate[:, 1] + _CORNER * (corners[..., :-1] + corners[..., 1:])
+        return torch.stack([estimate[:, 0], between], 1)
+
+
 class Checkerboard(Keep):
     """Keep every second pixel, as on a checkerboard: of row r the columns 2c + r % 2.
 
@@ -366,6 +381,9 @@ class Checkerboard(Keep):
 
     def fold(self, y: Tensor) -> Tensor:
         return torch.cat([y[:, :, ::2], y[:, :, 1::2]], 1)
+
+    def support(self, y: Tensor, format: Format) -> Support:
+        return _CheckerboardSupport(y, format, self)
 
     def estimate(self, y: Tensor, format: Format) -> Tensor:
         """A dropped pixel is the mean of its neighbours above, below, left and right."""

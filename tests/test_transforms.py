@@ -147,6 +147,22 @@ def test_checkerboard_then_staggered_is_every_second_row_and_column() -> None:
     assert torch.equal(transform("staggered")(y), x[:, :, ::2, ::2])
 
 
+def test_a_checkerboard_corrects_by_the_corners() -> None:
+    """One wrong guess at an upper right pixel moves the four lower left ones around it, and no other."""
+    d, x = Checkerboard(), noise(b=1, c=1, h=8, w=8)
+    support = d.support(d(x), Format(1))
+    guess = support.split(x).float()
+    missed = guess.clone()
+    missed[0, 0, 0, 2, 1] -= 10  # the guess at pixel (4, 3)
+    moved = support.merge(support.refine(missed, guess) - missed)[0, 0]
+    expected = torch.zeros(8, 8)
+    for row, col in ((3, 2), (3, 4), (5, 2), (5, 4)):
+        expected[row, col] = -2.0
+    kept = torch.zeros(8, 8, dtype=torch.bool)
+    kept[::2, ::2] = kept[1::2, 1::2] = True
+    assert torch.allclose(moved[~kept], expected[~kept])
+
+
 def test_a_checkerboard_needs_even_sides() -> None:
     with pytest.raises(ValueError, match="height divisible by 2 and a width divisible by 2; got 5 x 4"):
         Checkerboard()(noise(h=5, w=4))

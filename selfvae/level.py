@@ -132,13 +132,15 @@ class Level(nn.Module):
             y_up = y_up[..., core[0], core[1]]
             if guess is not None:
                 guess = guess[..., _times(core[0], rows), _times(core[1], cols)]
-        support = (
-            self.transform.support(y_up, self.format) if self.consistent else Support(y_up, self.format)
-        )
-        if self.fills_in:
-            b, p, h, w = params.shape
-            params = params.reshape(b, support.groups, p // support.groups, h, w)
+        support: Support
+        if self.fills_in and isinstance(self.transform, Keep):
+            weights = self.transform.weights(self.format) if self.anchored else 0
+            own = params.shape[1] - weights
+            support = self.transform.support(y_up, self.format, params[:, own:] if weights else None)
+            params = params[:, :own].unflatten(1, (support.groups, own // support.groups))
         else:
+            transform_tells = self.transform.support if self.consistent else Support
+            support = transform_tells(y_up, self.format)
             params = support.phases(params)
         anchor = None if guess is None else support.split(guess)
         return PixelMixture(params, support, self.format, anchor=anchor, coefficients=self.coefficients)

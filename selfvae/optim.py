@@ -1,4 +1,4 @@
-"""Muon: steps of one size in all directions of a kernel, by orthogonalised momentum."""
+"""Muon: steps of one size in all directions of a weight matrix, by orthogonalised momentum."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from torch import Tensor, nn
 __all__ = ["Muon"]
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0 among quintics that end near 1
-_SMALL = 64  # a matrix of fewer kernels than this is left to Adam
+_SMALL = 64  # a weight of fewer kernels than this, out x in, is left to Adam
 
 
 def _orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Matrices (N, r, c) with all singular values brought near 1 (0.7 to 1.2), by Newton-Schulz steps."""
+    """Matrices (N, r, c), their singular values brought to 0.7 to 1.2, by Newton-Schulz steps.
+
+    Those below about 1/500 of the norm stay smaller.
+    """
     a, b, c = _NEWTON_SCHULZ
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.shape[1] > x.shape[2]
@@ -28,16 +31,16 @@ def _orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the kernels of convolutions, Adam for everything else.
+    """Muon for the weights of convolutions, Adam for everything else.
 
-    A kernel (out, in, h, w) is taken as a matrix out x (in h w); its momentum (Nesterov's), made
+    A weight (out, in, h, w) is taken as a matrix out x (in h w); its momentum (Nesterov's), made
     orthogonal, times sqrt(max(1, rows / columns)) is the step. Weight normalisation takes care of the
-    kernels' size.
-    Under FSDP the parameters are parts of matrices: use another optimizer there.
+    weights' size. A weight whose gradient is all zero, as that of a dropped step, stays where it is.
+    Under FSDP parameters are parts of matrices: use another optimizer there.
 
     Arguments:
-        params: parameters; those of 4 dimensions with at least 64 kernels get Muon's steps.
-        lr: length of a step in every direction of a kernel.
+        params: parameters; those of 4 dimensions with out x in at least 64 get Muon's steps.
+        lr: length of a step in every direction of a matrix.
         momentum: of Muon's steps.
         adam: Adam's learning rate, as a part of `lr`.
         betas: Adam's.
@@ -48,7 +51,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[nn.Parameter],
-        lr: float = 0.02,
+        lr: float = 0.03,
         momentum: float = 0.95,
         adam: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.99),
@@ -61,16 +64,16 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("Muon takes no closure: compute the gradients before the step")
         for group in self.param_groups:
-            kernels: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            matrices: dict[torch.Size, list[Tensor]] = defaultdict(list)
             others: list[Tensor] = []
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 if p.ndim == 4 and p.shape[0] * p.shape[1] >= _SMALL:
-                    kernels[p.shape].append(p)
+                    matrices[p.shape].append(p)
                 else:
                     others.append(p)
-            for alike in kernels.values():
+            for alike in matrices.values():
                 self._muon(alike, group["lr"], group["momentum"])
             if others:
                 self._adam(others, group["lr"] * group["adam"], *group["betas"])
@@ -87,7 +90,7 @@ class Muon(torch.optim.Optimizer):
         return [[self.state[p][name] for p in params] for name in names]
 
     def _muon(self, params: list[Tensor], lr: float, momentum: float) -> None:
-        """For kernels of one shape: all at once."""
+        """For weights of one shape: all at once."""
         (kept,), grads = self._kept(params, "momentum"), self._grads(params)
         torch._foreach_mul_(kept, momentum)
         torch._foreach_add_(kept, grads)
@@ -95,19 +98,21 @@ class Muon(torch.optim.Optimizer):
         matrices = torch.stack([m.flatten(1) for m in ahead])
         # half precision is exact enough for directions, and faster where it is native
         steps = _orthogonalised(matrices.bfloat16() if matrices.is_cuda else matrices).to(matrices.dtype)
+        steps *= torch.stack([g.any() for g in grads])[:, None, None]
         lr *= max(1.0, steps.shape[1] / steps.shape[2]) ** 0.5
         torch._foreach_add_(params, [s.view_as(p) for s, p in zip(steps, params, strict=True)], alpha=-lr)
 
     def _adam(self, params: list[Tensor], lr: float, beta1: float, beta2: float) -> None:
         mean, square = self._kept(params, "mean", "square")
+        steps = []
         for p in params:
             self.state[p].setdefault("step", torch.tensor(0.0)).add_(1)
-        step = self.state[params[0]]["step"].item()
+            steps.append(self.state[p]["step"].item())  # it lies on the CPU: nothing waits
         grads = self._grads(params)
         torch._foreach_lerp_(mean, grads, 1 - beta1)
         torch._foreach_mul_(square, beta2)
         torch._foreach_addcmul_(square, grads, grads, 1 - beta2)
         root = torch._foreach_sqrt(square)
-        torch._foreach_div_(root, (1 - beta2**step) ** 0.5)
+        torch._foreach_div_(root, [(1 - beta2**step) ** 0.5 for step in steps])
         torch._foreach_add_(root, 1e-8)
-        torch._foreach_addcdiv_(params, mean, root, -lr / (1 - beta1**step))
+        torch._foreach_addcdiv_(params, mean, root, [-lr / (1 - beta1**step) for step in steps])

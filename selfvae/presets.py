@@ -75,8 +75,9 @@ class ModelConfig:
             strides divide; this size settles how often the encoders halve and how long a chain is.
         levels: grey levels a channel of x.
         transforms: names of d_1..d_K (see `TRANSFORMS`); "halve" alone is the chain of alternating
-            "columns" and "rows" down to 4 x 4, "quincunx" that of "checkerboard" and "staggered" down to
-            2 x 2, with latents to 4 x 4.
+            "columns" and "rows" down to 4 x 4; "quincunx" that of "checkerboard" and "staggered" down to
+            2 x 2 (to 4 x 4 or so with latents, or from odd sides), the longer side halved first where it is
+            twice the other.
         prior: of the top latent: "normal", "mog", "flow" or, with a uniform posterior, "logistic".
         posterior: of all latents: "normal", or "uniform", whose latents are coded as whole numbers.
         latents: "all" levels have one, "top" only the top one, or "none".
@@ -86,7 +87,7 @@ class ModelConfig:
         coefficients: "raw" (PixelCNN++) or "residual" channel coefficients.
         components: logistics in a mixture.
         backbone: "dense" (the papers') or "residual".
-        shared: levels of one transform share one decoder; without latents only.
+        shared: levels of one transform share one decoder; without latents and with "residual" only.
         width: factor on all growths and stems.
         depth: factor on all steps.
     """
@@ -141,8 +142,11 @@ class ModelConfig:
         for field in ("consistent", "anchored", "shared"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be true or false; got {getattr(self, field)!r}")
-        if self.shared and self.latents != "none":
-            raise ValueError(f"shared=true needs latents=none; got latents={self.latents}")
+        if self.shared and (self.latents != "none" or self.backbone != "residual"):
+            raise ValueError(
+                "shared=true needs latents=none and backbone=residual; got "
+                f"latents={self.latents}, backbone={self.backbone}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dictionary."""
@@ -224,8 +228,7 @@ def _transforms(config: ModelConfig) -> list[Transform]:
         return [transform(name) for name in config.transforms]
     quincunx = config.transforms == ("quincunx",)
     steps: list[Transform] = []
-    least = 2 if quincunx and config.latents == "none" else 4
-    while max(h, w) > least:
+    while max(h, w) > 4 or (quincunx and config.latents == "none" and (h, w) in ((4, 4), (4, 2), (2, 4))):
         if quincunx and h < 2 * w and w < 2 * h:
             names = ["checkerboard", "staggered"]
         else:
@@ -256,7 +259,7 @@ class _Plan:
     transforms: list[Transform]
     formats: list[Format]
     sizes: list[tuple[int, int]]
-    shared: dict[str, Decoder] = dataclasses.field(default_factory=dict)  # by transform
+    shared: dict[tuple[str, Format], Decoder] = dataclasses.field(default_factory=dict)
 
     @property
     def top(self) -> int:
@@ -302,6 +305,8 @@ class _Plan:
         kept = len(t.kept) if isinstance(t, Keep) else 0
         groups = math.prod(scale) - kept if fills_in else 1
         params = param_count(format.channels, config.components) * groups
+        if fills_in and config.anchored and isinstance(t, Keep):
+            params += t.weights(format)
         latent = config.latent_channels if self.has_latent(k) else 0
         downs = self.downs(k) if latent else 0
 
@@ -326,15 +331,16 @@ class _Plan:
         if is_top and not latent:
             decoder = Constant(params)
         elif config.shared and not is_top:
-            if str(t) not in self.shared:
+            if (str(t), format) not in self.shared:
                 joint = self.branch(256, 12, 1, stem=256)
-                self.shared[str(t)] = Decoder(context + Shared.PLANES, 0, params, None, joint)
-            decoder = Shared(self.shared[str(t)])
+                self.shared[str(t), format] = Decoder(context + Shared.PLANES, 0, params, None, joint)
+            decoder = Shared(self.shared[str(t), format])
         else:
             joint = None
             if not is_top and config.backbone == "residual":
                 # the finest levels hold most of the bits: half the layers for each halving of the grid
-                joint = self.branch(256, round(12 * self.grid(k) / self.grid(0)), 1, stem=256)
+                part = min(1.0, self.grid(k) / self.grid(0))
+                joint = self.branch(256, round(12 * part), 1, stem=256)
             elif not is_top:
                 joint = self.branch(64, 5, 3, stem=0 if latent else 64)
             decoder = Decoder(context, latent, params, z_branch, joint)

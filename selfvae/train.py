@@ -55,7 +55,7 @@ class TrainConfig:
         steps: optimizer steps in all.
         batch_size: images a step, over all devices and accumulated parts.
         optimizer: "adamax", "adamw" or "muon" (see `optim.Muon`).
-        lr: learning rate at the start; by default 0.05 for "muon", 0.002 for the others.
+        lr: learning rate at the start; by default 0.03 for "muon", 0.002 for the others.
         lr_floor: the least learning rate.
         lr_decay: factor a step of the exponential schedule.
         schedule: "exponential" decays by lr_decay a step; "cosine" reaches lr_floor at the last step.
@@ -125,9 +125,7 @@ class TrainConfig:
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}")
-        if self.lr is None:
-            object.__setattr__(self, "lr", 0.05 if self.optimizer == "muon" else 0.002)
-        if self.lr is None or not self.lr > 0:
+        if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr must be positive; got {self.lr}")
         if not 0 < self.lr_decay <= 1:
             raise ValueError(f"lr_decay must be above 0 and at most 1; got {self.lr_decay}")
@@ -140,13 +138,13 @@ class TrainConfig:
 
     def rate(self, step: int, seconds: float = 0.0) -> float:
         """The learning rate of a step (from 0), begun after so many seconds of training."""
-        assert self.lr is not None
+        top = self.lr or (0.03 if self.optimizer == "muon" else 0.002)
         if self.schedule == "cosine":
             by_clock = seconds / self.max_seconds if self.max_seconds else 0.0
             part = min(1.0, max(step / self.steps, by_clock))
-            rate = self.lr_floor + (self.lr - self.lr_floor) * (1 + math.cos(math.pi * part)) / 2
+            rate = self.lr_floor + (top - self.lr_floor) * (1 + math.cos(math.pi * part)) / 2
         else:
-            rate = max(self.lr_floor, self.lr * self.lr_decay**step)
+            rate = max(self.lr_floor, top * self.lr_decay**step)
         return rate * min(1.0, (step + 1) / self.warmup) if self.warmup else rate
 
 
@@ -307,7 +305,7 @@ def prepare(model: SelfVAE, fabric: Fabric, config: TrainConfig) -> tuple[Any, S
     if config.activation_checkpointing:
         checkpoint_activations(model)
     kind = _OPTIMIZERS[config.optimizer]
-    wrapped, optimizer = fabric.setup(model, kind(model.parameters(), lr=config.lr))
+    wrapped, optimizer = fabric.setup(model, kind(model.parameters(), lr=config.rate(0)))
     return wrapped, State(model, ema, optimizer, Guard(config, fabric.device))
 
 

@@ -9,9 +9,8 @@ from selfvae.optim import Muon, _orthogonalised
 
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
 def test_orthogonalised_keeps_directions_and_evens_sizes(shape: tuple[int, int]) -> None:
-    m = torch.randn(3, *shape)
-    left, _, right = torch.linalg.svd(m, full_matrices=False)
-    out = _orthogonalised(m)
+    left, values, right = torch.linalg.svd(torch.randn(3, *shape), full_matrices=False)
+    out = _orthogonalised(left @ torch.diag_embed(torch.linspace(0.1, 1, values.shape[1])) @ right)
     core = left.mT @ out @ right.mT  # diagonal if the singular vectors are kept
     values = core.diagonal(dim1=1, dim2=2)
     assert (core - torch.diag_embed(values)).abs().max() < 1e-3
@@ -45,6 +44,17 @@ def test_kernels_of_one_shape_do_not_mix() -> None:
         assert torch.allclose(p, q, atol=1e-6)
         # every direction is walked as far: 16 singular values of about 0.1
         assert math.isclose(p.norm().item(), 0.1 * 4, rel_tol=0.2)
+
+
+def test_a_dropped_gradient_moves_no_matrix() -> None:
+    p = nn.Parameter(torch.zeros(16, 8, 3, 3))
+    optimizer = Muon([p], lr=0.1)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    before = p.detach().clone()
+    p.grad.zero_()
+    optimizer.step()
+    assert torch.equal(p, before)
 
 
 def test_no_closure() -> None:

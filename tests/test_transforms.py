@@ -148,19 +148,21 @@ def test_checkerboard_then_staggered_is_every_second_row_and_column() -> None:
 
 
 def test_a_checkerboard_corrects_by_the_corners() -> None:
-    """One wrong guess at an upper right pixel moves the four lower left ones around it, and no other."""
-    d, x = Checkerboard(), noise(b=1, c=1, h=8, w=8)
-    support = d.support(d(x), Format(1))
-    guess = support.split(x).float()
-    missed = guess.clone()
-    missed[0, 0, 0, 2, 1] -= 10  # the guess at pixel (4, 3)
-    moved = support.merge(support.refine(missed, guess) - missed)[0, 0]
-    expected = torch.zeros(8, 8)
-    for row, col in ((3, 2), (3, 4), (5, 2), (5, 4)):
-        expected[row, col] = -2.0
-    kept = torch.zeros(8, 8, dtype=torch.bool)
-    kept[::2, ::2] = kept[1::2, 1::2] = True
-    assert torch.allclose(moved[~kept], expected[~kept])
+    """One wrong guess at an upper right pixel moves the lower left ones around it by their weights."""
+    d, x = Checkerboard(), noise(b=1, c=2, h=8, w=8)
+    format = Format(2)
+    weights = torch.randn(1, d.weights(format), 4, 4)
+    support = d.support(d(x), format, weights)
+    known = support.split(x).float()
+    missed = known.clone()
+    missed[0, 0, 1, 2, 1] -= 10  # the guess at pixel (4, 3) of channel 1
+    moved = (support.refine(missed, known) - missed)[0]
+    expected = torch.zeros(2, 2, 4, 4)
+    # its corners are the pixels (5, 4), (5, 2), (3, 4) and (3, 2)
+    for corner, row, col in ((0, 2, 2), (1, 2, 1), (2, 1, 2), (3, 1, 1)):
+        expected[1, 1, row, col] = 10 * torch.tanh(weights[0, 2 * corner + 1, row, col])
+    assert torch.allclose(moved, expected, atol=1e-4)
+    assert torch.equal(d.support(d(x), format).refine(missed, known), missed)
 
 
 def test_a_checkerboard_needs_even_sides() -> None:

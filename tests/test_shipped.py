@@ -1,0 +1,78 @@
+"""The models that come with the package: they load by name, offline, and are worth it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import selfvae
+from selfvae import data, hub
+from selfvae.baselines import lossless_bits
+from selfvae.cli import main
+from selfvae.codec import fingerprint
+from selfvae.evaluate import evaluate
+from selfvae.transforms import MeanDownscale
+
+NAMES = ("selfvae-cifar10-small", "selfvae-photos", "selfvae-photos-x2")
+
+
+@pytest.fixture(scope="module")
+def photo() -> torch.Tensor:
+    """A part of a photograph that is in no training set, uint8 (1, 3, 80, 96)."""
+    return torch.from_numpy(data.photo("coffee", 2)[None, :, 60:140, 90:186])
+
+
+def test_all_are_there_and_small() -> None:
+    assert tuple(hub.shipped()) == NAMES
+    root = Path(__file__).parent.parent
+    weights = [*root.glob("selfvae/models/*/*.safetensors"), *root.glob("results/models/*/*.safetensors")]
+    assert sum(file.stat().st_size for file in weights) < 16e6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loads_and_has_a_card(name: str) -> None:
+    model = selfvae.load(name)
+    assert all(p.isfinite().all() for p in model.parameters()) and not model.training
+    card = (hub.shipped()[name] / "README.md").read_text()
+    for part in ("## Data", "## Recipe", "## Numbers", "## Limits", fingerprint(model).hex()):
+        assert part in card
+    assert selfvae.generate(model, 2, 32, 32, seed=0).shape == (2, 3, 32, 32)
+
+
+def test_an_unknown_name_lists_the_known() -> None:
+    with pytest.raises(FileNotFoundError, match=f"or one of {', '.join(NAMES)}"):
+        selfvae.load("selfvae-cats")
+
+
+def test_photographs_are_smaller_than_as_webp(photo: torch.Tensor, tmp_path: Path) -> None:
+    picture, file, back = (tmp_path / name for name in ("a.png", "a.svae", "b.png"))
+    Image.fromarray(photo[0].permute(1, 2, 0).numpy()).save(picture)
+    assert main(["compress", str(picture), str(file)]) == 0
+    assert main(["decompress", str(file), str(back)]) == 0
+    assert np.array_equal(np.asarray(Image.open(back)), np.asarray(Image.open(picture)))
+    assert 8 * file.stat().st_size < 0.95 * lossless_bits(photo, "WebP").item()
+
+
+def test_photographs_are_enlarged_as_well_as_by_interpolation(photo: torch.Tensor, tmp_path: Path) -> None:
+    model = selfvae.load("selfvae-photos-x2")
+    small = MeanDownscale(2)(photo)
+    plain = model.levels[0].transform.estimate(small, model.format).round().clamp(0, 255)
+    ours = selfvae.enhance(model, small, decode="mode")
+    assert torch.equal(MeanDownscale(2)(ours), small)
+
+    def error(x: torch.Tensor) -> float:
+        return (x.float() - photo).square().mean().item()
+
+    assert error(ours) < 0.9 * error(plain)
+    Image.fromarray(small[0].permute(1, 2, 0).numpy()).save(tmp_path / "small.png")
+    assert main(["enhance", str(tmp_path / "small.png"), str(tmp_path / "large.png")]) == 0
+    assert Image.open(tmp_path / "large.png").size == (96, 80)
+
+
+def test_small_images_are_likelier_than_webp_thinks() -> None:
+    """Crops of photographs are not CIFAR-10, but near enough."""
+    crops = data.load("photos", 32).test.take(range(64))
+    found = evaluate(selfvae.load("selfvae-cifar10-small"), data.Images(crops.numpy()))
+    assert found["bits_per_dim"] < 0.95 * lossless_bits(crops, "WebP").sum().item() / crops.numel()

@@ -14,14 +14,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from selfvae.pictures import ENDINGS, open_picture
+from selfvae.pictures import ENDINGS, open_picture, picture_size
 from selfvae.progress import Track, silent
 
 __all__ = [
@@ -151,14 +151,30 @@ def _shrunk(picture: np.ndarray, factor: int) -> np.ndarray:
     return ((total + factor**2 // 2) // factor**2).astype(np.uint8).transpose(2, 0, 1)
 
 
-def _crops(pictures: Sequence[np.ndarray], n: int, size: int, random: np.random.Generator) -> np.ndarray:
-    """n random squares, each from any of the pictures uint8 (3, h, w): uint8 (n, 3, size, size)."""
-    out = np.empty((n, 3, size, size), np.uint8)
-    for i, which in enumerate(random.integers(0, len(pictures), n)):
-        _, h, w = pictures[which].shape
-        top, left = random.integers(0, h - size + 1), random.integers(0, w - size + 1)
-        out[i] = pictures[which][:, top : top + size, left : left + size]
-    return out
+class _Places(NamedTuple):
+    """Squares in pictures: which one (n,), and the corner there (n,) in pixels."""
+
+    which: np.ndarray
+    top: np.ndarray
+    left: np.ndarray
+
+    @classmethod
+    def choose(
+        cls, sizes: Sequence[tuple[int, int]], n: int, side: int, random: np.random.Generator
+    ) -> _Places:
+        """n random squares, each in any picture of these heights and widths."""
+        which = random.integers(0, len(sizes), n)
+        corners = [
+            (random.integers(0, h - side + 1), random.integers(0, w - side + 1))
+            for h, w in (sizes[i] for i in which)
+        ]
+        return cls(which, *np.array(corners).T)
+
+    def cut(self, out: np.ndarray, i: int, picture: np.ndarray) -> None:
+        """Put the squares in picture i, uint8 (3, h, w), where they belong in out (n, 3, side, side)."""
+        side = out.shape[2]
+        for j in np.flatnonzero(self.which == i):
+            out[j] = picture[:, self.top[j] : self.top[j] + side, self.left[j] : self.left[j] + side]
 
 
 def photo(name: str, factor: int) -> np.ndarray:
@@ -184,7 +200,11 @@ def _photos(size: int) -> Splits:
             raise ValueError(
                 f"photos: every photograph for {split} is smaller than size {size}: choose less"
             )
-        return _crops(pictures, n, size, random)
+        places = _Places.choose([p.shape[1:] for p in pictures], n, size, random)
+        out = np.empty((n, 3, size, size), np.uint8)
+        for i, picture in enumerate(pictures):
+            places.cut(out, i, picture)
+        return out
 
     return {
         "train": crops("train", 16384, (2, 3, 4)),
@@ -420,30 +440,31 @@ def crop(
             "size must be at least 1 pixel, n at least 20, every shrink at least 1; "
             f"got {size}, {n}, {shrink}"
         )
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in ENDINGS)
-    large: list[list[np.ndarray]] = []
-    for file in track(files, "reading"):
-        picture = np.asarray(open_picture(file).convert("RGB"))
-        versions = [_shrunk(picture, k) for k in shrink if min(picture.shape[:2]) // k >= size]
-        large += [versions] if versions else []
+    sides = {f: picture_size(f) for f in sorted(folder.rglob("*")) if f.suffix.lower() in ENDINGS}
+    large = [f for f, (h, w) in sides.items() if min(h, w) // min(shrink) >= size]
     if len(large) < 3:
         raise ValueError(
-            f"{folder} holds {len(large)} picture(s) from which {size} x {size} can be cut after shrinking "
-            f"by {min(shrink)}; at least 3 are needed: choose a smaller size or shrink"
+            f"{folder} holds {len(sides)} picture(s), {len(large)} from which {size} x {size} can be cut "
+            f"after shrinking by {min(shrink)}; at least 3 are needed: choose a smaller size or shrink"
         )
     random = np.random.default_rng(seed)
     held = max(1, len(large) // 10)
-    order = random.permutation(len(large))
+    order = [large[i] for i in random.permutation(len(large))]
     chosen = {"test": order[:held], "validation": order[held : 2 * held], "train": order[2 * held :]}
-    parts = {
-        split: _crops(
-            [version for i in which for version in large[i]],
-            n if split == "train" else n // 20, size, random,
-        )
-        for split, which in chosen.items()
-    }  # fmt: skip
+    parts: Splits = {}
+    for split, files in chosen.items():
+        versions = [(f, k) for f in files for k in shrink if min(sides[f]) // k >= size]
+        count = n if split == "train" else n // 20
+        sizes = [(sides[f][0] // k, sides[f][1] // k) for f, k in versions]
+        places = _Places.choose(sizes, count, size, random)
+        parts[split] = np.empty((count, 3, size, size), np.uint8)
+        for file in track(files, f"cutting for {split}"):
+            picture = np.asarray(open_picture(file).convert("RGB"))
+            for i, (of, k) in enumerate(versions):
+                if of == file:
+                    places.cut(parts[split], i, _shrunk(picture, k))
     _write_folder(out, parts)
-    return {split: len(which) for split, which in chosen.items()}
+    return {split: len(files) for split, files in chosen.items()}
 
 
 def _fingerprint(folder: Path) -> str:

@@ -151,7 +151,7 @@ def _transforms(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
     format, rows = Format(x.shape[1]), [("x", x)]
     for name in TRANSFORMS:
         d: Transform = transform(name)
-        h, w = (n - n % m for n, m in zip(x.shape[2:], d.scale, strict=True))
+        h, w = (n - n % m for n, m in zip(x.shape[2:], d.block, strict=True))
         try:
             rows.append((name, show(d(x[:, :, :h, :w]), d.format(format))))
         except ValueError:  # not for this number of channels

@@ -27,7 +27,7 @@ _SHIPPED = Path(__file__).parent / "models"
 
 def shipped() -> dict[str, Path]:
     """The models that come with the package, by name; each folder holds a model card, README.md."""
-    return {folder.name: folder for folder in sorted(_SHIPPED.iterdir()) if folder.is_dir()}
+    return {file.parent.name: file.parent for file in sorted(_SHIPPED.glob("*/config.json"))}
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -72,8 +72,8 @@ def set_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """The inverse of `own_state`; RuntimeError if the names or shapes are not the model's."""
     own = own_state(model)
     first = {id(value): name for name, value in own.items()}
-    names = {name: first[id(value)] for name, value in model.state_dict(keep_vars=True).items()}
-    again = {name: state[own] for name, own in names.items() if name != own and own in state}
+    firsts = {name: first[id(value)] for name, value in model.state_dict(keep_vars=True).items()}
+    again = {name: state[f] for name, f in firsts.items() if name != f and f in state}
     model.load_state_dict({**state, **again})
 
 
@@ -97,7 +97,7 @@ def load(path: str | Path) -> SelfVAE:
     Raises FileNotFoundError or ValueError saying what the folder lacks.
     """
     folder = Path(path)
-    if not folder.exists():
+    if not (folder / "config.json").is_file():
         folder = shipped().get(str(path), folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from selfvae.hub import write_atomic
@@ -71,6 +71,16 @@ def open_picture(path: Path, exact: bool = False) -> Image.Image:
             return picture.convert(("L" if grey else "RGB") + ("A" if transparent else ""))
     except _RefusedError:
         raise
+    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}): remove or repair it") from None
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width in pixels of what `open_picture` gives, without reading the pixels."""
+    try:
+        with Image.open(path) as file:
+            turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return file.size if turned else file.size[::-1]
     except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error}): remove or repair it") from None
 

@@ -172,7 +172,7 @@ def test_crops_of_photographs(tmp_path: Path) -> None:
     [
         ({"out": "mine"}, FileExistsError, "exists: choose another"),
         ({"source": "none"}, FileNotFoundError, "no folder of pictures"),
-        ({"size": 64}, ValueError, r"holds 0 picture\(s\) from which 64 x 64"),
+        ({"size": 64}, ValueError, r"holds 4 picture\(s\), 0 from which 64 x 64"),
         ({"shrink": ()}, ValueError, "every shrink at least 1"),
         ({"n": 3}, ValueError, "n at least 20"),
         ({"source": "broken"}, ValueError, "x.png"),

@@ -1,10 +1,14 @@
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from selfvae.cli import main, training
 from selfvae.optim import Muon, _orthogonalised
+from selfvae.train import TrainConfig
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
@@ -60,3 +64,14 @@ def test_a_dropped_gradient_moves_no_matrix() -> None:
 def test_no_closure() -> None:
     with pytest.raises(ValueError, match="no closure"):
         Muon([nn.Parameter(torch.zeros(1))]).step(lambda: None)
+
+
+def test_muon_has_a_rate_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for without --lr, on the command line too."""
+    came: list[TrainConfig] = []
+    monkeypatch.setattr(training.loop, "train", lambda *args, **_: came.append(args[3]))
+    np.save(tmp_path / "x.npy", np.zeros((8, 3, 8, 8), np.uint8))
+    for name in ("muon", "adamax"):
+        command = ["train", "--model", "selfvae-halve", "--data", str(tmp_path / "x.npy")]
+        assert main([*command, "--out", str(tmp_path / name), "--optimizer", name]) == 0
+    assert [config.rate(200) for config in came] == pytest.approx([0.03, 0.002], rel=0.001)

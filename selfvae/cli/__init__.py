@@ -40,7 +40,10 @@ def info(
 
     if presets or model is None:
         sizes = {name: [count(build(name, size)) for size in SIZES] for name in PRESETS}
-        show({"size": list(SIZES), **sizes, "shipped": list(hub.shipped())}, json)
+        if json:
+            show({"sizes": list(SIZES), "presets": sizes, "shipped": list(hub.shipped())}, json)
+        else:
+            show({"size": list(SIZES), **sizes, "comes along": list(hub.shipped())}, json)
         return
     if model.is_file():
         describe(model, json)

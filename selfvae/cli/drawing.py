@@ -220,14 +220,13 @@ def figures(
     Args:
         model: folder that training wrote.
         data: as for train; the first N test images are shown.
-        out: folder; by default figures inside the model's.
+        out: folder; by default figures inside the model's, for a shipped model here.
         n: images in a row.
         devices: GPUs or processes that share the figures.
     """
 
     net = load_model(model, devices)
     images = load_images(net, data)
-    files = sheets.figures(
-        net, images.take(range(min(n, len(images)))), out or model / "figures", **drawing.how(net)
-    )
+    out = out or (model if model.is_dir() else Path()) / "figures"
+    files = sheets.figures(net, images.take(range(min(n, len(images)))), out, **drawing.how(net))
     print(f"See {files[-1]}")

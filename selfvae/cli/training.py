@@ -87,7 +87,10 @@ def crop(
         seed: of the choice.
     """
     pictures = sources.crop(source, out, size, shrink, n, seed, progress)
-    print(f"{n} crops of {pictures['train']} pictures, and {n // 20} of {pictures['test']} twice, in {out}")
+    print(
+        f"{out}: {n} crops of {pictures['train']} pictures to train on, {n // 20} of "
+        f"{pictures['validation']} others for validation and {n // 20} of {pictures['test']} for test"
+    )
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -24,6 +24,7 @@ CONFIG = selfvae.ModelConfig(
     name="selfvae", image_shape=(3, 8, 8), transforms=("mean2",), prior="mog", consistent=True,
     components=2, latent_channels=2, width=0.05, depth=0.3,
 )  # fmt: skip
+SHARED = presets.configure("selfvae-quincunx", "tiny", (3, 8, 8), width=0.05, components=2, shared=True)
 
 
 @pytest.fixture
@@ -63,12 +64,16 @@ def test_training_lowers_the_bound_and_writes_everything(tmp_path: Path, images:
         train(CONFIG, images, tmp_path / "none", settings(), resume=True, quiet=True)
 
 
-@pytest.mark.parametrize("optimizer", ["adamax", "adamw", "muon"])
-def test_resuming_makes_the_same_steps(tmp_path: Path, images: data.Dataset, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "config"), [("adamax", CONFIG), ("adamw", CONFIG), ("muon", CONFIG), ("muon", SHARED)]
+)
+def test_resuming_makes_the_same_steps(
+    tmp_path: Path, images: data.Dataset, optimizer: str, config: selfvae.ModelConfig
+) -> None:
     eight, four = (settings(steps=n, optimizer=optimizer) for n in (8, 4))
-    train(CONFIG, images, tmp_path / "straight", eight, quiet=True)
-    train(CONFIG, images, tmp_path / "twice", four, quiet=True)
-    train(CONFIG, images, tmp_path / "twice", eight, resume=True, quiet=True)
+    train(config, images, tmp_path / "straight", eight, quiet=True)
+    train(config, images, tmp_path / "twice", four, quiet=True)
+    train(config, images, tmp_path / "twice", eight, resume=True, quiet=True)
     assert same_weights(tmp_path / "straight", tmp_path / "twice")
 
 
@@ -209,15 +214,16 @@ def test_activation_checkpointing_makes_the_same_steps_with_less_memory(
     assert kept[1] < 0.8 * kept[0]
 
 
-def test_two_processes_make_the_steps_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("optimizer", "model"), [("adamw", "selfvae-halve"), ("muon", "selfvae-quincunx")])
+def test_two_processes_make_the_steps_of_one(tmp_path: Path, optimizer: str, model: str) -> None:
     random = np.random.default_rng(0)
     np.save(tmp_path / "x.npy", random.integers(0, 256, (64, 3, 8, 8), dtype=np.uint8))
     for devices in ("1", "2"):
         subprocess.run(
-            [sys.executable, "-m", "selfvae.cli", "train", "--model", "selfvae-halve", "--size", "tiny",
-             "--options", "width=0.05", "--steps", "4", "--data", tmp_path / "x.npy", "--batch-size", "8",
-             "--no-flip", "--translate", "0", "--optimizer", "adamw", "--eval-images", "4",
-             "--devices", devices, "--out", tmp_path / devices, "--precision", "32-true"],
+            [sys.executable, "-m", "selfvae.cli", "train", "--model", model, "--size", "tiny", "--options",
+             "width=0.05", f"shared={optimizer == 'muon'}", "--steps", "4", "--data", tmp_path / "x.npy",
+             "--no-flip", "--translate", "0", "--optimizer", optimizer, "--eval-images", "4",
+             "--batch-size", "8", "--devices", devices, "--out", tmp_path / devices, "--precision", "32-true"],
             env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300,
         )  # fmt: skip
     one, two = (load_file(tmp_path / d / "model.safetensors") for d in "12")

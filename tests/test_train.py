@@ -223,7 +223,8 @@ def test_two_processes_make_the_steps_of_one(tmp_path: Path, optimizer: str, mod
             [sys.executable, "-m", "selfvae.cli", "train", "--model", model, "--size", "tiny", "--options",
              "width=0.05", f"shared={optimizer == 'muon'}", "--steps", "4", "--data", tmp_path / "x.npy",
              "--no-flip", "--translate", "0", "--optimizer", optimizer, "--eval-images", "4",
-             "--batch-size", "8", "--devices", devices, "--out", tmp_path / devices, "--precision", "32-true"],
+             "--batch-size", "8", "--precision", "32-true", "--devices", devices,
+             "--out", tmp_path / devices],
             env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300,
         )  # fmt: skip
     one, two = (load_file(tmp_path / d / "model.safetensors") for d in "12")

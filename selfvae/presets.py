@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from selfvae.layers import BACKBONES
 from selfvae.level import Level
 from selfvae.model import SelfVAE
 from selfvae.networks import Branch, Constant, Decoder, Encoder, PriorNet, Shared
@@ -124,7 +125,7 @@ class ModelConfig:
             ("posterior", ("normal", "uniform")),
             ("latents", ("all", "top", "none")),
             ("coefficients", ("raw", "residual")),
-            ("backbone", ("dense", "residual")),
+            ("backbone", BACKBONES),
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}")

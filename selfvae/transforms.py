@@ -288,6 +288,11 @@ class _KeepSupport(_Blocks):
     def allows(self, x: Tensor) -> Tensor:
         return (self.d(x) == self.y).flatten(1).all(1)
 
+    def nearest(self) -> Tensor:
+        """For every entry the first kept pixel of its block: uint8 (B, G, C, h, w)."""
+        first = self.d.fold(self.y)[:, None, : len(self.order)]
+        return first.expand(-1, self.groups, -1, -1, -1)
+
 
 class Keep(Transform):
     """Keep some pixels of every block as they are; the others are what a level models.

@@ -28,14 +28,14 @@ import torch
 from torch import Tensor
 
 from selfvae.codec.coder import Stack
-from selfvae.codec.container import CHANGED, CodecError, Reader, check_size, check_start, varint
+from selfvae.codec.container import CHANGED, PADDED, CodecError, Reader, check_size, check_start, varint
 from selfvae.codec.progressive import Codec
 from selfvae.processes import spread
 from selfvae.progress import Track, silent
 
 __all__ = ["Archive", "Entry", "pack"]
 
-MAGIC, VERSION = b"SVAS", 1
+MAGIC, VERSION = b"SVAS", 2
 _TOGETHER = 1 << 18  # pixels that are computed at once; part of the format
 _INDEX = 1 << 24  # bytes of an index, at most
 
@@ -173,6 +173,7 @@ class Archive:
 
     def __init__(self, codec: Codec, data: bytes) -> None:
         self.codec = codec
+        self._padded = check_start(data, MAGIC, VERSION, ".svaes archive") <= PADDED
         self.entries, self.blocks, levels, at = _read_index(codec, data)
         format = codec.model.format
         if levels != format.levels or any(e.channels not in (1, format.channels) for e in self.entries):
@@ -218,7 +219,8 @@ class Archive:
         stack = Stack(np.frombuffer(data, "<u4", offset=reader.at)[::-1].astype(np.uint32))
         for members, noted in zip(groups, notes, strict=True):
             first = entries[members[0]]
-            x = self.codec.pop(len(members), (first.height, first.width), stack, noted)
+            size = first.height, first.width
+            x = self.codec.pop(len(members), size, stack, noted, padded=self._padded)
             for i, picture in zip(members, x.split(1), strict=True):
                 picture = picture[:, : entries[i].channels].contiguous()
                 if zlib.crc32(picture.numpy().tobytes()) != entries[i].crc:
@@ -228,7 +230,6 @@ class Archive:
 
 def _read_index(codec: Codec, data: bytes) -> tuple[list[Entry], list[_Block], int, int]:
     """Pictures, blocks, grey levels; and where the blocks begin."""
-    check_start(data, MAGIC, VERSION, ".svaes archive")
     if len(data) < 21:
         raise CodecError(f"the file ends inside its header: {len(data)} bytes are there")
     size, crc = struct.unpack("<II", data[13:21])

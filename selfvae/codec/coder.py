@@ -164,6 +164,8 @@ def code(
         bounds: the least and the largest possible value of each position (n,); None: 0 and levels - 1.
         known: the values, to be pushed; None: they are popped.
     """
+    if not weights.shape[1]:
+        return np.zeros(0, np.int64), weights
     found, after = [], []
     for start in range(0, weights.shape[1], _CHUNK):
         at = slice(start, start + _CHUNK)

@@ -22,7 +22,8 @@ from PIL import Image
 
 __all__ = ["CodecError", "Header", "Part", "Reader", "check_size", "read", "varint", "write"]
 
-MAGIC, VERSION = b"SVAE", 1
+MAGIC, VERSION = b"SVAE", 2
+PADDED = 1  # the version until which pixels beyond a picture's borders were coded
 CHANGED = (
     "does not come back as it was: the file is damaged, or the model computes something else here (then "
     "please report it, with the file)"
@@ -95,10 +96,11 @@ class Header:
     parts: tuple[Part, ...]
     size: int = 0  # bytes of the header
     crc: int = 0  # of all that follows it
+    version: int = VERSION
 
     def to_bytes(self, payload: bytes) -> bytes:
         """The header of that payload."""
-        out = bytearray(MAGIC + bytes([VERSION]) + self.fingerprint)
+        out = bytearray(MAGIC + bytes([self.version]) + self.fingerprint)
         latents = sum(1 << i for i, part in enumerate(self.parts) if part.name[0] == "z")
         for n in (self.channels, self.levels - 1, self.height, self.width, len(self.parts), latents):
             out += varint(n)
@@ -163,19 +165,21 @@ def check_size(height: int, width: int) -> None:
         )
 
 
-def check_start(data: bytes, magic: bytes, version: int, kind: str) -> None:
-    """Raise CodecError if data does not begin with that magic and version, as far as it goes."""
+def check_start(data: bytes, magic: bytes, version: int, kind: str) -> int:
+    """The version of data; CodecError if that is above `version`, or it begins with another magic."""
     if not data:
         raise CodecError("the file is empty")
     if data[:4] != magic[: len(data)]:
         raise CodecError(f"not an {kind}: it begins with {data[:4]!r}, not with {magic!r}")
-    if len(data) > 4 and data[4] != version:
-        raise CodecError(f"the {kind} has format {data[4]}; this version of selfvae reads format {version}")
+    found = data[4] if len(data) > 4 else version
+    if not 1 <= found <= version:
+        raise CodecError(f"the {kind} has format {found}; this version of selfvae reads 1 to {version}")
+    return found
 
 
 def read_header(data: bytes) -> Header:
     """The header alone; data may end anywhere after it."""
-    check_start(data, MAGIC, VERSION, ".svae file")
+    version = check_start(data, MAGIC, VERSION, ".svae file")
     reader = Reader(data)
     reader.take(5)
     fingerprint = reader.take(8)
@@ -195,4 +199,4 @@ def read_header(data: bytes) -> Header:
             f"the header makes no sense: {channels} channels of {top + 1} levels, {height} x {width} "
             f"pixels, {count} parts"
         )
-    return Header(fingerprint, channels, top + 1, height, width, parts, reader.at, crc)
+    return Header(fingerprint, channels, top + 1, height, width, parts, reader.at, crc, version)

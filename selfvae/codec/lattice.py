@@ -195,7 +195,7 @@ class Channel(NamedTuple):
         low, high = ((self.mean[0] + side) >> self.bits for side in (-reach, reach + (1 << self.bits)))
         return np.clip(low, 0, levels - 1), np.clip(high, 0, levels - 1)
 
-    def part(self, at: slice) -> Channel:
+    def part(self, at: slice | np.ndarray) -> Channel:
         """Some of the values."""
         return self._replace(mean=self.mean[:, at], inverse=self.inverse[:, at])
 

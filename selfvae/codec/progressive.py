@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selfvae.codec import container
 from selfvae.codec.coder import MOST, Stack, code
-from selfvae.codec.container import CHANGED, CodecError, Header, Part, check_size
+from selfvae.codec.container import CHANGED, PADDED, CodecError, Header, Part, check_size
 from selfvae.codec.latents import FINE, Dry, Gaussian, Latent, Rounded, typical
 from selfvae.codec.lattice import Lattice, Notes
 from selfvae.hub import own_state
@@ -70,6 +70,20 @@ def _part(of: slice, length: int, whole: int) -> slice:
 
 def _up(n: int, unit: int) -> int:
     return -(-n // unit) * unit
+
+
+def _mask(y: Tensor, inside: tuple[int, int] | None) -> Tensor:
+    """Which pixels of y are in its first rows and columns: bool, of y's shape."""
+    mask = torch.zeros_like(y, dtype=torch.bool)
+    rows, cols = inside or y.shape[2:]
+    mask[:, :, :rows, :cols] = True
+    return mask
+
+
+def _trimmed(level: Level, y_up: Tensor, y: Tensor, inside: tuple[int, int]) -> Tensor:
+    """y with what is dropped beyond the picture replaced by what the decoder puts there."""
+    support: Any = level.transform.support(y_up, level.format)
+    return support.merge(torch.where(support.split(_mask(y, inside)), support.split(y), support.nearest()))
 
 
 class Written(NamedTuple):
@@ -191,7 +205,8 @@ class Codec:
         words = np.concatenate([words for _, words in parts])[::-1]
         stack = Stack(np.ascontiguousarray(words))
         left, values = len(words), {}
-        found = self._variables(1, (header.height, header.width), stack, [n for n, _ in parts], track)
+        size, padded = (header.height, header.width), header.version <= PADDED
+        found = self._variables(1, size, stack, [n for n, _ in parts], track, padded)
         for (name, value), part, (_, own) in zip(found, header.parts, parts, strict=False):
             left -= len(own)
             whole = self.gaussian or name == "y0" or stack.left() == left
@@ -216,6 +231,11 @@ class Codec:
         x = x.expand(-1, self.model.format.channels, -1, -1)
         images = [name for name in self.names if name[0] == "y"]
         known: dict[str, Value] = {name: y.cpu() for name, y in infer(self.model, x, images).items()}
+        size = x.shape[2], x.shape[3]
+        for k in reversed(range(len(images))):
+            inside = self._inside(k, size)
+            if inside is not None:
+                known[f"y{k}"] = _trimmed(self.model.levels[k], known[f"y{k + 1}"], known[f"y{k}"], inside)
         if self.model.has_latents and not self.gaussian:
             for name in self.names:
                 if name[0] == "z":
@@ -225,7 +245,7 @@ class Codec:
             stack.low, notes = stack.left(), Notes()
             if name in self._draws:
                 known[self._draws[name]], notes = self._draw(self._draws[name], known, stack, draw)
-            self._code(name, known, stack, notes, track, known[name])
+            self._code(name, known, size, stack, notes, track, known[name])
             stack.push()
             written[name] = Written(notes.tobytes(), stack.low, _sum(known[name]))
         least = stack.left()
@@ -245,21 +265,33 @@ class Codec:
                 stack.become(before)
         return Gaussian.choose(self._prior(name, known, drawn=False), posterior, not draw), Notes()
 
-    def pop(self, n: int, size: tuple[int, int], stack: Stack, notes: list[bytes]) -> Tensor:
-        """Take n pictures of a height and width off a stack: uint8 (n, C, H, W); notes as in the walk."""
-        *_, (_, x) = self._variables(n, size, stack, notes, silent)
+    def pop(
+        self, n: int, size: tuple[int, int], stack: Stack, notes: list[bytes], *, padded: bool = False
+    ) -> Tensor:
+        """Take n pictures of a height and width off a stack: uint8 (n, C, H, W); notes as in the walk.
+
+        padded: what lies beyond the pictures' borders was coded with them.
+        """
+        *_, (_, x) = self._variables(n, size, stack, notes, silent, padded)
         return _tensor(x)[:, :, : size[0], : size[1]]
 
     def _variables(
-        self, n: int, size: tuple[int, int], stack: Stack, notes: list[bytes], track: Track
+        self,
+        n: int,
+        size: tuple[int, int],
+        stack: Stack,
+        notes: list[bytes],
+        track: Track,
+        padded: bool,
     ) -> Iterator[tuple[str, Value]]:
         """Names and values, padded, in the order of the walk, as far as there are notes."""
         known: dict[str, Value] = {
             f"y{len(self.model.levels)}": self.model.blank(n, *self.padded(*size)).cpu()
         }
+        coded = self.padded(*size) if padded else size
         for name, noted in zip(self.names, notes, strict=False):
             found = Notes(noted)
-            known[name] = self._code(name, known, stack, found, track)
+            known[name] = self._code(name, known, coded, stack, found, track)
             latent = self._draws.get(name)
             if latent and known[latent].drawn:
                 Gaussian.give_back(self._posterior(latent, known), stack, found, known[latent])
@@ -292,6 +324,7 @@ class Codec:
         self,
         name: str,
         known: dict[str, Value],
+        size: tuple[int, int],
         stack: Stack,
         notes: Notes,
         track: Track,
@@ -302,7 +335,8 @@ class Codec:
         level, y_up = self.model.levels[k], self._above(name, known)
         if name[0] == "y":
             z = _tensor(known[f"z{k}"]) if level.has_latent else None
-            return self._image(level, y_up, z, stack, notes, track, name, value)
+            inside = self._inside(k, size)
+            return self._image(level, y_up, z, inside, stack, notes, track, name, value)
         if not self.gaussian:
             return Rounded.code(self._prior(name, known), stack, notes, value)
         rows, cols = level.transform.scale
@@ -314,19 +348,21 @@ class Codec:
         level: Level,
         y_up: Tensor,
         z: Tensor | None,
+        inside: tuple[int, int] | None,
         stack: Stack,
         notes: Notes,
         track: Track,
         name: str,
         known: Tensor | None,
     ) -> Tensor:
-        """Code y given y_up and z, tile by tile."""
+        """Code y given y_up and z, tile by tile; only the rows and columns `inside` if these are told."""
         n, _, height, width = y_up.shape
         scale = level.transform.scale
         # a tile holds whole blocks, and whole positions of the latent
         least = level.multiple if z is not None else 1
         units = [math.lcm(s, b, least) // s for s, b in zip(scale, level.transform.block, strict=True)]
         y = torch.zeros(n, level.format.channels, height * scale[0], width * scale[1], dtype=torch.uint8)
+        coded = _mask(y, inside)
         tiles = [
             (r, c)
             for r in split(height, _TILE // units[0] * units[0] or units[0], _up(_MARGIN, units[0]))
@@ -344,14 +380,21 @@ class Codec:
                 y_up[..., r.outer, c.outer].to(self.model.device), part, (r.inner, c.inner)
             )
             core = (..., _part(r.core, y.shape[2], height), _part(c.core, y.shape[3], width))
-            y[core] = self._mixture(mixture, stack, notes, None if known is None else known[core])
+            given = None if known is None else known[core]
+            y[core] = self._mixture(mixture, stack, notes, coded[core], given)
         return y
 
-    def _mixture(self, mixture: Any, stack: Stack, notes: Notes, known: Tensor | None) -> Tensor:
-        """Code the pixels that a mixture describes; returns them, uint8."""
+    def _mixture(
+        self, mixture: Any, stack: Stack, notes: Notes, coded: Tensor, known: Tensor | None
+    ) -> Tensor:
+        """Code the pixels that a mixture describes, where `coded` says so; returns them, uint8."""
         support = mixture.support
         b, groups, channels, _, h, w = mixture.offsets.shape
         v = torch.zeros(b, groups, channels, h, w, dtype=torch.long, device=self.model.device)
+        mask, rest = support.split(coded.to(v.device)), None
+        if not coded.all():
+            rest = support.nearest().long()
+            v = torch.where(mask, v, rest)
         entries = None if known is None else support.split(known.to(v.device)).long()
         for group in range(groups):
             lattice = Lattice(mixture, group, notes)
@@ -364,14 +407,26 @@ class Codec:
 
                 logistics = lattice.channel(v)
                 lo, hi = support.bounds(v) if support.truncates else (None, None)
-                found, weights = code(
-                    stack, weights, logistics, mixture.format.levels,
-                    None if lo is None or hi is None else (at(lo), at(hi)),
-                    None if entries is None else at(entries),
+                here = at(mask) if rest is not None else slice(None)
+                found = at(v).copy()
+                found[here], weights[:, here] = code(
+                    stack, weights[:, here], logistics.part(here), mixture.format.levels,
+                    None if lo is None or hi is None else (at(lo)[here], at(hi)[here]),
+                    None if entries is None else at(entries)[here],
                 )  # fmt: skip
                 v[:, group, channel] = torch.from_numpy(found).view(b, h, w)
         merged: Tensor = support.merge(v)
         return merged.to(torch.uint8).cpu()
+
+    def _inside(self, k: int, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Rows and columns of y[k] that a picture of that height and width has; None if it is coded padded.
+
+        Beyond them a level that fills in dropped pixels need not code: any values would do.
+        """
+        if not all(level.fills_in for level in self.model.levels[: k + 1]):
+            return None
+        rows, cols = self.model.scale(k)
+        return -(-size[0] // rows), -(-size[1] // cols)
 
     def check(self, x: Tensor) -> None:
         """Raise TypeError or ValueError if a picture does not fit the model."""

@@ -22,15 +22,18 @@ if __name__ == "__main__":  # pytest looks into every module for examples
 
     from selfvae.codec import fingerprint, pack
     from selfvae.codec.coder import Stack
+    from selfvae.codec.container import VERSION
 
+    folder = GOLDEN / str(VERSION)
+    folder.mkdir(exist_ok=True)
     sums = {"fingerprint": fingerprint(fixed()).hex()}
     for name, (_, shape) in GOLDEN_FILES.items():
         x = golden_picture(shape)
-        (GOLDEN / f"{name}.svae").write_bytes(golden_codec(name).compress(x))
+        (folder / f"{name}.svae").write_bytes(golden_codec(name).compress(x))
         sums[name] = [list(x.shape), zlib.crc32(x.numpy().tobytes())]
     album = golden_album(600)
-    (GOLDEN / "all.svaes").write_bytes(pack(golden_codec("colour"), album, block=600))
-    (GOLDEN / "drawn.svaes").write_bytes(pack(golden_codec("flow"), album[:10]))
+    (folder / "all.svaes").write_bytes(pack(golden_codec("colour"), album, block=600))
+    (folder / "drawn.svaes").write_bytes(pack(golden_codec("flow"), album[:10]))
     sums["archive"] = [[name, zlib.crc32(x.contiguous().numpy().tobytes())] for name, x in album]
     encoder, p = Stack(), (np.arange(20_000, dtype=np.int64) * 104729) % ((1 << 24) - 1) + 1
     encoder.bits(p, np.arange(20_000) * 7919 % 16_777_259 < p)

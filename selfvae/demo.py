@@ -45,7 +45,7 @@ def demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, Any]:
     for format in ("PNG", "WebP"):
         bits = sum(lossless_bits(x, format).sum().item() for x in photos.values())
         result[f"{format.lower()}_bits_per_dim"] = round(bits / result["subpixels"], 4)
-    save_figure(_rows(photos, seed), out / "figure.png")
+    save_figure(_rows(photos, seed), out / "figure.png", cell=128)
     result["seconds"] = round(time.monotonic() - began, 1)
     hub.write_atomic(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     return result

@@ -12,6 +12,7 @@ from selfvae import data, hub
 from selfvae.baselines import lossless_bits
 from selfvae.cli import main
 from selfvae.codec import fingerprint
+from selfvae.demo import demo
 from selfvae.evaluate import evaluate
 from selfvae.transforms import MeanDownscale
 
@@ -69,6 +70,13 @@ def test_photographs_are_enlarged_as_well_as_by_interpolation(photo: torch.Tenso
     Image.fromarray(small[0].permute(1, 2, 0).numpy()).save(tmp_path / "small.png")
     assert main(["enhance", str(tmp_path / "small.png"), str(tmp_path / "large.png")]) == 0
     assert Image.open(tmp_path / "large.png").size == (96, 80)
+
+
+def test_demo(tmp_path: Path) -> None:
+    result = demo(tmp_path, fast=True)
+    assert result["bits_per_dim"] < 0.97 * result["webp_bits_per_dim"] < result["png_bits_per_dim"]
+    assert Image.open(tmp_path / "figure.png").width > 900
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.svae")) == result["bytes"]
 
 
 def test_small_images_are_likelier_than_webp_thinks() -> None:

@@ -122,25 +122,21 @@ class Level(nn.Module):
     def likelihood(self, y_up: Tensor, z: Tensor | None, core: Core | None = None) -> PixelMixture:
         """p(y | y_up, z); with `core`, rows and columns of y_up, of y's part there alone."""
         params = self.decoder(self.context(y_up), z)
+        guess = self.transform.estimate(y_up.to(self.dtype), self.format) if self.anchored else None
         if core is not None:
             rows, cols = self.transform.scale
             high, wide = self.transform.block if self.fills_in else (1, 1)
             params = params[..., _times(core[0], rows, high), _times(core[1], cols, wide)]
-        guess = self.transform.estimate(y_up.to(self.dtype), self.format) if self.anchored else None
-        if core is not None:
-            rows, cols = self.transform.scale
-            y_up = y_up[..., core[0], core[1]]
             if guess is not None:
                 guess = guess[..., _times(core[0], rows), _times(core[1], cols)]
-        support: Support
+            y_up = y_up[..., core[0], core[1]]
         if self.fills_in and isinstance(self.transform, Keep):
             weights = self.transform.weights(self.format) if self.anchored else 0
             own = params.shape[1] - weights
             support = self.transform.support(y_up, self.format, params[:, own:] if weights else None)
             params = params[:, :own].unflatten(1, (support.groups, own // support.groups))
         else:
-            transform_tells = self.transform.support if self.consistent else Support
-            support = transform_tells(y_up, self.format)
+            support = (self.transform.support if self.consistent else Support)(y_up, self.format)
             params = support.phases(params)
         anchor = None if guess is None else support.split(guess)
         return PixelMixture(params, support, self.format, anchor=anchor, coefficients=self.coefficients)

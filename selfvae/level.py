@@ -75,9 +75,9 @@ class Level(nn.Module):
         return encoder.latent, height // encoder.stride, width // encoder.stride
 
     @property
-    def fills_in(self) -> bool:
-        """Whether y_up keeps pixels of y, so that the level models the others, block by block."""
-        return self.consistent and isinstance(self.transform, Keep)
+    def keeps(self) -> Keep | None:
+        """The transform, if y_up keeps pixels of y, so that the level models the others, block by block."""
+        return self.transform if self.consistent and isinstance(self.transform, Keep) else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,8 +88,8 @@ class Level(nn.Module):
         """What the decoder sees of y_up: (B, C', h, w) in [-1, 1]; no channels at the top."""
         if y_up.shape[1] == 0:
             return y_up.to(self.dtype)
-        if self.fills_in and isinstance(self.transform, Keep):
-            y_up = self.transform.fold(y_up)
+        if self.keeps:
+            y_up = self.keeps.fold(y_up)
         else:
             y_up = self.transform.estimate(y_up.to(self.dtype), self.format)
         return to_unit(y_up, self.format.levels, self.dtype)
@@ -125,15 +125,15 @@ class Level(nn.Module):
         guess = self.transform.estimate(y_up.to(self.dtype), self.format) if self.anchored else None
         if core is not None:
             rows, cols = self.transform.scale
-            high, wide = self.transform.block if self.fills_in else (1, 1)
+            high, wide = self.keeps.block if self.keeps else (1, 1)
             params = params[..., _times(core[0], rows, high), _times(core[1], cols, wide)]
             if guess is not None:
                 guess = guess[..., _times(core[0], rows), _times(core[1], cols)]
             y_up = y_up[..., core[0], core[1]]
-        if self.fills_in and isinstance(self.transform, Keep):
-            weights = self.transform.weights(self.format) if self.anchored else 0
+        if self.keeps:
+            weights = self.keeps.weights(self.format) if self.anchored else 0
             own = params.shape[1] - weights
-            support = self.transform.support(y_up, self.format, params[:, own:] if weights else None)
+            support = self.keeps.support(y_up, self.format, params[:, own:] if weights else None)
             params = params[:, :own].unflatten(1, (support.groups, own // support.groups))
         else:
             support = (self.transform.support if self.consistent else Support)(y_up, self.format)

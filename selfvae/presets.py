@@ -275,12 +275,13 @@ class _Plan:
 
     def grid(self, k: int) -> float:
         """The side of the grid that level k's decoder works on, if that were a square."""
-        rows, cols = self.transforms[k].block if self.fills_in(k) else (1, 1)
-        return math.sqrt(math.prod(self.sizes[k]) / (rows * cols))
+        keeps = self.keeps(k)
+        return math.sqrt(math.prod(self.sizes[k]) / math.prod(keeps.block if keeps else (1, 1)))
 
-    def fills_in(self, k: int) -> bool:
-        """Whether level k models only what `Keep` dropped."""
-        return self.config.consistent and isinstance(self.transforms[k], Keep)
+    def keeps(self, k: int) -> Keep | None:
+        """Level k's transform, if the level models only what that drops."""
+        t = self.transforms[k]
+        return t if self.config.consistent and isinstance(t, Keep) else None
 
     def wide(self, channels: float) -> int:
         """The papers' number of channels, scaled: a multiple of 4, 4 at least."""
@@ -301,13 +302,11 @@ class _Plan:
     def level(self, k: int) -> Level:
         config, format, up = self.config, self.formats[k], self.formats[k + 1]
         t, alone, is_top = self.transforms[k], self.top == 0, k == self.top
-        fills_in = self.fills_in(k)
-        scale = t.block if fills_in else (1, 1)
-        kept = len(t.kept) if isinstance(t, Keep) else 0
-        groups = math.prod(scale) - kept if fills_in else 1
-        params = param_count(format.channels, config.components) * groups
-        if fills_in and config.anchored and isinstance(t, Keep):
-            params += t.weights(format)
+        keeps = self.keeps(k)
+        scale, kept = (keeps.block, len(keeps.kept)) if keeps else ((1, 1), 0)
+        params = param_count(format.channels, config.components) * (math.prod(scale) - kept)
+        if keeps and config.anchored:
+            params += keeps.weights(format)
         latent = config.latent_channels if self.has_latent(k) else 0
         downs = self.downs(k) if latent else 0
 
@@ -327,7 +326,7 @@ class _Plan:
             stem = 128 if is_top else 64
             z_branch = self.branch(growth * deep, steps, ups, "up", stem=stem)
             prior = self._prior(k, latent, downs)
-        context = 0 if is_top else up.channels * kept if fills_in else format.channels
+        context = 0 if is_top else up.channels * kept if keeps else format.channels
         decoder: nn.Module
         if is_top and not latent:
             decoder = Constant(params)

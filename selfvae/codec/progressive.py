@@ -391,10 +391,9 @@ class Codec:
         support = mixture.support
         b, groups, channels, _, h, w = mixture.offsets.shape
         v = torch.zeros(b, groups, channels, h, w, dtype=torch.long, device=self.model.device)
-        mask, rest = support.split(coded.to(v.device)), None
-        if not coded.all():
-            rest = support.nearest().long()
-            v = torch.where(mask, v, rest)
+        mask, whole = support.split(coded.to(v.device)), bool(coded.all())
+        if not whole:
+            v = torch.where(mask, v, support.nearest().long())
         entries = None if known is None else support.split(known.to(v.device)).long()
         for group in range(groups):
             lattice = Lattice(mixture, group, notes)
@@ -407,7 +406,7 @@ class Codec:
 
                 logistics = lattice.channel(v)
                 lo, hi = support.bounds(v) if support.truncates else (None, None)
-                here = at(mask) if rest is not None else slice(None)
+                here = slice(None) if whole else at(mask)
                 found = at(v).copy()
                 found[here], weights[:, here] = code(
                     stack, weights[:, here], logistics.part(here), mixture.format.levels,
@@ -423,7 +422,7 @@ class Codec:
 
         Beyond them a level that fills in dropped pixels need not code: any values would do.
         """
-        if not all(level.fills_in for level in self.model.levels[: k + 1]):
+        if not all(level.keeps for level in self.model.levels[: k + 1]):
             return None
         rows, cols = self.model.scale(k)
         return -(-size[0] // rows), -(-size[1] // cols)

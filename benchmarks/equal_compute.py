@@ -18,7 +18,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -35,21 +35,25 @@ def command(*words: object) -> str:
     return done.stdout
 
 
-def run(recipe: Path, seed: int, data: str, seconds: float, limit: int, out: Path) -> dict[str, Any]:
+def run(
+    recipe: Path, seed: int, data: str, seconds: float, clock: str, limit: int, out: Path
+) -> dict[str, Any]:
     """Train, or go on, and score."""
     folder = out / "runs" / f"{recipe.stem}-{seed}"
+    ends = ["--max-seconds", seconds, "--clock", clock]
     if (folder / "checkpoint.safetensors").exists():
-        command("train", "--resume", "--out", folder, "--max-seconds", seconds)
+        command("train", "--resume", "--out", folder, *ends)
     else:
         # what is not fixed by the recipe: the clock ends the run, not the steps
         command(
-            "train", "--config", recipe, "--data", data, "--seed", seed, "--out", folder,
-            "--max-seconds", seconds, "--steps", 10**7,
+            "train", "--config", recipe, "--data", data, "--seed", seed, "--out", folder, *ends,
+            "--steps", 10**7,
         )  # fmt: skip
     curve = list(csv.DictReader((folder / "log.csv").open()))
     info = json.loads(command("info", folder, "--json"))
     scores = json.loads(command("eval", folder, "--data", data, "--limit", limit, "--json"))
     last, key = curve[-1], "val_bits_per_dim"
+    spent = "cpu_seconds" if clock == "cpu" else "seconds"
     return {
         "recipe": recipe.stem,
         "seed": seed,
@@ -57,7 +61,7 @@ def run(recipe: Path, seed: int, data: str, seconds: float, limit: int, out: Pat
         "steps": int(last["step"]),
         "seconds": float(last["seconds"]),
         "cpu_seconds": float(last["cpu_seconds"]),
-        "curve": [(float(row["seconds"]), float(row[key])) for row in curve if row[key]],
+        "curve": [(float(row[spent]), float(row[key])) for row in curve if row[key]],
         **scores,
     }
 
@@ -100,6 +104,7 @@ def main(
     data: str,
     out: Path = Path("results/equal-compute"),
     seconds: float = 3600,
+    clock: Literal["wall", "cpu"] = "wall",
     seeds: tuple[int, ...] = (0,),
     limit: int = 1000,
     together: int = os.cpu_count() or 1,
@@ -111,6 +116,7 @@ def main(
         data: as for train.
         out: folder for the results and the runs.
         seconds: of training, each.
+        clock: what they count: wall, or cpu, the process's own time, on a machine that does other things.
         seeds: every recipe is run with each.
         limit: test images that are scored.
         together: runs at a time.
@@ -118,7 +124,9 @@ def main(
     if not seconds > 0 or not math.isfinite(seconds):
         raise ValueError(f"--seconds must be positive; got {seconds}")
     with ThreadPoolExecutor(together) as pool:
-        waiting = [pool.submit(run, r, seed, data, seconds, limit, out) for seed in seeds for r in recipes]
+        waiting = [
+            pool.submit(run, r, seed, data, seconds, clock, limit, out) for seed in seeds for r in recipes
+        ]
         rows = [done.result() for done in waiting]
     write_atomic(out / "result.json", (json.dumps(rows, indent=1) + "\n").encode())
     write_atomic(out / "result.md", table(rows).encode())

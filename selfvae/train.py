@@ -79,6 +79,8 @@ class TrainConfig:
         eval_images: validation images scored at every evaluation.
         max_seconds: end by the clock if that comes before the last step; "cosine" then follows the clock
             and the run no longer depends on the seed alone. 0: no limit.
+        clock: what max_seconds counts: "wall", or "cpu", this process's own time, all threads together,
+            whatever else the machine does.
         patience: stop after so many evaluations without a better validation score; 0: never.
     """
 
@@ -107,6 +109,7 @@ class TrainConfig:
     checkpoint_every: int = 1000
     eval_images: int = 512
     max_seconds: float = 0.0
+    clock: Literal["wall", "cpu"] = "wall"
     patience: int = 0
 
     def __post_init__(self) -> None:
@@ -121,6 +124,7 @@ class TrainConfig:
         for field, known in (
             ("optimizer", tuple(_OPTIMIZERS)),
             ("schedule", ("exponential", "cosine")),
+            ("clock", ("wall", "cpu")),
             ("precision", get_args(Precision)),
         ):
             if getattr(self, field) not in known:
@@ -137,7 +141,7 @@ class TrainConfig:
             raise ValueError(f"ema must be at least 0 and below 1; got {self.ema}")
 
     def rate(self, step: int, seconds: float = 0.0) -> float:
-        """The learning rate of a step (from 0), begun after so many seconds of training."""
+        """The learning rate of a step (from 0), begun after so many seconds by the clock."""
         top = self.lr or (0.03 if self.optimizer == "muon" else 0.002)
         if self.schedule == "cosine":
             by_clock = seconds / self.max_seconds if self.max_seconds else 0.0
@@ -224,6 +228,10 @@ class State:
     since_best: int = 0
 
     _numbers = ("step", "seconds", "cpu_seconds", "best", "since_best")
+
+    def spent(self, clock: Literal["wall", "cpu"]) -> float:
+        """Seconds of training by that clock."""
+        return self.cpu_seconds if clock == "cpu" else self.seconds
 
     def save(self, path: Path, config: TrainConfig) -> None:
         """Everything needed to go on, in one file, written whole or not at all."""
@@ -438,14 +446,15 @@ def train(
         while state.step < config.steps:
             step = state.step
             for group in state.optimizer.param_groups:
-                group["lr"] = config.rate(step, state.seconds)
+                group["lr"] = config.rate(step, state.spent(config.clock))
             _seed(config.seed, step, rank)
             terms, norm = make_step(fabric, model, state, batch(step), config)
             state.step = step + 1
             state.seconds = seconds_before + time.monotonic() - began
             state.cpu_seconds = cpu_before + time.process_time() - cpu_began
 
-            stop = bool(came) or 0 < config.max_seconds <= state.seconds
+            spent = state.spent(config.clock)
+            stop = bool(came) or 0 < config.max_seconds <= spent
             if world > 1:  # all processes must end together: they agree now and then
                 agree = state.step % config.log_every == 0
                 stop = agree and bool(fabric.all_reduce(torch.tensor(float(stop)), reduce_op="sum"))
@@ -495,7 +504,7 @@ def train(
                     )
             done, total = state.step, config.steps
             if config.max_seconds:  # whichever limit comes first
-                total = min(total, round(done * max(1.0, config.max_seconds / state.seconds)))
+                total = min(total, round(done * max(1.0, config.max_seconds / max(1e-9, spent))))
             progress.update(task, completed=done, total=total)
             if state.step % config.checkpoint_every == 0 or ends:
                 keep()

@@ -237,6 +237,8 @@ def test_patience_and_the_clock_end_a_run(tmp_path: Path, images: data.Dataset) 
     assert _state(tmp_path / "a")["step"] < 400
     train(CONFIG, images, tmp_path / "b", settings(steps=10**6, max_seconds=0.5), quiet=True)
     assert _state(tmp_path / "b")["seconds"] >= 0.5
+    train(CONFIG, images, tmp_path / "c", settings(steps=10**6, max_seconds=0.5, clock="cpu"), quiet=True)
+    assert _state(tmp_path / "c")["cpu_seconds"] >= 0.5
 
 
 def _state(out: Path) -> dict[str, float]:
@@ -271,7 +273,8 @@ def test_kl_weight_and_free_bits() -> None:
 
 
 def test_wrong_settings() -> None:
-    for wrong in ({"steps": 0}, {"ema": 1.0}, {"accumulate": 3}, {"warmup": -1}, {"schedule": "linear"}):
+    for wrong in ({"steps": 0}, {"ema": 1.0}, {"accumulate": 3}, {"warmup": -1}, {"schedule": "linear"},
+                  {"clock": "sun"}):  # fmt: skip
         with pytest.raises(ValueError, match="got"):
             TrainConfig(**wrong)  # type: ignore[arg-type]
 

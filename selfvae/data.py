@@ -33,6 +33,7 @@ __all__ = [
     "crop",
     "load",
     "photo",
+    "square",
     "to_uint8",
 ]
 
@@ -125,7 +126,7 @@ def to_uint8(x: Tensor) -> Tensor:
 Splits = dict[str, np.ndarray]  # "train", "validation", "test": uint8 (N, C, H, W)
 
 
-def _square(picture: Image.Image, size: int) -> np.ndarray:
+def square(picture: Image.Image, size: int) -> np.ndarray:
     """The centre square, resized (antialiased bicubic) to size x size: RGB uint8 (3, size, size)."""
     picture = picture.convert("RGB")
     side = min(picture.size)
@@ -231,7 +232,7 @@ def _read_folder(folder: Path, size: int) -> np.ndarray:
         )
     out = np.empty((len(files), 3, size, size), np.uint8)
     for i, file in enumerate(files):
-        out[i] = _square(open_picture(file), size)
+        out[i] = square(open_picture(file), size)
     return out
 
 
@@ -339,7 +340,7 @@ class HubSource:
                 )
             images = np.empty((len(rows), 3, size, size), np.uint8)
             for i, picture in enumerate(self._pictures(rows)):
-                images[i] = _square(picture, size)
+                images[i] = square(picture, size)
             out[ours] = images
         if "validation" not in out:
             out |= _split(out["train"], ["train", "validation"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from selfvae import data, hub
 from selfvae.baselines import lossless_bits, lossless_bits_per_dim
 from selfvae.codec import Codec
-from selfvae.evaluate import evaluate
+from selfvae.evaluate import evaluate, plain_enhancement
 from selfvae.model import SelfVAE
 from selfvae.plots import save_figure
 from selfvae.presets import configure
@@ -63,11 +63,10 @@ def _rows(photos: dict[str, Tensor], seed: int) -> list[tuple[str, Tensor]]:
         crops.append(x[..., top : top + size, left : left + size])
     x = torch.cat(crops)
     small, kept = MeanDownscale(2)(x), photo.pyramid(x)[2]
-    plain = x2.levels[0].transform.estimate(small, x2.format).round().clamp(0, 255).to(torch.uint8)
     return [
         ("photographs that no model has seen, 64 x 64", x),
         ("2 x 2 means", small),
-        ("enlarged by interpolation", plain),
+        ("enlarged by bicubic interpolation", plain_enhancement(x2, small)),
         (
             "a draw given the means (selfvae-photos-x2, temperature 0.5)",
             enhance(x2, small, 1, temperature=0.5, seed=seed),

@@ -8,12 +8,13 @@ a camera noted is applied; of an animation the first frame is taken. Alpha is ke
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from selfvae.hub import write_atomic
@@ -21,10 +22,13 @@ from selfvae.transforms import Format, Greyscale
 
 __all__ = [
     "ENDINGS",
+    "FORMATS",
     "Picture",
     "check_ending",
+    "encode",
     "from_image",
     "open_picture",
+    "picture_size",
     "read",
     "read_exactly",
     "save",
@@ -35,6 +39,9 @@ __all__ = [
 ]
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of these files, as Pillow calls them
+
+Source = Path | BinaryIO
 
 
 class _RefusedError(ValueError):
@@ -48,21 +55,26 @@ class Picture(NamedTuple):
     alpha: Tensor | None = None
 
 
-def open_picture(path: Path, exact: bool = False) -> Image.Image:
+def _name(source: Source) -> str:
+    return str(source) if isinstance(source, Path) else "the file"
+
+
+def open_picture(source: Source, exact: bool = False) -> Image.Image:
     """The file's picture in mode L, LA, RGB or RGBA; ValueError naming the file if that cannot be.
 
     exact: also if any pixel would be lost: more than 8 bits a channel, other colours, several pictures.
     """
+    name = _name(source)
     try:
-        with Image.open(path) as file:
+        with Image.open(source) as file:
             if exact:
-                _check_exact(path, file)
+                _check_exact(name, file)
             picture = ImageOps.exif_transpose(file)
             if picture.mode.startswith("I;16") or (picture.mode == "I" and file.format == "PPM"):
                 return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
             if picture.mode in ("I", "F"):
                 raise _RefusedError(
-                    f"{path} has 32 bits a channel (mode {picture.mode}): convert it to 8 or 16 bits"
+                    f"{name} has 32 bits a channel (mode {picture.mode}): convert it to 8 or 16 bits"
                 )
             transparent = (
                 picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info
@@ -71,18 +83,29 @@ def open_picture(path: Path, exact: bool = False) -> Image.Image:
             return picture.convert(("L" if grey else "RGB") + ("A" if transparent else ""))
     except _RefusedError:
         raise
-    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}): remove or repair it") from None
+    except _UNREADABLE as error:
+        raise _unreadable(name, error) from None
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width in pixels of what `open_picture` gives, without reading the pixels."""
+def picture_size(source: Source, formats: Sequence[str] | None = None) -> tuple[int, int]:
+    """Height and width in pixels of what `open_picture` gives, without reading the pixels.
+
+    ValueError for a file that is not a picture, or of none of the formats, e.g. `FORMATS`.
+    """
     try:
-        with Image.open(path) as file:
+        with Image.open(source, formats=formats) as file:
             turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return file.size if turned else file.size[::-1]
-    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}): remove or repair it") from None
+    except _UNREADABLE as error:
+        raise _unreadable(_name(source), error) from None
+
+
+_UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def _unreadable(name: str, error: BaseException) -> ValueError:
+    why = "of no known kind" if isinstance(error, UnidentifiedImageError) else error
+    return ValueError(f"{name} cannot be read as an image ({why}): remove or repair it")
 
 
 def from_image(picture: Image.Image) -> Tensor:
@@ -97,9 +120,13 @@ def to_image(x: Tensor) -> Image.Image:
     return Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)
 
 
-def read(path: str | Path) -> Picture:
+def _source(file: str | Source) -> Source:
+    return Path(file) if isinstance(file, str) else file
+
+
+def read(file: str | Source) -> Picture:
     """A picture file as tensors; rules and errors as above."""
-    return _tensors(open_picture(Path(path)))
+    return _tensors(open_picture(_source(file)))
 
 
 def _tensors(picture: Image.Image) -> Picture:
@@ -107,19 +134,20 @@ def _tensors(picture: Image.Image) -> Picture:
     return Picture(x[:, :-1], x[:, -1:]) if x.shape[1] in (2, 4) else Picture(x)
 
 
-def read_exactly(path: str | Path) -> Tensor:
+def read_exactly(file: str | Source) -> Tensor:
     """A picture file's pixels, uint8 (1, C, H, W), C = 1 or 3; ValueError where that would lose any.
 
     Refused are more than 8 bits a channel, colour spaces other than grey and RGB, several pictures in a
     file, and an alpha channel that says anything.
     """
-    picture = _tensors(open_picture(Path(path), exact=True))
+    source = _source(file)
+    picture = _tensors(open_picture(source, exact=True))
     if picture.alpha is not None and int(picture.alpha.min()) < 255:
-        raise ValueError(f"{path} has an alpha channel, which would be lost: remove it first")
+        raise ValueError(f"{_name(source)} has an alpha channel, which would be lost: remove it first")
     return picture.pixels
 
 
-def _check_exact(path: Path, file: Image.Image) -> None:
+def _check_exact(name: str, file: Image.Image) -> None:
     bits = getattr(file, "tag_v2", {}).get(258, (8,))  # of a TIFF file
     deep = max(bits if isinstance(bits, tuple) else (bits,)) > 8
     # what Pillow would shorten to 8 bits shows in how it unpacks the file
@@ -128,11 +156,11 @@ def _check_exact(path: Path, file: Image.Image) -> None:
     if file.format == "PPM":
         deep |= any(tile[0] in ("ppm", "ppm_plain") and _maximum(tile[3]) != 255 for tile in file.tile)  # type: ignore[attr-defined]
     if deep:
-        raise _RefusedError(f"{path} has other than 8 bits a channel: convert it first, which loses some")
+        raise _RefusedError(f"{name} has other than 8 bits a channel: convert it first, which loses some")
     if file.mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa"):
-        raise _RefusedError(f"{path} is neither grey nor RGB (mode {file.mode}): convert it first")
+        raise _RefusedError(f"{name} is neither grey nor RGB (mode {file.mode}): convert it first")
     if getattr(file, "n_frames", 1) > 1:
-        raise _RefusedError(f"{path} holds {file.n_frames} pictures; only one can be kept")  # type: ignore[attr-defined]
+        raise _RefusedError(f"{name} holds {file.n_frames} pictures; only one can be kept")  # type: ignore[attr-defined]
 
 
 def _maximum(args: object) -> object:
@@ -187,13 +215,18 @@ def check_ending(path: Path, alpha: bool = False) -> str:
     return kind
 
 
-def save(picture: Image.Image, path: Path, **options: object) -> None:
-    """Write a picture file whole or not at all."""
-    kind = check_ending(path, alpha=picture.mode in ("LA", "RGBA"))
+def encode(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    """A picture as a file of a kind of Pillow's; by default WebP is lossless, JPEG of quality 95."""
     if kind == "WEBP":
         options = {"lossless": True, "exact": True, **options}
     elif kind == "JPEG":
         options = {"quality": 95, **options}
     out = io.BytesIO()
     picture.save(out, kind, **options)
-    write_atomic(path, out.getvalue())
+    return out.getvalue()
+
+
+def save(picture: Image.Image, path: Path, **options: object) -> None:
+    """Write a picture file whole or not at all."""
+    kind = check_ending(path, alpha=picture.mode in ("LA", "RGBA"))
+    write_atomic(path, encode(picture, kind, **options))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selfvae.pictures import save
 
-__all__ = ["grid", "save_animation", "save_figure", "save_grid", "to_rgb"]
+__all__ = ["figure", "grid", "save_animation", "save_figure", "save_grid", "to_rgb"]
 
 
 def to_rgb(x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def save_grid(x: Tensor, path: str | Path, columns: int | None = None, zoom: int
     save(Image.fromarray(_array(grid(x.cpu(), columns, zoom))), Path(path))
 
 
-def save_figure(rows: list[tuple[str, Tensor]], path: str | Path, cell: int = 96) -> None:
+def figure(rows: list[tuple[str, Tensor]], cell: int = 96) -> Image.Image:
     """Titled rows of images, every image enlarged (nearest neighbour) to about `cell` pixels."""
     gap, head = 4, 22
     largest = max(max(x.shape[2:]) for _, x in rows)
@@ -55,13 +55,18 @@ def save_figure(rows: list[tuple[str, Tensor]], path: str | Path, cell: int = 96
         strips.append((title, Image.fromarray(_array(grid(x.cpu(), len(x), zoom, gap)))))
     width = max(strip.width for _, strip in strips) + 2 * gap
     height = sum(strip.height + head for _, strip in strips) + gap
-    figure = Image.new("RGB", (width, height), "white")
-    draw, font, top = ImageDraw.Draw(figure), ImageFont.load_default(14), 0
+    out = Image.new("RGB", (width, height), "white")
+    draw, font, top = ImageDraw.Draw(out), ImageFont.load_default(14), 0
     for title, strip in strips:
         draw.text((gap, top + 3), title, fill="black", font=font)
-        figure.paste(strip, (gap, top + head))
+        out.paste(strip, (gap, top + head))
         top += head + strip.height
-    save(figure, Path(path))
+    return out
+
+
+def save_figure(rows: list[tuple[str, Tensor]], path: str | Path, cell: int = 96) -> None:
+    """Write `figure` of the rows as a picture file."""
+    save(figure(rows, cell), Path(path))
 
 
 def save_animation(x: Tensor, path: str | Path, milliseconds: int = 100) -> None:

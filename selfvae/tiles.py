@@ -19,7 +19,10 @@ from selfvae.model import SelfVAE
 from selfvae.progress import Track, silent
 from selfvae.transforms import Blank
 
-__all__ = ["Tile", "split", "tiled"]
+__all__ = ["WHOLE", "Tile", "fitted", "split", "tiled"]
+
+_SIDE = 192  # pixels of a tile's side
+WHOLE = (2 * _SIDE) ** 2  # pixels, of all pictures drawn together, that are worked on without tiles
 
 
 class Tile(NamedTuple):
@@ -131,7 +134,7 @@ class TiledLevel(nn.Module):
         return _TiledDistribution(self, "y", self.level.likelihood, [y_up, z])
 
 
-def tiled(model: SelfVAE, tile: int = 192, margin: int = 32, track: Track = silent) -> SelfVAE:
+def tiled(model: SelfVAE, tile: int = _SIDE, margin: int = 32, track: Track = silent) -> SelfVAE:
     """The same model for pictures of any size: every operation of `tasks`, in bounded memory.
 
     Arguments:
@@ -147,3 +150,8 @@ def tiled(model: SelfVAE, tile: int = 192, margin: int = 32, track: Track = sile
     units = model.multiples
     levels = [TiledLevel(level, k, units[k], tile, margin, track) for k, level in enumerate(model.levels)]
     return SelfVAE(levels, model.config)  # type: ignore[arg-type]
+
+
+def fitted(model: SelfVAE, pixels: int, track: Track = silent) -> SelfVAE:
+    """The model, for pictures of so many pixels that are drawn together: in tiles if these are many."""
+    return model if pixels <= WHOLE else tiled(model, track=track)

@@ -51,7 +51,7 @@ def test_folder_with_splits_keeps_them(tmp_path: Path) -> None:
 def test_resizing_takes_the_centre_square(tmp_path: Path) -> None:
     picture = Image.new("RGB", (24, 8), "red")
     picture.paste("blue", (8, 0, 16, 8))
-    assert data._square(picture, 8)[2].min() == 255
+    assert data.square(picture, 8)[2].min() == 255
 
 
 def test_array_file_and_folder(tmp_path: Path) -> None:

@@ -18,14 +18,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from selfvae import data as sources
 from selfvae import hub, pictures, processes, tasks
 from selfvae.model import SelfVAE
-from selfvae.tiles import tiled
 from selfvae.transforms import Format
-
-TILE = 192  # pixels of a tile's side
-
-
-WHOLE = (2 * TILE) ** 2  # pixels, of all pictures drawn together, that are worked on without tiles
-
 
 Run = Annotated[Positional[Path], arg(metavar="DIR")]
 
@@ -108,13 +101,6 @@ def _resizable(data: str) -> bool:
 def positive(flag: str, n: int) -> None:
     if n < 1:
         raise ValueError(f"--{flag} must be at least 1; got {n}")
-
-
-def fitted(net: SelfVAE, pixels: int) -> SelfVAE:
-    """The model; in tiles, with a progress bar, for many pixels."""
-    if pixels <= WHOLE:
-        return net
-    return tiled(net, TILE, track=progress)
 
 
 def progress(sequence: Sequence[Any], description: str) -> Iterable[Any]:

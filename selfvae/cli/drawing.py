@@ -12,7 +12,6 @@ from selfvae import figures as sheets
 from selfvae import pictures, plots, tasks
 from selfvae.cli.common import (
     DRAWING,
-    WHOLE,
     DrawingFlags,
     In,
     Out,
@@ -20,11 +19,12 @@ from selfvae.cli.common import (
     alpha_of,
     check_free,
     each_picture,
-    fitted,
     load_images,
     load_model,
     positive,
+    progress,
 )
+from selfvae.tiles import WHOLE, fitted
 
 
 def generate(
@@ -52,7 +52,7 @@ def generate(
     pictures.check_ending(out)
     how = drawing.how(net)
     height, width = height or net.config.image_shape[1], width or net.config.image_shape[2]
-    fitting, chunk = fitted(net, height * width), max(1, WHOLE // (height * width))
+    fitting, chunk = fitted(net, height * width, progress), max(1, WHOLE // (height * width))
     parts = [
         tasks.generate(fitting, min(chunk, n - i), height, width, **{**how, "seed": how["seed"] + i})
         for i in range(0, n, chunk)
@@ -93,7 +93,7 @@ def enhance(
 
     def work(picture: pictures.Picture, file: Path) -> None:
         y = pictures.to_format(picture, net.levels[level].format)
-        fitting = fitted(net, y.shape[2] * rows * y.shape[3] * cols)
+        fitting = fitted(net, y.shape[2] * rows * y.shape[3] * cols, progress)
         draws = [tasks.enhance(fitting, y, level, **{**how, "seed": how["seed"] + i})[0] for i in range(n)]
         shown = [pictures.show(x, net.format) for x in draws]
         if n == 1:
@@ -130,7 +130,7 @@ def reconstruct(
 
     def work(picture: pictures.Picture, file: Path) -> None:
         x = pictures.to_format(picture, net.format)
-        drawn = tasks.reconstruct(fitted(net, x[0, 0].numel()), x, given_names, **how)
+        drawn = tasks.reconstruct(fitted(net, x[0, 0].numel(), progress), x, given_names, **how)
         pictures.write(pictures.show(drawn[0], net.format), file, alpha_of(picture, net.format))
 
     return each_picture(source, out, work, alpha=net.format.channels in (1, 3))
@@ -160,7 +160,7 @@ def vary(
 
     def work(picture: pictures.Picture, file: Path) -> None:
         x = pictures.to_format(picture, net.format)
-        drawn = tasks.vary(fitted(net, n * x[0, 0].numel()), x, n, given_names, **how)[0].cpu()
+        drawn = tasks.vary(fitted(net, n * x[0, 0].numel(), progress), x, n, given_names, **how)[0].cpu()
         plots.save_grid(pictures.show(torch.cat([x, drawn]), net.format), file, zoom=1)
 
     return each_picture(source, out, work)
@@ -195,7 +195,7 @@ def interpolate(
     for file in (a, b):
         check_free(file, out)
     ends = [pictures.to_format(pictures.read(file), net.format) for file in (a, b)]
-    fitting = fitted(net, ends[0][0, 0].numel())
+    fitting = fitted(net, ends[0][0, 0].numel(), progress)
     frames = tasks.interpolate(
         fitting, ends[0], ends[1], steps, given, spherical=spherical, **drawing.how(net)
     )

@@ -21,7 +21,7 @@ from selfvae.hub import write_atomic
 from selfvae.pictures import from_image, to_image
 from selfvae.progress import Track, silent
 
-__all__ = ["LOSSLESS", "LOSSY", "bench", "markdown", "plot"]
+__all__ = ["LOSSLESS", "LOSSY", "bench", "lossless_sizes", "markdown", "plot"]
 
 Options = dict[str, Any]
 LOSSLESS: dict[str, tuple[str, Options]] = {
@@ -57,6 +57,11 @@ def _file(image: Image.Image, format: str, options: Options) -> bytes:
         options = {key: value for key, value in options.items() if key != "mct"}
     image.save(out, format, **options)
     return out.getvalue()
+
+
+def lossless_sizes(image: Image.Image) -> dict[str, int]:
+    """Bytes of a picture in every lossless format that Pillow can write here, by name."""
+    return {name: len(_file(image, *how)) for name, how in _known(LOSSLESS).items()}
 
 
 def _ms_ssim(a: Tensor, b: Tensor) -> float | None:
@@ -112,7 +117,7 @@ def bench(
             total["encode"] += encoded - began
             total["decode"] += decoded - encoded
             if name == _OURS and prefixes:
-                for setting, cut in _cuts(data):
+                for setting, cut in read_header(data).ends()[:-1]:
                     shown = codec.decompress(data[:cut], partial=True)
                     _add(curves, _OURS, setting, cut, x, shown)
         for name, (format, options_at) in lossy.items():
@@ -137,16 +142,6 @@ def bench(
             for name, settings in curves.items()
         },
     }
-
-
-def _cuts(data: bytes) -> list[tuple[str, int]]:
-    """Where each part ends but the last, with its name."""
-    header = read_header(data)
-    end, cuts = header.size, []
-    for part in header.parts[:-1]:
-        end += part.size
-        cuts.append((part.name, end))
-    return cuts
 
 
 def _add(

@@ -13,6 +13,7 @@ last byte. The words are one ANS stack, its top first: a prefix of the file deco
 
 from __future__ import annotations
 
+import itertools
 import struct
 import zlib
 from dataclasses import dataclass
@@ -97,6 +98,13 @@ class Header:
     size: int = 0  # bytes of the header
     crc: int = 0  # of all that follows it
     version: int = VERSION
+
+    def ends(self) -> list[tuple[str, int]]:
+        """Every part's name, and the bytes of the file up to its end."""
+        sizes = itertools.accumulate((part.size for part in self.parts), initial=self.size)
+        return [
+            (part.name, end) for part, end in zip(self.parts, itertools.islice(sizes, 1, None), strict=True)
+        ]
 
     def to_bytes(self, payload: bytes) -> bytes:
         """The header of that payload."""

@@ -1,7 +1,7 @@
 """Self-supervised variational auto-encoders: likelihood, generation, enhancement and compression."""
 
 from selfvae.bounds import iwae
-from selfvae.hub import load, save
+from selfvae.hub import from_pretrained, load, push_to_hub, save, save_pretrained
 from selfvae.model import SelfVAE
 from selfvae.objective import Terms
 from selfvae.presets import ModelConfig, build
@@ -15,13 +15,16 @@ __all__ = [
     "build",
     "complete",
     "enhance",
+    "from_pretrained",
     "generate",
     "infer",
     "interpolate",
     "iwae",
     "load",
+    "push_to_hub",
     "reconstruct",
     "save",
+    "save_pretrained",
     "tiled",
     "vary",
 ]

@@ -1,6 +1,6 @@
-"""Models on disk: a folder with config.json and model.safetensors, nothing that is ever executed.
+"""Models as folders: config.json and model.safetensors, nothing that is ever executed.
 
-Some come with the package: see `shipped`.
+Some come with the package (`shipped`); others lie on the Hugging Face hub, with a model card, README.md.
 """
 
 from __future__ import annotations
@@ -19,9 +19,22 @@ from torch import Tensor, nn
 from selfvae.model import SelfVAE
 from selfvae.presets import ModelConfig, from_config
 
-__all__ = ["load", "own_state", "save", "set_state", "shipped", "write_atomic", "write_tensors"]
+__all__ = [
+    "card",
+    "from_pretrained",
+    "load",
+    "own_state",
+    "push_to_hub",
+    "save",
+    "save_pretrained",
+    "set_state",
+    "shipped",
+    "write_atomic",
+    "write_tensors",
+]
 
 _FORMAT = 1
+_FILES = ("config.json", "model.safetensors")
 _SHIPPED = Path(__file__).parent / "models"
 
 
@@ -99,7 +112,7 @@ def load(path: str | Path) -> SelfVAE:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         folder = shipped().get(str(path), folder)
-    for name in ("config.json", "model.safetensors"):
+    for name in _FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} holds no model: {name} is missing (expected config.json and model.safetensors, "
@@ -119,3 +132,126 @@ def load(path: str | Path) -> SelfVAE:
             f"{folder}/model.safetensors is damaged or not of the model in config.json: {error}"
         ) from None
     return model.eval()
+
+
+# --- the hub ------------------------------------------------------------------------------------------
+
+
+def from_pretrained(
+    name: str | Path, *, revision: str | None = None, token: str | None = None, offline: bool = False
+) -> SelfVAE:
+    """`load` for a folder or a shipped model; any other OWNER/NAME is fetched from the Hugging Face hub.
+
+    Arguments:
+        name: a folder, the name of a shipped model, or OWNER/NAME.
+        revision: branch, tag or commit on the hub.
+        token: of the hub, for private models; by default the one of `hf auth login`.
+        offline: take what was fetched before, and ask nobody.
+
+    Only config.json and model.safetensors are fetched, and neither is executed. Raises as `load`, and
+    ValueError where the hub has no such model; needs `pip install 'selfvae[hub]'`.
+    """
+    if Path(name).exists() or str(name) in shipped() or str(name).count("/") != 1:
+        return load(name)
+    hub = _huggingface()
+    try:
+        folder = hub.snapshot_download(
+            str(name), revision=revision, token=token, allow_patterns=_FILES, local_files_only=offline
+        )
+    except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, OSError) as error:
+        where = "among what was fetched before" if offline else "on the hub, nor is there such a folder"
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"no model {name} {where} ({first}): check the name and the connection") from None
+    return load(folder)
+
+
+def save_pretrained(
+    model: SelfVAE, folder: str | Path, sections: Mapping[str, str] | None = None, *, half: bool = False
+) -> None:
+    """`save`, and a model card, README.md, with these sections (see `card`)."""
+    save(model, folder, half=half)
+    write_atomic(Path(folder) / "README.md", card(model, Path(folder).name, sections).encode())
+
+
+def push_to_hub(
+    model: SelfVAE,
+    name: str,
+    sections: Mapping[str, str] | None = None,
+    *,
+    half: bool = False,
+    private: bool = False,
+    token: str | None = None,
+    message: str = "Model of selfvae",
+) -> str:
+    """Write a model to the Hugging Face hub as OWNER/NAME, with a card; returns its address.
+
+    Arguments:
+        sections: of the card, see there.
+        half: floats as float16.
+        private, token, message: of the repository, of its owner, of the commit.
+    """
+    if name.count("/") != 1:
+        raise ValueError(f"a model on the hub is named OWNER/NAME; got {name!r}")
+    hub = _huggingface()
+    api = hub.HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder, half=half)
+        write_atomic(Path(folder) / "README.md", card(model, name, sections).encode())
+        try:
+            address = api.create_repo(name, private=private, exist_ok=True)
+            api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
+        except (hub.errors.HfHubHTTPError, hub.errors.LocalTokenNotFoundError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"the hub did not take {name} ({first}): is `hf auth login` done?") from None
+    return str(address)
+
+
+def card(model: SelfVAE, name: str, sections: Mapping[str, str] | None = None) -> str:
+    """A model card in Markdown, for README.md: what the model is, how it is used, and further sections.
+
+    name: what `from_pretrained` takes.
+    sections: text by title, e.g. {"Data": ..., "Recipe": ..., "Numbers": ..., "Limits": ...}.
+    """
+    if not isinstance(model.config, ModelConfig):
+        raise ValueError("only a model made by selfvae.build has a card: this one has no config")
+    config, count = model.config, sum(p.numel() for p in model.parameters())
+    channels, height, width = config.image_shape
+    latents = "latents" if model.has_latents else "no latents: its likelihood is exact"
+    options = {key: value for key, value in config.to_dict().items() if key != "name"}
+    text = f"""---
+library_name: selfvae
+pipeline_tag: unconditional-image-generation
+tags: [selfvae, density-estimation, compression]
+---
+
+# {name.split("/")[-1]}
+
+A self-supervised variational auto-encoder, `{config.name}`, with {latents}. {count / 1e6:.2f} M
+parameters, built for images of {channels} x {height} x {width}; it takes any size.
+
+```python
+import selfvae
+
+model = selfvae.from_pretrained("{name}")
+x = selfvae.generate(model, 16)
+```
+
+| level | | latent |
+|---|---|---|
+"""
+    for k, level in enumerate(model.levels):
+        kind = f"{level.format.channels} channels of {level.format.levels} levels"
+        text += f"| y{k} | {kind}, given {level.transform} | {f'z{k}' if level.has_latent else ''} |\n"
+    text += f"\nConfiguration: `{json.dumps(options)}`\n"
+    for title, section in (sections or {}).items():
+        text += f"\n## {title}\n\n{section.strip()}\n"
+    return text
+
+
+def _huggingface() -> Any:
+    try:
+        import huggingface_hub
+        import huggingface_hub.errors
+    except ImportError:
+        raise ImportError("the hub needs huggingface_hub: pip install 'selfvae[hub]'") from None
+    return huggingface_hub

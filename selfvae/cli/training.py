@@ -1,4 +1,4 @@
-"""The command that trains."""
+"""Commands that train, and what comes before and after."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from lightning_fabric import Fabric
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from selfvae import data as sources
 from selfvae import hub
 from selfvae import train as loop
-from selfvae.cli.common import In, Out, progress
+from selfvae.cli.common import In, Out, Run, progress
 from selfvae.precision import resolve
 from selfvae.presets import configure
 from selfvae.train import TrainConfig
@@ -66,6 +66,56 @@ def train(
     loop.train(config, dataset, out, training, resume=resume, fabric=fabric)
     if not fabric.global_rank:
         print(f"model and curve are in {out}")
+
+
+def push(
+    model: Run,
+    name: Annotated[Positional[str], arg(metavar="OWNER/NAME")],
+    half: bool = True,
+    private: bool = False,
+) -> None:
+    """Put a model on the Hugging Face hub, with a card; `hf auth login` first.
+
+    Args:
+        model: folder that training wrote; its settings go into the card.
+        name: there; selfvae.from_pretrained takes it from then on.
+        half: weights as float16.
+        private: for its owner alone.
+    """
+    sections = {}
+    if (model / _SETTINGS).is_file():
+        settings = yaml.safe_load((model / _SETTINGS).read_text())
+        settings["data"] = Path(settings["data"]).name  # where it lay concerns nobody
+        sections["Recipe"] = f"```\n{yaml.safe_dump(settings, sort_keys=False)}```"
+    print(hub.push_to_hub(hub.load(model), name, sections, half=half, private=private))
+
+
+def export(
+    model: Run,
+    out: Out,
+    what: Literal["enhance", "decoder"] = "enhance",
+    level: int | None = None,
+) -> None:
+    """Write the enhancement path or a decoder for other runtimes: ONNX, or a program of torch.export.
+
+    Args:
+        model: folder that training wrote, or a shipped model (selfvae info).
+        out: file ending in .onnx or .pt2.
+        what: enhance takes y[LEVEL] and gives the likeliest picture; decoder takes y[LEVEL + 1], and
+            z[LEVEL] where there is one, and gives the parameters of y[LEVEL]'s distribution.
+        level: by default 1 to enhance, 0 for the decoder.
+    """
+    from selfvae.export import DecoderPart, Enhancement, write
+
+    net = hub.load(model)
+    part: Enhancement | DecoderPart
+    if what == "enhance":
+        part = Enhancement(net, 1 if level is None else level)
+    else:
+        part = DecoderPart(net, level or 0)
+    write(part, out)
+    taken = ", ".join(f"{name} {tuple(value.shape)}" for name, value in part.example().items())
+    print(f"{out}: {out.stat().st_size:,} bytes; takes e.g. {taken}, gives {part.output}")
 
 
 def crop(

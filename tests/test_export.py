@@ -1,0 +1,98 @@
+"""What is exported computes what PyTorch computes, for other sizes than those it was traced with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import selfvae
+from selfvae.cli import main
+from selfvae.export import DecoderPart, Enhancement, to_onnx, to_program, write
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX files need onnxruntime")
+pytest.importorskip("onnxscript", reason="ONNX files need onnxscript")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+MODELS = {
+    "chain": ("selfvae-quincunx", {"image_shape": (3, 16, 16)}, 2),
+    "means": ("selfvae", {"latents": "none", "backbone": "residual"}, 1),
+    "latents": ("selfvae", {"prior": "normal"}, 1),
+    "grey": ("selfvae-grey", {"latents": "none", "backbone": "residual"}, 1),
+    "bicubic": ("srvae", {"prior": "normal", "latents": "none"}, 1),
+}
+
+
+def built(name: str) -> tuple[selfvae.SelfVAE, int]:
+    preset, options, k = MODELS[name]
+    torch.manual_seed(0)
+    model = selfvae.build(preset, "tiny", width=0.05, **options)
+    for p in model.parameters():  # trained models are not zero either
+        if p.ndim == 1:
+            torch.nn.init.normal_(p, std=0.3)
+    return model.eval(), k
+
+
+def random_like(value: torch.Tensor) -> torch.Tensor:
+    if value.dtype == torch.uint8:
+        return torch.randint(0, 256, value.shape, dtype=torch.uint8)
+    return torch.randn(value.shape)
+
+
+def run(path: Path, inputs: dict[str, torch.Tensor]) -> np.ndarray:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == list(inputs)
+    (out,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    assert isinstance(out, np.ndarray)
+    return out
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_enhancement(name: str, tmp_path: Path) -> None:
+    model, k = built(name)
+    part = Enhancement(model, k)
+    to_onnx(part, tmp_path / "a.onnx")
+    program = to_program(part).module()
+    for size in ((1, 3, 5), (3, 7, 4)):
+        inputs = {key: random_like(value) for key, value in part.example(*size).items()}
+        expected = selfvae.enhance(model, inputs["y"], k, temperature=0.0)
+        assert torch.equal(program(**inputs), expected)
+        found = run(tmp_path / "a.onnx", inputs)
+        assert found.dtype == np.uint8 and found.shape == expected.shape
+        off = np.abs(found.astype(int) - expected.numpy())
+        assert np.mean(off > 0) < 0.005  # a value halfway between two levels may go either way
+
+
+@pytest.mark.parametrize("name", ["chain", "latents", "grey"])
+def test_decoder(name: str, tmp_path: Path) -> None:
+    model, _ = built(name)
+    part = DecoderPart(model, 0)
+    to_onnx(part, tmp_path / "a.onnx")
+    for size in ((1, 3, 5), (3, 7, 4)):
+        inputs = {key: random_like(value) for key, value in part.example(*size).items()}
+        with torch.no_grad():
+            expected = part(**inputs).numpy()
+        assert np.allclose(run(tmp_path / "a.onnx", inputs), expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    selfvae.save(built("means")[0], tmp_path / "run")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "a.pt2")]) == 0
+    assert "takes e.g. y (2, 3, 6, 8), gives x" in capsys.readouterr().out
+    program = torch.export.load(tmp_path / "a.pt2").module()
+    y = torch.randint(0, 256, (1, 3, 9, 5), dtype=torch.uint8)
+    model = selfvae.load(tmp_path / "run")
+    assert torch.equal(program(y=y), selfvae.enhance(model, y, temperature=0.0))
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "b.onnx"), "--what", "decoder"]) == 0
+    assert run(tmp_path / "b.onnx", {"y_up": y}).shape[2:] == (18, 10)
+
+
+def test_wrong_wishes(tmp_path: Path) -> None:
+    model, _ = built("means")
+    with pytest.raises(ValueError, match=r"ends in \.onnx or \.pt2"):
+        write(Enhancement(model), tmp_path / "a.bin")
+    for wrong in (lambda: Enhancement(model, 2), lambda: DecoderPart(model, 1)):
+        with pytest.raises(ValueError, match="the level must be"):
+            wrong()

@@ -1,0 +1,177 @@
+"""Models on a hub that speaks the Hugging Face hub's protocol, on this machine."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+import selfvae
+from selfvae import hub
+
+pytest.importorskip("huggingface_hub", reason="the hub needs huggingface_hub")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Repositories in memory: create, commit, list, fetch."""
+
+    files: dict[str, dict[str, bytes]]
+    asked: list[str]
+
+    def answer(self, body: object, status: int = 200, **headers: str) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self.asked.append(f"POST {self.path}")
+        if self.headers["Authorization"] != "Bearer hf_right":
+            self.answer({"error": "Invalid credentials"}, 401)
+        elif self.path == "/api/repos/create":
+            asked = json.loads(body)
+            name = (
+                f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            )
+            self.files.setdefault(name, {})
+            self.answer({"url": f"http://{self.headers['Host']}/{name}"})
+        elif self.path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            asked = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in files]
+            self.answer({"files": asked})
+        else:
+            name = self.path.split("/models/")[1].split("/commit/")[0]
+            for line in body.decode().splitlines():
+                if json.loads(line)["key"] == "file":
+                    file = json.loads(line)["value"]
+                    self.files[name][file["path"]] = base64.b64decode(file["content"])
+            url = f"http://{self.headers['Host']}/{name}/commit/{'0' * 40}"
+            self.answer({"commitUrl": url, "commitOid": "0" * 40, "hookOutput": ""})
+
+    def do_GET(self) -> None:
+        self.asked.append(f"{self.command} {self.path}")
+        path = self.path.split("?")[0].strip("/")
+        name = "/".join(path.removeprefix("api/models/").split("/")[:2])
+        if name not in self.files:
+            self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+        elif path.startswith("api/models/"):
+            tree = [
+                {"type": "file", "path": file, "size": len(data), "oid": "0"}
+                for file, data in self.files[name].items()
+            ]
+            siblings = [{"rfilename": file["path"]} for file in tree]
+            about = {"id": name, "sha": "0" * 40, "siblings": siblings}
+            self.answer(tree if "/tree/" in path else about)
+        else:
+            data = self.files[name][path.split("/resolve/")[1].split("/", 1)[1]]
+            etag = f'"{hashlib.sha1(data).hexdigest()}"'
+            self.answer(data, ETag=etag, X_Repo_Commit="0" * 40)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, type[Hub]]]:
+    kind = type("OneHub", (Hub,), {"files": {}, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", kind
+    server.shutdown()
+
+
+def run(code: str, address: str, home: Path, token: str = "hf_right") -> subprocess.CompletedProcess[str]:
+    """Python, with that hub as the hub."""
+    env = {
+        "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-c", f"import selfvae, torch\n{code}"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, **env},
+    )  # fmt: skip
+
+
+BUILD = "torch.manual_seed(1); model = selfvae.build('selfvae', 'tiny', width=0.05)\n"
+
+
+def test_push_and_fetch(server: tuple[str, type[Hub]], tmp_path: Path) -> None:
+    address, kind = server
+    push = "print(selfvae.push_to_hub(model, 'me/mine', {'Data': 'none'}))"
+    done = run(BUILD + push, address, tmp_path)
+    assert done.returncode == 0 and done.stdout.strip() == f"{address}/me/mine", done.stderr
+    files = kind.files["me/mine"]
+    assert {"README.md", "config.json", "model.safetensors"} == {f for f in files if f[0] != "."}
+    card = files["README.md"].decode()
+    assert "## Data\n\nnone" in card and 'from_pretrained("me/mine")' in card
+    files |= {"evil.py": b"raise SystemExit(1)", "pytorch_model.bin": b"\x80\x04."}
+    kind.asked.clear()
+    compare = """
+x = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+scores = []
+for model in (model.eval(), selfvae.from_pretrained('me/mine')):
+    torch.manual_seed(0)
+    scores.append(model(x).elbo)
+assert torch.equal(*scores)"""
+    done = run(BUILD + compare, address, tmp_path / "other")
+    assert done.returncode == 0, done.stderr
+    assert kind.asked and not any("evil" in path or "bin" in path for path in kind.asked)
+    kind.asked.clear()
+    done = run("selfvae.from_pretrained('me/mine', offline=True)", address, tmp_path / "other")
+    assert done.returncode == 0 and not kind.asked, done.stderr
+
+
+def test_what_the_hub_lacks_or_refuses(server: tuple[str, type[Hub]], tmp_path: Path) -> None:
+    address, _ = server
+    done = run("selfvae.from_pretrained('me/none')", address, tmp_path)
+    assert "ValueError: no model me/none on the hub, nor is there such a folder" in done.stderr
+    done = run("selfvae.from_pretrained('me/none', offline=True)", address, tmp_path)
+    assert "ValueError: no model me/none among what was fetched before" in done.stderr
+    done = run(f"{BUILD}selfvae.push_to_hub(model, 'me/mine')", address, tmp_path, token="hf_wrong")
+    assert "ValueError: the hub did not take me/mine" in done.stderr and "hf auth login" in done.stderr
+
+
+def test_the_command(server: tuple[str, type[Hub]], tmp_path: Path) -> None:
+    address, kind = server
+    selfvae.save(selfvae.build("vae", "tiny", width=0.05), tmp_path / "run")
+    (tmp_path / "run/train.yaml").write_text("model: vae\ndata: /home/me/cats\nsteps: 5\n")
+    code = f"from selfvae.cli import main; raise SystemExit(main(['push', '{tmp_path}/run', 'me/cats']))"
+    done = run(code, address, tmp_path)
+    assert done.returncode == 0 and done.stdout.strip() == f"{address}/me/cats", done.stderr
+    text = kind.files["me/cats"]["README.md"].decode()
+    assert "data: cats\nsteps: 5" in text and "/home" not in text
+
+
+def test_folders_and_shipped_models_need_no_hub(tmp_path: Path) -> None:
+    model = selfvae.build("selfvae-halve", "tiny", width=0.05)
+    selfvae.save_pretrained(model, tmp_path / "mine", {"Limits": "many"})
+    text = (tmp_path / "mine/README.md").read_text()
+    assert (
+        text.startswith("---\nlibrary_name: selfvae\n") and "# mine" in text and "## Limits\n\nmany" in text
+    )
+    assert "no latents: its likelihood is exact" in text and "| y6 | 3 channels of 256 levels" in text
+    loaded = selfvae.from_pretrained(tmp_path / "mine")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert selfvae.from_pretrained("selfvae-photos").config.name
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        selfvae.from_pretrained("no-such-model")
+    with pytest.raises(ValueError, match="OWNER/NAME"):
+        hub.push_to_hub(model, "mine")

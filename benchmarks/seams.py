@@ -1,6 +1,6 @@
 """Do tiles leave seams? Photographs become y1, are enhanced in tiles, and compared across the borders.
 
-    python benchmarks/seams.py RUN FOLDER [--tile 192] [--margin 32] [--limit N] [--out FOLDER] [--json]
+    python -m benchmarks.seams RUN FOLDER [--tile 192] [--margin 32] [--limit N] [--out FOLDER] [--json]
 
 Prints, as means over the photographs, in grey levels:
     border, elsewhere

@@ -15,8 +15,9 @@ from selfvae import hub, processes
 from selfvae.cli.codec import bench, compress, decompress, describe, pack, unpack
 from selfvae.cli.common import show
 from selfvae.cli.drawing import enhance, figures, generate, interpolate, reconstruct, vary
+from selfvae.cli.pages import serve
 from selfvae.cli.scores import evaluate, ood, quality, report, timing
-from selfvae.cli.training import crop, expand, train
+from selfvae.cli.training import crop, expand, export, push, train
 from selfvae.presets import PRESETS, SIZES, build
 
 
@@ -103,6 +104,9 @@ def main(argv: list[str] | None = None) -> int:
         "pack": pack,
         "unpack": unpack,
         "bench": bench,
+        "serve": serve,
+        "push": push,
+        "export": export,
         "info": info,
         "demo": demo,
     }

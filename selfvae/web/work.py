@@ -1,0 +1,245 @@
+"""What the page's tabs do, without a browser: the bytes of files in, pictures and numbers out."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Unpack
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from selfvae import hub, tasks
+from selfvae.codec import Codec, read_header
+from selfvae.codec.bench import lossless_sizes
+from selfvae.data import square
+from selfvae.evaluate import plain_enhancement, psnr
+from selfvae.model import SelfVAE
+from selfvae.pictures import FORMATS, Picture, picture_size, show, to_format, to_image
+from selfvae.pictures import read as read_picture
+from selfvae.pictures import read_exactly as read_picture_exactly
+from selfvae.plots import figure, to_rgb
+from selfvae.progress import Track, silent
+from selfvae.tiles import fitted
+
+__all__ = [
+    "Compressed", "Gap", "Models", "compress", "decompress", "enhance", "generate",
+    "interpolate", "prefix", "read",
+]  # fmt: skip
+
+_GAPS = ("selfvae-photos-x2", "selfvae-photos-grey", "selfvae-photos-bits")
+_CODEC, _LATENT = "selfvae-photos", "selfvae-cifar10-latent"
+_LEVELS = 8  # of a long chain, so many levels are shown
+_SHOWN = 256  # pixels of the longer side that small images are enlarged to, for the eye
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Something that a picture may lack: y[k] of a model is there, the rest is to be drawn."""
+
+    model: SelfVAE
+    k: int
+
+    def __str__(self) -> str:
+        rows, cols = self.model.scale(self.k)
+        given, whole = self.model.levels[self.k].format, self.model.format
+        words = []
+        if rows == cols > 1:
+            words.append(f"{rows} times as high and wide")
+        elif rows * cols > 1:
+            words.append(f"{rows} times as high, {cols} times as wide")
+        if given.channels < whole.channels:
+            words.append("colour a grey picture")
+        if given.levels < whole.levels:
+            words.append(f"smooth bands ({given.levels} levels a channel)")
+        return ", ".join(words) or f"draw x given y{self.k}"
+
+
+@dataclass(frozen=True)
+class Models:
+    """What the tabs work with: gaps to fill, a codec, models that generate, one with latents."""
+
+    gaps: tuple[Gap, ...]
+    codec: Codec | None
+    generators: dict[str, SelfVAE]
+    latent: SelfVAE | None
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> Models:
+        """One trained model for everything that it can do; None: those that come with the package."""
+        if path is None:
+            names = [*_GAPS, _CODEC, "selfvae-cifar10-small", _LATENT]
+            shipped = {name: hub.load(name) for name in names}
+            gaps = tuple(Gap(shipped[name], 1) for name in _GAPS)
+            generators = {n: shipped[n] for n in ("selfvae-cifar10-small", _LATENT, _CODEC)}
+            return cls(gaps, Codec(shipped[_CODEC]), generators, shipped[_LATENT])
+        model = hub.load(path)
+        gaps = tuple(Gap(model, k) for k in range(1, len(model.levels)))
+        codec = Codec(model) if model.format.levels == 256 and model.format.channels in (1, 3) else None
+        return cls(gaps, codec, {path.name: model}, model if model.has_latents else None)
+
+
+def read(data: bytes, pixels: int, exact: bool = False) -> Picture:
+    """The picture in a file; ValueError, before it is decoded, for one of more pixels than that.
+
+    exact: as `pictures.read_exactly`.
+    """
+    if not data:
+        raise ValueError("the file is empty: nothing arrived, or nothing was in it")
+    height, width = picture_size(io.BytesIO(data), FORMATS)
+    _check_pixels(height, width, pixels)
+    if exact:
+        return Picture(read_picture_exactly(io.BytesIO(data)))
+    return read_picture(io.BytesIO(data))
+
+
+def _check_pixels(height: int, width: int, pixels: int) -> None:
+    if height * width > pixels:
+        raise ValueError(
+            f"a picture of {width} x {height} pixels is too large for this page, which takes {pixels:,} in "
+            "all: choose a smaller one, or the command line, which takes any"
+        )
+
+
+# --- enhance ------------------------------------------------------------------------------------------
+
+
+def enhance(
+    gap: Gap,
+    data: bytes,
+    pixels: int,
+    *,
+    computed: bool = False,
+    n: int = 2,
+    track: Track = silent,
+    **how: Unpack[tasks.Drawing],
+) -> list[tuple[str, Image.Image]]:
+    """What is given, the plain enhancement, and n draws of what the picture lacks, with captions.
+
+    computed: the picture lacks nothing; y[k] is computed from it first, and draws are measured against it.
+    """
+    model, k = gap.model, gap.k
+    picture, (rows, cols) = read(data, pixels), model.scale(k)
+    x: Tensor | None = None
+    if computed:
+        x = to_format(picture, model.format)
+        height, width = x.shape[2] // rows, x.shape[3] // cols
+        if not height or not width:
+            raise ValueError(f"the picture must have at least {cols} x {rows} pixels to be made smaller")
+        x = x[:, :, : height * rows, : width * cols]
+        y = tasks.infer(model, x, f"y{k}")[f"y{k}"][:, :, :height, :width]
+    else:
+        y = to_format(picture, model.levels[k].format)
+    _check_pixels(y.shape[2] * rows, y.shape[3] * cols, pixels)
+    large = fitted(model, y.shape[2] * rows * y.shape[3] * cols, track)
+    seed = how.pop("seed", None) or 0
+    drawn = {"without a model": plain_enhancement(model, y, k)}
+    for i in range(n):
+        drawn[f"draw {i + 1}"] = tasks.enhance(large, y, k, seed=seed + i, **how)
+    given = show(y, model.levels[k].format).repeat_interleave(rows, 2).repeat_interleave(cols, 3)
+    out = [("given", given)]
+    for name, value in drawn.items():
+        shown = show(value, model.format)
+        if x is not None:
+            name = f"{name}: {psnr(shown, show(x, model.format)).item():.1f} dB"
+        out.append((name, shown))
+    if x is not None:
+        out.append(("the picture itself", show(x, model.format)))
+    return [(name, _image(value)) for name, value in out]
+
+
+def _image(x: Tensor) -> Image.Image:
+    """A picture uint8 (1, C, h, w) in RGB for the page, a small one with larger pixels."""
+    zoom = max(1, _SHOWN // max(x.shape[2:]))
+    return to_image(to_rgb(x)[0].repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
+
+
+# --- compress -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A picture uint8 (1, C, H, W), its file, and the bytes that other lossless formats take."""
+
+    x: Tensor
+    data: bytes
+    others: dict[str, int]
+
+    def table(self) -> str:
+        """Sizes, the smallest first, as Markdown."""
+        sizes = {"**selfvae**": len(self.data), **self.others}
+        lines = ["| lossless | bytes | bits a sub-pixel |", "|---|---|---|"]
+        for name, size in sorted(sizes.items(), key=lambda item: item[1]):
+            lines.append(f"| {name} | {size:,} | {8 * size / self.x.numel():.2f} |")
+        return "\n".join(lines)
+
+
+def compress(codec: Codec, data: bytes, pixels: int, track: Track = silent) -> Compressed:
+    """The file of a picture, decoded again and compared, beside the others' sizes."""
+    x = read(data, pixels, exact=True).pixels
+    return Compressed(x, codec.compress(x, track=track), lossless_sizes(to_image(x[0])))
+
+
+def prefix(codec: Codec, file: Compressed, part: float) -> tuple[Image.Image, str]:
+    """What the first part (0 to 1) of a file's bytes gives, and words for it."""
+    header = read_header(file.data)
+    ends = header.ends()
+    cut = round(part * len(file.data))
+    whole = [name for name, end in ends if end <= cut]
+    if not any(name[0] == "y" for name in whole):  # the least that is a picture
+        name, cut = next((name, end) for name, end in ends if name[0] == "y")
+        whole = [name]
+    exact = [name for name in whole if name[0] == "y"][-1]
+    x = file.x if exact == "y0" else codec.decompress(file.data[:cut], partial=True)
+    rows, cols = codec.model.scale(int(exact[1:]))
+    words = f"{cut:,} of {len(file.data):,} bytes. "
+    if exact == "y0":
+        words += "Every pixel is there."
+    else:
+        error = psnr(x, file.x).item()
+        words += (
+            f"{exact}, with 1 of {rows * cols} pixels, is exact; the rest is the likeliest: {error:.1f} dB."
+        )
+    return _image(x), words
+
+
+def decompress(codec: Codec, data: bytes, pixels: int, track: Track = silent) -> Image.Image:
+    """The picture in a .svae file, of at most so many pixels, as it is."""
+    header = read_header(data)
+    _check_pixels(header.height, header.width, pixels)
+    return to_image(codec.decompress(data, track=track)[0])
+
+
+# --- generate, interpolate ----------------------------------------------------------------------------
+
+
+def generate(model: SelfVAE, n: int, **how: Unpack[tasks.Drawing]) -> Image.Image:
+    """n images from nothing, the coarsest level first, as one picture."""
+    height, width = model.config.image_shape[1:]
+    drawn = tasks.complete(model, {}, (n, height, width), **how)
+    top = len(model.levels) - 1
+    levels = torch.linspace(top, 0, min(top + 1, _LEVELS)).round().int().tolist()
+    rows = [(f"y{k}" if k else "x", to_rgb(show(drawn[f"y{k}"], model.levels[k].format))) for k in levels]
+    return figure(rows)
+
+
+def interpolate(
+    model: SelfVAE,
+    ends: Sequence[bytes],
+    pixels: int,
+    steps: int,
+    given: str,
+    **how: Unpack[tasks.Drawing],
+) -> list[Image.Image]:
+    """From the first picture to the second through the latents; both are cut to the model's own size."""
+
+    def small(data: bytes) -> Tensor:
+        picture = square(to_image(read(data, pixels).pixels[0]), model.config.image_shape[1])
+        return to_format(Picture(torch.tensor(picture)[None]), model.format)
+
+    a, b = map(small, ends)
+    frames = show(tasks.interpolate(model, a, b, steps, given, **how)[0], model.format)
+    return [_image(frame[None]) for frame in frames]

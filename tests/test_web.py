@@ -1,0 +1,282 @@
+"""What the page does, without a browser; test_browser.py clicks through it."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import selfvae
+from selfvae.codec import Codec
+from selfvae.data import photo
+from selfvae.pictures import encode, to_image
+from selfvae.transforms import Greyscale, MeanDownscale
+from selfvae.web import work
+from selfvae.web.work import Models
+
+PIXELS = 200_000
+
+
+@pytest.fixture(scope="module")
+def x() -> torch.Tensor:
+    """A part of a photograph, uint8 (1, 3, 40, 52)."""
+    return torch.from_numpy(photo("coffee", 2)[None, :, 60:100, 90:142].copy())
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    return Models.load()
+
+
+def png(x: torch.Tensor) -> bytes:
+    return encode(to_image(x[0]))
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None]
+
+
+def test_every_gap_is_filled_consistently(models: Models, x: torch.Tensor) -> None:
+    names = [str(gap) for gap in models.gaps]
+    assert names == [
+        "2 times as high and wide", "colour a grey picture", "smooth bands (8 levels a channel)",
+    ]  # fmt: skip
+    for gap in models.gaps:
+        (_, given), (_, plain), (_, a), (_, b) = work.enhance(gap, png(x), PIXELS, n=2, seed=3)
+        rows = gap.model.scale(1)[0]
+        zoom = a.width // (52 * rows)
+        assert a.size == b.size == given.size == plain.size == (52 * rows * zoom, 40 * rows * zoom)
+        assert a.tobytes() != b.tobytes()
+        drawn = pixels(a)[:, :, ::zoom, ::zoom]
+        d = gap.model.levels[0].transform
+        expected = {1: Greyscale()(x), 3: x}[d.format(gap.model.format).channels]
+        assert torch.equal(d(drawn), expected >> 5 if "bands" in str(gap) else expected)
+
+
+def test_a_whole_picture_is_taken_apart_and_compared(models: Models, x: torch.Tensor) -> None:
+    found = work.enhance(models.gaps[0], png(x[..., :51]), PIXELS, computed=True, n=1, decode="mode")
+    names = [name for name, _ in found]
+    assert names[0] == "given" and names[-1] == "the picture itself"
+    plain, ours = (float(name.split()[-2]) for name in names[1:3])
+    assert ours > plain + 0.3
+    zoom = found[-1][1].width // 50
+    given, whole = (pixels(found[i][1])[:, :, ::zoom, ::zoom] for i in (0, -1))
+    assert torch.equal(given[:, :, ::2, ::2], MeanDownscale(2)(whole))
+    with pytest.raises(ValueError, match="at least 2 x 2 pixels"):
+        work.enhance(models.gaps[0], png(x[..., :1]), PIXELS, computed=True)
+
+
+def test_compression_and_its_prefixes(models: Models, x: torch.Tensor) -> None:
+    codec = models.codec
+    assert codec is not None
+    found = work.compress(codec, png(x), PIXELS)
+    assert torch.equal(codec.decompress(found.data), x)
+    assert len(found.data) < found.others["WebP"] < found.others["PNG"]
+    table = found.table().splitlines()
+    assert f"{len(found.data):,}" in table[2] + table[3] and "PNG" in table[-1]
+    errors = []
+    for part in (0.0, 0.3, 0.7, 0.99):
+        image, words = work.prefix(codec, found, part)
+        assert image.size == (52 * 4, 40 * 4) and f"of {len(found.data):,} bytes. y" in words
+        errors.append(float(words.split()[-2]))
+    assert errors == sorted(errors) and errors[-1] > errors[0] + 3
+    image, words = work.prefix(codec, found, 1.0)
+    assert words.endswith("Every pixel is there.")
+    assert torch.equal(pixels(image)[:, :, ::4, ::4], x)
+    assert torch.equal(pixels(work.decompress(codec, found.data, PIXELS)), x)
+    with pytest.raises(ValueError, match="a picture of 52 x 40 pixels is too large"):
+        work.decompress(codec, found.data, 1000)
+
+
+def test_generation_and_interpolation(models: Models, x: torch.Tensor) -> None:
+    for model in models.generators.values():
+        a, b, c = (work.generate(model, 3, temperature=0.9, seed=seed) for seed in (0, 0, 1))
+        assert a.tobytes() == b.tobytes() != c.tobytes()
+    assert models.latent is not None
+    ends = png(x), png(x.flip(3))
+    for given in ("reconstruction", "u"):
+        frames = work.interpolate(models.latent, ends, PIXELS, 5, given, temperature=0.0, seed=0)
+        assert len(frames) == 5 and frames[0].size == (256, 256)
+        assert len({frame.tobytes() for frame in frames}) == 5
+        back = work.interpolate(models.latent, ends[::-1], PIXELS, 5, given, temperature=0.0, seed=0)
+        assert back[-1].tobytes() == frames[0].tobytes()
+
+
+def test_a_model_of_one_s_own(tmp_path: Path, x: torch.Tensor) -> None:
+    selfvae.save(selfvae.build("vae", "tiny", width=0.05), tmp_path / "vae")
+    models = Models.load(tmp_path / "vae")
+    assert not models.gaps and models.codec and models.latent and list(models.generators) == ["vae"]
+    selfvae.save(selfvae.build("selfvae-halve", "tiny", width=0.05), tmp_path / "halve")
+    models = Models.load(tmp_path / "halve")
+    assert len(models.gaps) == 6 and models.latent is None
+    assert str(models.gaps[0]) == "1 times as high, 2 times as wide"
+    assert len(work.enhance(models.gaps[1], png(x), PIXELS)) == 4
+    selfvae.save(selfvae.build("selfvae", "tiny", width=0.05, levels=16), tmp_path / "few")
+    assert Models.load(tmp_path / "few").codec is None
+
+
+def _huge_png(side: int) -> bytes:
+    """A PNG file of side x side black pixels, of a few kilobytes however large the side."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + side // 8)
+    body = b"".join(packer.compress(row) for _ in range(min(side, 4000))) + packer.flush()
+    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def _file(image: Image.Image, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def _zip(content: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as file:
+        file.writestr("a.png", content)
+    return out.getvalue()
+
+
+_RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8))
+_DEEP, _BROKEN = Image.fromarray(np.full((5, 7), 40_000, np.uint16)), "cannot be read"
+_SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><script>alert(1)</script></svg>'
+HOSTILE: dict[str, tuple[bytes, str | None, str | None]] = {  # file; why enhance, compress refuse it
+    "huge.png": (_huge_png(50_000), "too large for this page|exceeds limit", "too large|exceeds limit"),
+    "tiny.png": (_file(_RGB.crop((0, 0, 1, 1)), "PNG"), None, None),
+    "animated.gif": (
+        _file(_RGB, "GIF", save_all=True, append_images=[_RGB.rotate(90)]), None, "holds 2 pictures",
+    ),
+    "cmyk.jpg": (_file(_RGB.convert("CMYK"), "JPEG"), None, "neither grey nor RGB"),
+    "deep.png": (_file(_DEEP, "PNG"), None, "8 bits a channel"),
+    "corrupt.png": (_file(_RGB.resize((99, 99)), "PNG")[:4000] + bytes(99), _BROKEN, _BROKEN),
+    "wrong.txt": (_file(_RGB, "PNG"), None, None),
+    "drawing.svg": (_SVG, "of no known kind", "of no known kind"),
+    "zero.png": (b"", "empty", "empty"),
+    "archive.png": (_zip(_file(_RGB, "PNG")), "of no known kind", "of no known kind"),
+    "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no known kind", "no known kind"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_or_handled(name: str, models: Models) -> None:
+    data, enhance, compress = HOSTILE[name]
+    assert models.codec is not None
+    began = time.monotonic()
+    if enhance:
+        with pytest.raises(ValueError, match=enhance):
+            work.enhance(models.gaps[0], data, PIXELS)
+    else:
+        assert len(work.enhance(models.gaps[0], data, PIXELS)) == 4
+    if compress:
+        with pytest.raises(ValueError, match=compress):
+            work.compress(models.codec, data, PIXELS)
+    else:
+        assert work.compress(models.codec, data, PIXELS).data
+    assert time.monotonic() - began < 20
+
+
+def test_a_codec_file_that_promises_too_much_or_is_broken(models: Models, x: torch.Tensor) -> None:
+    assert models.codec is not None
+    data = models.codec.compress(x, verify=False)
+    for wrong in (b"", b"no file of ours", data[:40], data[:-7], data[:60] + b"\0" * 9 + data[69:]):
+        with pytest.raises(ValueError):
+            work.decompress(models.codec, wrong, PIXELS)
+    other = Codec(models.generators["selfvae-cifar10-small"]).compress(x, verify=False)
+    with pytest.raises(ValueError, match="another model"):
+        work.decompress(models.codec, other, PIXELS)
+
+
+# --- the server ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def address(models: Models) -> Iterator[str]:
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    from selfvae.web.page import served
+
+    with served(models, pixels=PIXELS, megabytes=1) as address:
+        yield address
+
+
+def get(address: str, **headers: str) -> tuple[int, str, dict[str, str]]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=30) as answer:
+            return answer.status, answer.read().decode(), {k.lower(): v for k, v in answer.headers.items()}
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(), {}
+
+
+def test_the_page_asks_nobody_else_and_answers_nobody_else(address: str) -> None:
+    assert address.startswith("http://127.0.0.1:")
+    status, text, headers = get(address)
+    assert status == 200 and "selfvae" in text
+    assert headers["content-security-policy"].startswith("default-src 'self'")
+    assert get(address, Host="evil.example")[0] == 400
+    assert get(f"{address}gradio_api/file=/etc/passwd")[0] in (403, 404)
+
+
+def test_hostile_files_leave_the_server_alive(address: str, tmp_path: Path) -> None:
+    client = pytest.importorskip("gradio_client")
+    page = client.Client(address, verbose=False)
+    for name, (data, why, _) in HOSTILE.items():
+        (tmp_path / name).write_bytes(data)
+        job = (client.handle_file(tmp_path / name), 0, False, 1, 0.5, 0)
+        if why:
+            with pytest.raises(Exception, match=f"{why}|empty"):
+                page.predict(*job, api_name="/enhance")
+        else:
+            assert len(page.predict(*job, api_name="/enhance")) == 3
+    (tmp_path / "large.png").write_bytes(os.urandom(2**20 + 2**16))
+    with pytest.raises(Exception, match="size"):
+        page.predict(client.handle_file(tmp_path / "large.png"), api_name="/compress")
+    assert get(address)[0] == 200
+
+
+def test_old_files_are_swept(tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    from selfvae.web.page import _sweep
+
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.bin").write_bytes(b"1")
+    for name in ("old", "old.bin"):
+        os.utime(tmp_path / name, (time.time() - 100, time.time() - 100))
+    _sweep(tmp_path, 50)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["new", "new.bin"]
+
+
+def test_nothing_stays_when_the_server_ends(models: Models) -> None:
+    pytest.importorskip("gradio")
+    from selfvae.web.page import served
+
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    with served(models) as first:
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        assert folder.is_dir() and get(first)[0] == 200
+    assert not folder.exists() and os.environ.get("GRADIO_TEMP_DIR") == before
+    with pytest.raises(OSError):
+        urllib.request.urlopen(first, timeout=5)
+
+
+def test_wrong_limits(models: Models) -> None:
+    pytest.importorskip("gradio")
+    from selfvae.web.page import served
+
+    with pytest.raises(ValueError, match="at least 1"), served(models, pixels=0):
+        pass

@@ -44,6 +44,7 @@ from selfvae.tasks import generate
 __all__ = ["TrainConfig", "check_free", "make_step", "prepare", "train"]
 
 
+_FORMAT = 1  # of checkpoints
 _OPTIMIZERS: dict[str, Any] = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW, "muon": Muon}
 
 
@@ -243,6 +244,7 @@ class State:
         numbers = {name: getattr(self, name) for name in self._numbers}
         assert isinstance(self.model.config, ModelConfig)
         metadata = {
+            "format": str(_FORMAT),
             "model": json.dumps(self.model.config.to_dict()),
             "train": json.dumps(dataclasses.asdict(config)),
             "state": json.dumps(numbers),
@@ -271,9 +273,16 @@ class State:
 
 
 def _check_same_model(checkpoint: Path, config: ModelConfig) -> None:
-    """Raise ValueError if a checkpoint is of another model than the one to go on with."""
+    """Raise ValueError if a checkpoint is of another model, or of a later format."""
     with safe_open(checkpoint, framework="pt") as file:
-        saved = ModelConfig.from_dict(json.loads(file.metadata()["model"]))
+        metadata = file.metadata()
+    found = int(metadata.get("format", 1))  # the first ones did not say
+    if found > _FORMAT:
+        raise ValueError(
+            f"{checkpoint} has format {found}; this version of selfvae goes on from 1 to {_FORMAT}: use the "
+            "version that wrote it"
+        )
+    saved = ModelConfig.from_dict(json.loads(metadata["model"]))
     if saved != config:
         now = config.to_dict()
         changed = {k: (v, now[k]) for k, v in saved.to_dict().items() if now[k] != v}

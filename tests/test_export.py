@@ -10,25 +10,23 @@ import torch
 
 import selfvae
 from selfvae.cli import main
-from selfvae.export import DecoderPart, Enhancement, to_onnx, to_program, write
+from selfvae.export import DecoderPart, Enhancement, to_onnx, write
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX files need onnxruntime")
 pytest.importorskip("onnxscript", reason="ONNX files need onnxscript")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 MODELS = {
-    "chain": ("selfvae-quincunx", {"image_shape": (3, 16, 16)}, 2),
+    "chain": ("selfvae-quincunx", {"image_shape": (3, 8, 8)}, 1),
     "means": ("selfvae", {"latents": "none", "backbone": "residual"}, 1),
-    "latents": ("selfvae", {"prior": "normal"}, 1),
-    "grey": ("selfvae-grey", {"latents": "none", "backbone": "residual"}, 1),
-    "bicubic": ("srvae", {"prior": "normal", "latents": "none"}, 1),
+    "latents": ("selfvae-grey", {"prior": "normal", "image_shape": (3, 16, 16)}, 1),
 }
 
 
 def built(name: str) -> tuple[selfvae.SelfVAE, int]:
     preset, options, k = MODELS[name]
     torch.manual_seed(0)
-    model = selfvae.build(preset, "tiny", width=0.05, **options)
+    model = selfvae.build(preset, "tiny", width=0.05, depth=0.1, **options)
     for p in model.parameters():  # trained models are not zero either
         if p.ndim == 1:
             torch.nn.init.normal_(p, std=0.3)
@@ -49,23 +47,21 @@ def run(path: Path, inputs: dict[str, torch.Tensor]) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["chain", "latents"])
 def test_enhancement(name: str, tmp_path: Path) -> None:
     model, k = built(name)
     part = Enhancement(model, k)
     to_onnx(part, tmp_path / "a.onnx")
-    program = to_program(part).module()
     for size in ((1, 3, 5), (3, 7, 4)):
         inputs = {key: random_like(value) for key, value in part.example(*size).items()}
         expected = selfvae.enhance(model, inputs["y"], k, temperature=0.0)
-        assert torch.equal(program(**inputs), expected)
         found = run(tmp_path / "a.onnx", inputs)
         assert found.dtype == np.uint8 and found.shape == expected.shape
         off = np.abs(found.astype(int) - expected.numpy())
         assert np.mean(off > 0) < 0.005  # a value halfway between two levels may go either way
 
 
-@pytest.mark.parametrize("name", ["chain", "latents", "grey"])
+@pytest.mark.parametrize("name", ["chain", "latents"])
 def test_decoder(name: str, tmp_path: Path) -> None:
     model, _ = built(name)
     part = DecoderPart(model, 0)

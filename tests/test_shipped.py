@@ -16,7 +16,10 @@ from selfvae.demo import demo
 from selfvae.evaluate import evaluate
 from selfvae.transforms import MeanDownscale
 
-NAMES = ("selfvae-cifar10-small", "selfvae-photos", "selfvae-photos-x2")
+NAMES = (
+    "selfvae-cifar10-latent", "selfvae-cifar10-small", "selfvae-photos", "selfvae-photos-bits",
+    "selfvae-photos-grey", "selfvae-photos-x2",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

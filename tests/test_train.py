@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import selfvae
 from selfvae import data, hub, presets
@@ -242,8 +244,6 @@ def test_patience_and_the_clock_end_a_run(tmp_path: Path, images: data.Dataset) 
 
 
 def _state(out: Path) -> dict[str, float]:
-    from safetensors import safe_open
-
     with safe_open(out / "checkpoint.safetensors", "pt") as file:
         return json.loads(file.metadata()["state"])  # type: ignore[no-any-return]
 
@@ -302,6 +302,28 @@ def test_loading_errors(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "format": 99}))
     with pytest.raises(ValueError, match="got .*'format': 99"):
         selfvae.load(tmp_path)
+
+
+@pytest.mark.parametrize("run", ["1/adamax", "1/muon"])
+def test_old_checkpoints_go_on(run: str, tmp_path: Path) -> None:
+    """A folder of runs for every format, written when it was new and never again."""
+    shutil.copytree(Path(__file__).parent / "golden/checkpoints" / run, tmp_path / "run")
+    np.save(tmp_path / "x.npy", np.arange(40 * 3 * 64, dtype=np.uint8).reshape(40, 3, 8, 8))
+    before = selfvae.load(tmp_path / "run")
+    flags = ["--out", str(tmp_path / "run"), "--data", str(tmp_path / "x.npy"), "--steps", "3"]
+    assert main(["train", "--resume", *flags]) == 0
+    assert _state(tmp_path / "run")["step"] == 3
+    after = selfvae.load(tmp_path / "run")
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_later_checkpoints_are_refused(tmp_path: Path, images: data.Dataset) -> None:
+    train(CONFIG, images, tmp_path, settings(steps=1), quiet=True)
+    tensors = load_file(tmp_path / "checkpoint.safetensors")
+    with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
+        save_file(tensors, tmp_path / "checkpoint.safetensors", {**file.metadata(), "format": "99"})
+    with pytest.raises(ValueError, match="has format 99; this version of selfvae goes on from 1 to 1"):
+        train(CONFIG, images, tmp_path, settings(steps=2), resume=True, quiet=True)
 
 
 def test_nothing_is_half_written(tmp_path: Path) -> None:

@@ -49,6 +49,9 @@ _INTERPOLATE = """The model explains a picture by latents, some hundred numbers.
 pictures lies a line, and each point of it is a picture again. (A small model of small pictures: expect the
 gist.)"""
 
+# small pictures are for looking at, and their pixels are what matters
+_STYLE = ".pixels img { width: 100%; object-fit: contain; image-rendering: pixelated }"
+
 # the browser may ask nobody but this server
 _POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
@@ -100,8 +103,12 @@ def _still(value: Any) -> Any:
     return value
 
 
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _image(label: str | None, height: int | None = None) -> gr.Image:
+    """A place for a picture, enlarged to it; without the button that would publish the picture."""
+    return gr.Image(
+        label=label, show_label=label is not None, format="png", interactive=False, height=height,
+        buttons=["download", "fullscreen"], elem_classes="pixels",
+    )  # fmt: skip
 
 
 class Page:
@@ -133,15 +140,15 @@ class Page:
 
     def _picture(self, label: str, example: str | None = None) -> gr.File:
         """A box for a file, what is in it, and a button for a photograph that comes along."""
-        file = gr.File(label=label, type="binary", height=100)
+        file = gr.File(label=label, type="binary", height=130)
         if example:
 
             def take() -> str:
                 x = torch.from_numpy(sources.photo(example, 2))
                 return self._file(pictures.encode(pictures.to_image(x)), f"{example}.png")
 
-            gr.Button("or take this example", size="sm").click(take, None, file, api_name=False)
-        seen = gr.Image(label="what was in it", format="png", interactive=False, height=200, buttons=[])
+            gr.Button("or take an example", size="sm").click(take, None, file, api_name=False)
+        seen = _image("what was in it", height=200)
 
         @_told
         def look(data: bytes | None) -> Image.Image | None:
@@ -164,7 +171,7 @@ class Page:
             with gr.Row():
                 with gr.Column(scale=1):
                     file = self._picture("a picture", "chelsea")
-                    names = [_capital(str(gap)) for gap in gaps]
+                    names = [str(gap).capitalize() for gap in gaps]
                     which = gr.Radio(names, value=names[0], label="what it lacks", type="index")
                     computed = gr.Checkbox(label="it lacks nothing: take that away first, and compare")
                     n = gr.Slider(1, 4, 2, step=1, precision=0, label="draws")
@@ -172,8 +179,9 @@ class Page:
                     go = gr.Button("Enhance", variant="primary")
                 with gr.Column(scale=2):
                     sheet = gr.Gallery(
-                        label="result", format="png", columns=2, object_fit="contain", height=640
-                    )
+                        label="result", format="png", columns=2, height="auto", object_fit="contain",
+                        buttons=["download", "fullscreen"], elem_classes="pixels",
+                    )  # fmt: skip
 
         @_told
         def enhance(
@@ -197,14 +205,14 @@ class Page:
                 with gr.Column(scale=1):
                     file = self._picture("a picture", "coffee")
                     go = gr.Button("Compress", variant="primary")
-                    packed = gr.File(label="or a .svae file", type="binary", height=100)
+                    packed = gr.File(label="or a .svae file", type="binary", height=130)
                     open_it = gr.Button("Open")
                 with gr.Column(scale=2):
                     table = gr.Markdown()
                     result = gr.File(label="the file", interactive=False, visible=False)
                     part = gr.Slider(0, 100, 100, step=1, label="% of it has arrived", visible=False)
                     words = gr.Markdown()
-                    shown = gr.Image(label="what it shows", format="png", interactive=False, height=480)
+                    shown = _image("what it shows", height=480)
             kept = gr.State(None, time_to_live=_KEPT)
 
         @_told
@@ -236,7 +244,7 @@ class Page:
 
         outputs = [kept, table, result, part, shown, words]
         go.click(compress, file, outputs, **_HEAVY)
-        part.release(arrive, [kept, part], [shown, words], **_HEAVY)
+        part.input(arrive, [kept, part], [shown, words], trigger_mode="always_last", **_HEAVY)
         open_it.click(open_file, packed, outputs, **_HEAVY)
 
     def _generate(self) -> None:
@@ -250,7 +258,7 @@ class Page:
                     how = self._how(0.9)
                     go = gr.Button("Generate", variant="primary")
                 with gr.Column(scale=2):
-                    shown = gr.Image(label="all levels", format="png", interactive=False)
+                    shown = _image(None)
 
         @_told
         def generate(name: str, n: int, heat: float, seed: int) -> Image.Image:
@@ -279,7 +287,7 @@ class Page:
                     step = gr.Slider(
                         0, _STEPS - 1, _STEPS // 2, step=1, precision=0, label="step", visible=False
                     )
-                    shown = gr.Image(label="between them", format="png", interactive=False, height=320)
+                    shown = _image("between them", height=400)
             frames = gr.State(None, time_to_live=_KEPT)
 
         @_told
@@ -358,7 +366,7 @@ def served(
                 prevent_thread_lock=True, max_file_size=megabytes * 2**20, footer_links=[], ssr_mode=False,
                 run_history=False, enable_monitoring=False, mcp_server=False, pwa=False,
                 theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-                app_kwargs={"middleware": around},
+                css=_STYLE, app_kwargs={"middleware": around},
             )  # fmt: skip
             yield address
         finally:

@@ -33,7 +33,6 @@ __all__ = [
 _GAPS = ("selfvae-photos-x2", "selfvae-photos-grey", "selfvae-photos-bits")
 _CODEC, _LATENT = "selfvae-photos", "selfvae-cifar10-latent"
 _LEVELS = 8  # of a long chain, so many levels are shown
-_SHOWN = 256  # pixels of the longer side that small images are enlarged to, for the eye
 
 
 @dataclass(frozen=True)
@@ -47,15 +46,13 @@ class Gap:
         rows, cols = self.model.scale(self.k)
         given, whole = self.model.levels[self.k].format, self.model.format
         words = []
-        if rows == cols > 1:
-            words.append(f"{rows} times as high and wide")
-        elif rows * cols > 1:
-            words.append(f"{rows} times as high, {cols} times as wide")
+        if rows * cols > 1:
+            words.append(f"size: it becomes {cols} x as wide, {rows} x as high")
         if given.channels < whole.channels:
-            words.append("colour a grey picture")
+            words.append("colour: it is grey")
         if given.levels < whole.levels:
-            words.append(f"smooth bands ({given.levels} levels a channel)")
-        return ", ".join(words) or f"draw x given y{self.k}"
+            words.append(f"levels: it has {given.levels} a channel, in bands")
+        return "; ".join(words) or f"what y{self.k} does not hold"
 
 
 @dataclass(frozen=True)
@@ -152,9 +149,8 @@ def enhance(
 
 
 def _image(x: Tensor) -> Image.Image:
-    """A picture uint8 (1, C, h, w) in RGB for the page, a small one with larger pixels."""
-    zoom = max(1, _SHOWN // max(x.shape[2:]))
-    return to_image(to_rgb(x)[0].repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
+    """A picture uint8 (1, C, h, w), in RGB."""
+    return to_image(to_rgb(x)[0])
 
 
 # --- compress -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 OTHERS = ("results/**/*", "recipes/**/*", "benchmarks/NOTES.md", "selfvae/models/*/README.md")
-KINDS = (".md", ".png", ".json", ".csv", ".yaml")
+KINDS = (".md", ".html", ".png", ".json", ".csv", ".yaml")
 
 
 def on_files(files: Files, config: Any) -> Files:

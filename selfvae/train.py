@@ -279,8 +279,8 @@ def _check_same_model(checkpoint: Path, config: ModelConfig) -> None:
     found = int(metadata.get("format", 1))  # the first ones did not say
     if found > _FORMAT:
         raise ValueError(
-            f"{checkpoint} has format {found}; this version of selfvae goes on from 1 to {_FORMAT}: use the "
-            "version that wrote it"
+            f"{checkpoint} has format {found}; this version of selfvae goes on from 1 to {_FORMAT}: "
+            "use the one that wrote it"
         )
     saved = ModelConfig.from_dict(json.loads(metadata["model"]))
     if saved != config:

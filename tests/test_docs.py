@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from selfvae.cli import main
+from selfvae.data import photo
 from selfvae.layers import BACKBONES
 from selfvae.presets import TRANSFORMS
 from selfvae.priors import TOP_PRIORS
@@ -17,11 +23,16 @@ from selfvae.priors import TOP_PRIORS
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("page", ["bound", "chains", "consistency", "extend", "levels"])
+@pytest.mark.parametrize(
+    "page",
+    ["bound", "chains", "codec", "consistency", "extend", "levels", "scores", "share", "tutorial"],
+)
 def test_page(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """A page's blocks run one after the other, as a reader would paste them."""
+    if page == "share":
+        pytest.importorskip("onnxscript", reason="ONNX files need onnxscript")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.DOTALL)
     assert blocks
@@ -31,6 +42,42 @@ def test_page(
     names: dict[str, object] = {}
     for block in blocks:
         exec(block, names)
+
+
+def test_tutorial_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tutorial's commands, one after the other, with less training."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-photos").mkdir()
+    for i, (name, top) in enumerate((("coffee", 0), ("chelsea", 0), ("astronaut", 60))):
+        x = photo(name, 2)[:, top : top + 72, 40:120].transpose(1, 2, 0)
+        Image.fromarray(x).save(tmp_path / f"my-photos/{i}.png")
+    shutil.copy(tmp_path / "my-photos/0.png", tmp_path / "photo.png")
+    text = "\n".join(re.findall(r"```sh\n(.*?)```", (ROOT / "docs/tutorial.md").read_text(), re.DOTALL))
+    less = {"--n 2000": "--n 40", "--max-seconds 600": "--steps 2 --eval-images 4"}
+    for long, short in less.items():
+        assert long in text
+        text = text.replace(long, short)
+    lines = list(filter(None, text.splitlines()))
+    assert len(lines) >= 9
+    for line in lines:
+        assert main(shlex.split(line)[1:]) == 0, line
+    assert np.array_equal(np.asarray(Image.open("again.png")), np.asarray(Image.open("photo.png")))
+    assert Image.open("larger.png").size == (160, 144)
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the site needs mkdocs-material")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for page in ("index.html", "results/index.html", "recipes/index.html", "api/index.html"):
+        html = (tmp_path / "site" / page).read_text()
+        assert not re.search(r'(src|href)="https?://(?!squidfunk)', html), (
+            page
+        )  # nothing is fetched elsewhere
+    assert "selfvae.codec.progressive.Codec.compress" in html
 
 
 def test_sharded_training(tmp_path: Path) -> None:

@@ -138,23 +138,22 @@ class Page:
         file.write_bytes(data)
         return str(file)
 
-    def _picture(self, label: str, example: str | None = None) -> gr.File:
-        """A box for a file, what is in it, and a button for a photograph that comes along."""
+    def _picture(self, label: str, example: str) -> gr.File:
+        """A box for a file, what is in it, and a button for a photograph that comes with scikit-image."""
         file = gr.File(label=label, type="binary", height=130)
-        if example:
-
-            def take() -> str:
-                x = torch.from_numpy(sources.photo(example, 2))
-                return self._file(pictures.encode(pictures.to_image(x)), f"{example}.png")
-
-            gr.Button("or take an example", size="sm").click(take, None, file, api_name=False)
+        take = gr.Button("or take an example", size="sm")
         seen = _image("what was in it", height=200)
 
         @_told
         def look(data: bytes | None) -> Image.Image | None:
             return None if data is None else pictures.to_image(work.read(data, self.pixels).pixels[0])
 
+        def example_file() -> str:
+            x = torch.from_numpy(sources.photo(example, 2))
+            return self._file(pictures.encode(pictures.to_image(x)), f"{example}.png")
+
         file.change(look, file, seen, api_name=False)
+        take.click(example_file, None, file, api_name=False)
         return file
 
     def _how(self, temperature: float) -> list[Any]:

@@ -91,9 +91,7 @@ def main(
     if json:
         print(encode.dumps(found))
         return
-    print(
-        "| | MB: torch, program, ONNX | seconds: torch, program, ONNX | off: program, ONNX |\n|---|---|---|---|"
-    )
+    print("| | MB: torch, program, ONNX | seconds: the same | off: program, ONNX |\n|---|---|---|---|")
     for name, row in found.items():
         kinds = ("torch", "program", "onnx")
         sizes = ", ".join(f"{row['bytes'][kind] / 1e6:.2f}" for kind in kinds)

@@ -1,7 +1,7 @@
 """Networks for other runtimes: the enhancement path and the decoders, by torch.export and as ONNX files.
 
-What is exported takes any number of images of any height and width that the model's networks divide, and
-draws nothing: modes alone.
+What is exported takes up to 4096 images of any height and width that the model's networks divide (up to
+4096 times) and draws nothing: modes alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from selfvae.tasks import check_computed, enhance
 
 __all__ = ["DecoderPart", "Enhancement", "to_onnx", "to_program", "write"]
 
-_MOST = 1024  # images, and blocks of the networks along a side
+_MOST = 4096  # images, and blocks of the networks along a side
 
 
 class Enhancement(nn.Module):

@@ -158,10 +158,11 @@ def from_pretrained(
         folder = hub.snapshot_download(
             str(name), revision=revision, token=token, allow_patterns=_FILES, local_files_only=offline
         )
-    except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # what it raises differs by its version
         where = "among what was fetched before" if offline else "on the hub, nor is there such a folder"
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"no model {name} {where} ({first}): check the name and the connection") from None
+        raise ValueError(
+            f"no model {name} {where} ({_first_line(error)}): check the name and the connection"
+        ) from None
     return load(folder)
 
 
@@ -200,9 +201,10 @@ def push_to_hub(
         try:
             address = api.create_repo(name, private=private, exist_ok=True)
             api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
-        except (hub.errors.HfHubHTTPError, hub.errors.LocalTokenNotFoundError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(f"the hub did not take {name} ({first}): is `hf auth login` done?") from None
+        except Exception as error:
+            raise ValueError(
+                f"the hub did not take {name} ({_first_line(error)}): is `hf auth login` done?"
+            ) from None
     return str(address)
 
 
@@ -248,10 +250,13 @@ x = selfvae.generate(model, 16)
     return text
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _huggingface() -> Any:
     try:
         import huggingface_hub
-        import huggingface_hub.errors
     except ImportError:
         raise ImportError("the hub needs huggingface_hub: pip install 'selfvae[hub]'") from None
     return huggingface_hub

@@ -8,7 +8,7 @@ a camera noted is applied; of an animation the first frame is taken. Alpha is ke
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import struct
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -22,7 +22,6 @@ from selfvae.transforms import Format, Greyscale
 
 __all__ = [
     "ENDINGS",
-    "FORMATS",
     "Picture",
     "check_ending",
     "encode",
@@ -39,9 +38,9 @@ __all__ = [
 ]
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of these files, as Pillow calls them
 
-Source = Path | BinaryIO
+Source = Path | BinaryIO  # a stream is somebody else's file: only the formats of `ENDINGS` are taken there
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # as Pillow calls them
 
 
 class _RefusedError(ValueError):
@@ -59,6 +58,10 @@ def _name(source: Source) -> str:
     return str(source) if isinstance(source, Path) else "the file"
 
 
+def _open(source: Source) -> Image.Image:
+    return Image.open(source, formats=None if isinstance(source, Path) else _FORMATS)
+
+
 def open_picture(source: Source, exact: bool = False) -> Image.Image:
     """The file's picture in mode L, LA, RGB or RGBA; ValueError naming the file if that cannot be.
 
@@ -66,7 +69,7 @@ def open_picture(source: Source, exact: bool = False) -> Image.Image:
     """
     name = _name(source)
     try:
-        with Image.open(source) as file:
+        with _open(source) as file:
             if exact:
                 _check_exact(name, file)
             picture = ImageOps.exif_transpose(file)
@@ -87,20 +90,21 @@ def open_picture(source: Source, exact: bool = False) -> Image.Image:
         raise _unreadable(name, error) from None
 
 
-def picture_size(source: Source, formats: Sequence[str] | None = None) -> tuple[int, int]:
-    """Height and width in pixels of what `open_picture` gives, without reading the pixels.
-
-    ValueError for a file that is not a picture, or of none of the formats, e.g. `FORMATS`.
-    """
+def picture_size(source: Source) -> tuple[int, int]:
+    """Height and width in pixels of what `open_picture` gives, without reading the pixels."""
     try:
-        with Image.open(source, formats=formats) as file:
+        with _open(source) as file:
             turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return file.size if turned else file.size[::-1]
     except _UNREADABLE as error:
         raise _unreadable(_name(source), error) from None
 
 
-_UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)
+# what Pillow raises over broken files
+_UNREADABLE = (
+    OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
 
 
 def _unreadable(name: str, error: BaseException) -> ValueError:

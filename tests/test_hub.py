@@ -145,6 +145,8 @@ def test_what_the_hub_lacks_or_refuses(server: tuple[str, type[Hub]], tmp_path: 
     assert "ValueError: no model me/none on the hub, nor is there such a folder" in done.stderr
     done = run("selfvae.from_pretrained('me/none', offline=True)", address, tmp_path)
     assert "ValueError: no model me/none among what was fetched before" in done.stderr
+    done = run(f"{BUILD}selfvae.push_to_hub(model, 'me/mine')", "http://127.0.0.1:9", tmp_path)
+    assert "ValueError: the hub did not take me/mine" in done.stderr
     done = run(f"{BUILD}selfvae.push_to_hub(model, 'me/mine')", address, tmp_path, token="hf_wrong")
     assert "ValueError: the hub did not take me/mine" in done.stderr and "hf auth login" in done.stderr
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -153,10 +155,11 @@ def _zip(content: bytes) -> bytes:
 
 
 _RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8))
+_IM = b"II*\0\x08\0\0\0: 1\nImage size (x*y): 9000*9000\n".ljust(511, b"\0") + b"\x1a"
 _DEEP, _BROKEN = Image.fromarray(np.full((5, 7), 40_000, np.uint16)), "cannot be read"
 _SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><script>alert(1)</script></svg>'
 HOSTILE: dict[str, tuple[bytes, str | None, str | None]] = {  # file; why enhance, compress refuse it
-    "huge.png": (_huge_png(50_000), "too large for this page|exceeds limit", "too large|exceeds limit"),
+    "huge.png": (_huge_png(50_000), "exceeds limit", "exceeds limit"),
     "tiny.png": (_file(_RGB.crop((0, 0, 1, 1)), "PNG"), None, None),
     "animated.gif": (
         _file(_RGB, "GIF", save_all=True, append_images=[_RGB.rotate(90)]), None, "holds 2 pictures",
@@ -166,7 +169,12 @@ HOSTILE: dict[str, tuple[bytes, str | None, str | None]] = {  # file; why enhanc
     "corrupt.png": (_file(_RGB.resize((99, 99)), "PNG")[:4000] + bytes(99), _BROKEN, _BROKEN),
     "wrong.txt": (_file(_RGB, "PNG"), None, None),
     "drawing.svg": (_SVG, "of no known kind", "of no known kind"),
-    "zero.png": (b"", "empty", "empty"),
+    "zero.png": (b"", "the file is empty", "the file is empty"),
+    "large.png": (_file(_RGB.resize((500, 500)), "PNG"), "500 x 500 .* for this page", "500 x 500 .* page"),
+    "enlarged.png": (_file(_RGB.resize((300, 300)), "PNG"), "600 x 600 .* for this page", None),
+    "padded.png": (_file(_RGB.resize((30_000, 1)), "PNG"), None, "30000 x 1 .* for this page"),
+    "im.tif": (_IM, "cannot be read", "cannot be read"),
+    "exif.jpg": (_file(_RGB, "JPEG", exif=b"Exif\0\0II*\0"), None, None),
     "archive.png": (_zip(_file(_RGB, "PNG")), "of no known kind", "of no known kind"),
     "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no known kind", "no known kind"),
 }  # fmt: skip
@@ -238,14 +246,49 @@ def test_hostile_files_leave_the_server_alive(address: str, models: Models, tmp_
         what = str(models.gaps[0]).capitalize()
         job = (client.handle_file(tmp_path / name), what, False, 1, 0.5, 0)
         if why:
-            with pytest.raises(Exception, match=f"{why}|empty"):
+            with pytest.raises(Exception, match=f"{why}|File is empty"):
                 page.predict(*job, api_name="/enhance")
         else:
             assert len(page.predict(*job, api_name="/enhance")) == 3
-    (tmp_path / "large.png").write_bytes(os.urandom(2**20 + 2**16))
-    with pytest.raises(Exception, match="size"):
-        page.predict(client.handle_file(tmp_path / "large.png"), api_name="/compress")
+    for size in (2**20 + 2**16, 2**22):  # gradio's limit, and the gate's
+        (tmp_path / "large.png").write_bytes(os.urandom(size))
+        with pytest.raises(Exception, match="exceeds the maximum|413"):
+            page.predict(client.handle_file(tmp_path / "large.png"), api_name="/compress")
     assert get(address)[0] == 200
+
+
+def test_nothing_but_the_page_is_answered(address: str, tmp_path: Path) -> None:
+    assert get(address, Origin="http://evil.example")[0] == 403
+    assert get(address, Origin=address.rstrip("/"))[0] == 200
+    for path in (
+        "gradio_api/run/enhance",
+        "gradio_api/process_recording",
+        "gradio_api/stream/1",
+        "monitoring",
+    ):
+        assert get(f"{address}{path}")[0] == 404
+    client = pytest.importorskip("gradio_client")
+    page = client.Client(address, verbose=False)
+    fetched = {"path": f"{address}config", "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(Exception, match="fetches nothing from elsewhere"):
+        page.predict(fetched, api_name="/compress")
+
+
+def test_one_heavy_job_at_a_time(address: str, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = pytest.importorskip("gradio_client")
+    page, running, most = client.Client(address, verbose=False), [], []
+
+    def slow(*args: object, **how: object) -> Image.Image:
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.3)
+        running.pop()
+        return _RGB
+
+    monkeypatch.setattr(work, "generate", slow)
+    name = next(iter(models.generators))
+    jobs = [page.submit(name, 2, 0.9, seed, api_name="/generate") for seed in range(4)]
+    assert all(job.result() for job in jobs) and most == [1] * 4
 
 
 def test_old_files_are_swept(tmp_path: Path) -> None:
@@ -257,8 +300,11 @@ def test_old_files_are_swept(tmp_path: Path) -> None:
         (tmp_path / f"{name}.bin").write_bytes(b"1")
     for name in ("old", "old.bin"):
         os.utime(tmp_path / name, (time.time() - 100, time.time() - 100))
+    (tmp_path / "rewritten").mkdir()
+    (tmp_path / "rewritten/a").write_bytes(b"1")
+    os.utime(tmp_path / "rewritten", (time.time() - 100, time.time() - 100))
     _sweep(tmp_path, 50)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["new", "new.bin"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["new", "new.bin", "rewritten"]
 
 
 def test_nothing_stays_when_the_server_ends(models: Models) -> None:
@@ -270,8 +316,23 @@ def test_nothing_stays_when_the_server_ends(models: Models) -> None:
         folder = Path(os.environ["GRADIO_TEMP_DIR"])
         assert folder.is_dir() and get(first)[0] == 200
     assert not folder.exists() and os.environ.get("GRADIO_TEMP_DIR") == before
-    with pytest.raises(OSError):
+    with pytest.raises(urllib.error.URLError, match="refused"):
         urllib.request.urlopen(first, timeout=5)
+
+
+def test_the_command_ends_clean(tmp_path: Path) -> None:
+    """A kill removes what it wrote, too."""
+    pytest.importorskip("gradio")
+    with subprocess.Popen(
+        [sys.executable, "-m", "selfvae.cli", "serve", "selfvae-photos-x2", "--no-browser"],
+        env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, text=True,
+    ) as server:  # fmt: skip
+        assert server.stdout
+        address = server.stdout.readline().split()[0]
+        assert get(address)[0] == 200 and list(tmp_path.glob("selfvae-*"))
+        server.terminate()
+        assert server.wait(30) == 0
+    assert not list(tmp_path.glob("selfvae-*"))
 
 
 def test_wrong_limits(models: Models) -> None:

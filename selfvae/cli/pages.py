@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import threading
 import webbrowser
 from pathlib import Path
@@ -14,7 +16,7 @@ def serve(
     model: Annotated[Positional[Path | None], arg(metavar="MODEL")] = None,
     host: str = "127.0.0.1",
     port: int | None = None,
-    pixels: int = 1_000_000,
+    pixels: int = 2**20,
     megabytes: int = 20,
     browser: bool = True,
 ) -> None:
@@ -32,6 +34,8 @@ def serve(
     from selfvae.web.page import served
     from selfvae.web.work import Models
 
+    # so that a `kill` ends it as Ctrl-C does, and its files go
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with served(Models.load(model), host, port, pixels, megabytes) as address:
         print(f"{address} (Ctrl-C ends it)", flush=True)
         if browser:

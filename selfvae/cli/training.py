@@ -112,7 +112,7 @@ def export(
     if what == "enhance":
         part = Enhancement(net, 1 if level is None else level)
     else:
-        part = DecoderPart(net, level or 0)
+        part = DecoderPart(net, 0 if level is None else level)
     write(part, out)
     taken = ", ".join(f"{name} {tuple(value.shape)}" for name, value in part.example().items())
     print(f"{out}: {out.stat().st_size:,} bytes; takes e.g. {taken}, gives {part.output}")

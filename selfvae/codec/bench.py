@@ -60,8 +60,12 @@ def _file(image: Image.Image, format: str, options: Options) -> bytes:
 
 
 def lossless_sizes(image: Image.Image) -> dict[str, int]:
-    """Bytes of a picture in every lossless format that Pillow can write here, by name."""
-    return {name: len(_file(image, *how)) for name, how in _known(LOSSLESS).items()}
+    """Bytes of a picture in every lossless format that Pillow can write here and that can hold it."""
+    sizes = {}
+    for name, how in _known(LOSSLESS).items():
+        with contextlib.suppress(OSError, ValueError):  # e.g. no side of a WebP file has over 16383 pixels
+            sizes[name] = len(_file(image, *how))
+    return sizes
 
 
 def _ms_ssim(a: Tensor, b: Tensor) -> float | None:

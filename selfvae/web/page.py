@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
@@ -26,6 +27,7 @@ try:
     import gradio as gr
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import PlainTextResponse
 except ImportError:
     raise ImportError("the page needs gradio: pip install 'selfvae[demo]'") from None
 
@@ -35,7 +37,22 @@ _KEPT = 1800.0  # seconds that files and what a tab remembers are kept
 _QUEUE = 16  # jobs that may wait
 _STEPS = 9  # of an interpolation
 _HEAVY: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "work"}
-_LOCAL = ("127.0.0.1", "localhost", "::1")
+_LOCAL = ("127.0.0.1", "localhost", "[::1]")
+# what of gradio's server the page needs; the rest is not answered
+_PATHS = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json")
+_FOLDERS = ("/assets/", "/static/")
+_API = (
+    "info",
+    "config",
+    "upload",
+    "file=",
+    "queue/",
+    "heartbeat/",
+    "startup-events",
+    "cancel",
+    "reset",
+    "app_id",
+)
 
 _INTRO = """# selfvae
 Models that know how likely a picture is: so they can **fill in** what a picture lacks, and **store** what
@@ -59,11 +76,11 @@ _POLICY = (
 )
 
 
-class _Policy:
-    """Puts the policy above on every answer."""
+class _Gate:
+    """Answers what the page asks alone, nothing that another page asks, and puts the policy on it."""
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    def __init__(self, app: Any, most: int) -> None:
+        self.app, self.most = app, most
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def answer(message: Any) -> None:
@@ -75,10 +92,51 @@ class _Policy:
                 ]
             await send(message)
 
-        await self.app(scope, receive, answer)
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
+        if refusal:
+            await PlainTextResponse(*refusal)(scope, receive, answer)
+        else:
+            await self.app(scope, receive, answer)
+
+    def _refusal(self, scope: Any) -> tuple[str, int] | None:
+        """Text and status of a refusal."""
+        path = scope["path"]
+        headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"]}
+        api = tuple(f"/gradio_api/{name}" for name in _API)
+        if path not in _PATHS and not path.startswith((*_FOLDERS, *api)):
+            return "not a part of this page", 404
+        origin = headers.get("origin")
+        if origin and urlsplit(origin).netloc != headers.get("host"):
+            return "another page may not use this one", 403
+        if int(headers.get("content-length") or 0) > self.most:
+            return "the file exceeds the maximum size of this page (selfvae serve --megabytes)", 413
+        return None
 
 
-def _told(job: Callable[..., Any]) -> Callable[..., Any]:
+def _upload(label: str) -> gr.File:
+    """A box for a file that is dropped there: neither an address to fetch nor one that is forgotten.
+
+    Not a class of its own: gradio writes a file beside the module of one.
+    """
+    file: Any = gr.File(label=label, type="binary", height=130)
+    move, preprocess = file.async_move_resource_to_block_cache, file.preprocess
+
+    async def dropped(place: Any) -> str | None:
+        if "://" in str(place):
+            raise gr.Error("this page fetches nothing from elsewhere: drop a file", print_exception=False)
+        found: str | None = await move(place)
+        return found
+
+    def there(payload: Any) -> Any:
+        if payload is not None and not Path(payload.path).is_file():
+            raise gr.Error("this file was forgotten meanwhile: drop it again", print_exception=False)
+        return preprocess(payload)
+
+    file.async_move_resource_to_block_cache, file.preprocess = dropped, there
+    return file
+
+
+def _errors_shown(job: Callable[..., Any]) -> Callable[..., Any]:
     """The job, its refusals shown on the page."""
 
     @functools.wraps(job)
@@ -87,17 +145,20 @@ def _told(job: Callable[..., Any]) -> Callable[..., Any]:
             return job(*args, **kwargs)
         except ValueError as error:
             raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from None
+        except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
+            text = f"this did not work ({html.escape(str(error))[:200]}): try a smaller picture"
+            raise gr.Error(text, duration=None) from None
 
     return told
 
 
-def _there(value: bytes | None) -> bytes:
+def _required(value: bytes | None) -> bytes:
     if value is None:
         raise ValueError("no file is chosen yet: drop one into the box on the left")
     return value
 
 
-def _still(value: Any) -> Any:
+def _remembered(value: Any) -> Any:
     if value is None:
         raise ValueError("this was too long ago and is forgotten: press the button again")
     return value
@@ -130,7 +191,7 @@ class Page:
             self._generate()
             if models.latent:
                 self._interpolate()
-        self.blocks.queue(max_size=_QUEUE)
+        self.blocks.queue(max_size=_QUEUE, api_open=False)  # nothing passes by the queue
 
     def _file(self, data: bytes, name: str) -> str:
         """A file for the browser, in a folder of its own."""
@@ -140,11 +201,11 @@ class Page:
 
     def _picture(self, label: str, example: str) -> gr.File:
         """A box for a file, what is in it, and a button for a photograph that comes with scikit-image."""
-        file = gr.File(label=label, type="binary", height=130)
+        file = _upload(label)
         take = gr.Button("or take an example", size="sm")
         seen = _image("what was in it", height=200)
 
-        @_told
+        @_errors_shown
         def look(data: bytes | None) -> Image.Image | None:
             return None if data is None else pictures.to_image(work.read(data, self.pixels).pixels[0])
 
@@ -152,8 +213,8 @@ class Page:
             x = torch.from_numpy(sources.photo(example, 2))
             return self._file(pictures.encode(pictures.to_image(x)), f"{example}.png")
 
-        file.change(look, file, seen, api_name=False)
-        take.click(example_file, None, file, api_name=False)
+        file.change(look, file, seen, api_visibility="private")
+        take.click(example_file, None, file, api_visibility="private")
         return file
 
     def _how(self, temperature: float) -> list[Any]:
@@ -182,13 +243,13 @@ class Page:
                         buttons=["download", "fullscreen"], elem_classes="pixels",
                     )  # fmt: skip
 
-        @_told
+        @_errors_shown
         def enhance(
             data: bytes | None, which: int, computed: bool, n: int, heat: float, seed: int,
             progress: Any = gr.Progress(),  # noqa: B008 (the place where gradio looks for it)
         ) -> list[tuple[Image.Image, str]]:  # fmt: skip
             found = work.enhance(
-                gaps[which], _there(data), self.pixels, computed=computed, n=n, temperature=heat,
+                gaps[which], _required(data), self.pixels, computed=computed, n=n, temperature=heat,
                 seed=seed, track=progress.tqdm,
             )  # fmt: skip
             return [(image, name) for name, image in found]
@@ -204,7 +265,7 @@ class Page:
                 with gr.Column(scale=1):
                     file = self._picture("a picture", "coffee")
                     go = gr.Button("Compress", variant="primary")
-                    packed = gr.File(label="or a .svae file", type="binary", height=130)
+                    packed = _upload("or a .svae file")
                     open_it = gr.Button("Open")
                 with gr.Column(scale=2):
                     table = gr.Markdown()
@@ -214,9 +275,9 @@ class Page:
                     shown = _image("what it shows", height=480)
             kept = gr.State(None, time_to_live=_KEPT)
 
-        @_told
+        @_errors_shown
         def compress(data: bytes | None, progress: Any = gr.Progress()) -> Any:  # noqa: B008
-            found = work.compress(codec, _there(data), self.pixels, progress.tqdm)
+            found = work.compress(codec, _required(data), self.pixels, progress.tqdm)
             return {
                 kept: found,
                 table: found.table(),
@@ -225,13 +286,13 @@ class Page:
                 **dict(zip((shown, words), work.prefix(codec, found, 1.0), strict=True)),
             }
 
-        @_told
+        @_errors_shown
         def arrive(found: work.Compressed | None, part: float) -> tuple[Image.Image, str]:
-            return work.prefix(codec, _still(found), part / 100)
+            return work.prefix(codec, _remembered(found), part / 100)
 
-        @_told
+        @_errors_shown
         def open_file(data: bytes | None, progress: Any = gr.Progress()) -> Any:  # noqa: B008
-            image = work.decompress(codec, _there(data), self.pixels, progress.tqdm)
+            image = work.decompress(codec, _required(data), self.pixels, progress.tqdm)
             return {
                 kept: None,
                 table: "",
@@ -259,7 +320,7 @@ class Page:
                 with gr.Column(scale=2):
                     shown = _image(None)
 
-        @_told
+        @_errors_shown
         def generate(name: str, n: int, heat: float, seed: int) -> Image.Image:
             return work.generate(models[name], n, temperature=heat, seed=seed)
 
@@ -289,27 +350,28 @@ class Page:
                     shown = _image("between them", height=400)
             frames = gr.State(None, time_to_live=_KEPT)
 
-        @_told
+        @_errors_shown
         def interpolate(
             a: bytes | None, b: bytes | None, given: str, heat: float, seed: int, step: int
         ) -> Any:
-            both = _there(a), _there(b)
+            both = _required(a), _required(b)
             found = work.interpolate(model, both, self.pixels, _STEPS, given, temperature=heat, seed=seed)
             return found, gr.Slider(visible=True), found[step]
 
-        @_told
+        @_errors_shown
         def at(found: list[Image.Image] | None, step: int) -> Image.Image:
-            return _still(found)[step]
+            return _remembered(found)[step]
 
         go.click(interpolate, [*ends, given, *how, step], [frames, step, shown], **_HEAVY)
-        step.change(at, [frames, step], shown, api_name=False, show_progress="hidden")
+        step.change(at, [frames, step], shown, api_visibility="private", show_progress="hidden")
 
 
 def _sweep(folder: Path, age: float) -> None:
     """Remove what lies in a folder for longer than so many seconds."""
-    for file in folder.iterdir():
+    for file in list(folder.iterdir()):
         with contextlib.suppress(OSError):  # somebody else was quicker
-            if time.time() - file.stat().st_mtime > age:
+            newest = max(f.stat().st_mtime for f in (file, *file.rglob("*")))
+            if time.time() - newest > age:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
@@ -331,7 +393,7 @@ def served(
     models: Models,
     host: str = "127.0.0.1",
     port: int | None = None,
-    pixels: int = 1_000_000,
+    pixels: int = 2**20,
     megabytes: int = 20,
 ) -> Iterator[str]:
     """The page is served as long as this is open; gives its address.
@@ -346,13 +408,16 @@ def served(
     """
     if pixels < 1 or megabytes < 1:
         raise ValueError(f"pixels and megabytes must be at least 1; got {pixels} and {megabytes}")
-    done = threading.Event()
-    with tempfile.TemporaryDirectory(prefix="selfvae-") as name, _environment("GRADIO_TEMP_DIR", name):
+    done, most = threading.Event(), megabytes * 2**20
+    # a job may still be writing when the server ends
+    kept = tempfile.TemporaryDirectory(prefix="selfvae-", ignore_cleanup_errors=True)
+    with kept as name, _environment("GRADIO_TEMP_DIR", name):
         folder = Path(name)
         page = Page(models, pixels, folder).blocks
-        # a foreign name for this machine may be a foreign page's trick
-        hosts = [*_LOCAL] if host in _LOCAL else ["*"]
-        around = [Middleware(_Policy), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
+        around = [Middleware(_Gate, most=most + 2**20)]
+        if host not in ("0.0.0.0", "::"):
+            # a foreign name for this machine may be a foreign page's trick
+            around.append(Middleware(TrustedHostMiddleware, allowed_hosts=[host, *_LOCAL]))
 
         def clean() -> None:
             while not done.wait(60):
@@ -362,7 +427,7 @@ def served(
         try:
             _, address, _ = page.launch(
                 server_name=host, server_port=port, share=False, inbrowser=False, quiet=True,
-                prevent_thread_lock=True, max_file_size=megabytes * 2**20, footer_links=[], ssr_mode=False,
+                prevent_thread_lock=True, max_file_size=most, footer_links=[], ssr_mode=False,
                 run_history=False, enable_monitoring=False, mcp_server=False, pwa=False,
                 theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
                 css=_STYLE, app_kwargs={"middleware": around},

@@ -18,7 +18,7 @@ from selfvae.codec.bench import lossless_sizes
 from selfvae.data import square
 from selfvae.evaluate import plain_enhancement, psnr
 from selfvae.model import SelfVAE
-from selfvae.pictures import FORMATS, Picture, picture_size, show, to_format, to_image
+from selfvae.pictures import Picture, picture_size, show, to_format, to_image
 from selfvae.pictures import read as read_picture
 from selfvae.pictures import read_exactly as read_picture_exactly
 from selfvae.plots import figure, to_rgb
@@ -31,7 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 _GAPS = ("selfvae-photos-x2", "selfvae-photos-grey", "selfvae-photos-bits")
-_CODEC, _LATENT = "selfvae-photos", "selfvae-cifar10-latent"
+_CODEC, _SMALL, _LATENT = "selfvae-photos", "selfvae-cifar10-small", "selfvae-cifar10-latent"
 _LEVELS = 8  # of a long chain, so many levels are shown
 
 
@@ -68,10 +68,9 @@ class Models:
     def load(cls, path: Path | None = None) -> Models:
         """One trained model for everything that it can do; None: those that come with the package."""
         if path is None:
-            names = [*_GAPS, _CODEC, "selfvae-cifar10-small", _LATENT]
-            shipped = {name: hub.load(name) for name in names}
+            shipped = {name: hub.load(name) for name in (*_GAPS, _CODEC, _SMALL, _LATENT)}
             gaps = tuple(Gap(shipped[name], 1) for name in _GAPS)
-            generators = {n: shipped[n] for n in ("selfvae-cifar10-small", _LATENT, _CODEC)}
+            generators = {n: shipped[n] for n in (_SMALL, _LATENT, _CODEC)}
             return cls(gaps, Codec(shipped[_CODEC]), generators, shipped[_LATENT])
         model = hub.load(path)
         gaps = tuple(Gap(model, k) for k in range(1, len(model.levels)))
@@ -79,22 +78,24 @@ class Models:
         return cls(gaps, codec, {path.name: model}, model if model.has_latents else None)
 
 
-def read(data: bytes, pixels: int, exact: bool = False) -> Picture:
+def read(data: bytes, pixels: int, exact: bool = False, multiples: tuple[int, int] = (1, 1)) -> Picture:
     """The picture in a file; ValueError, before it is decoded, for one of more pixels than that.
+
+    multiples: rows and columns that a model pads the picture to; what it adds counts.
 
     exact: as `pictures.read_exactly`.
     """
     if not data:
         raise ValueError("the file is empty: nothing arrived, or nothing was in it")
-    height, width = picture_size(io.BytesIO(data), FORMATS)
-    _check_pixels(height, width, pixels)
+    _check_pixels(*picture_size(io.BytesIO(data)), pixels, multiples)
     if exact:
         return Picture(read_picture_exactly(io.BytesIO(data)))
     return read_picture(io.BytesIO(data))
 
 
-def _check_pixels(height: int, width: int, pixels: int) -> None:
-    if height * width > pixels:
+def _check_pixels(height: int, width: int, pixels: int, multiples: tuple[int, int] = (1, 1)) -> None:
+    rows, cols = multiples
+    if -(-height // rows) * rows * -(-width // cols) * cols > pixels:
         raise ValueError(
             f"a picture of {width} x {height} pixels is too large for this page, which takes {pixels:,} in "
             "all: choose a smaller one, or the command line, which takes any"
@@ -119,7 +120,7 @@ def enhance(
     computed: the picture lacks nothing; y[k] is computed from it first, and draws are measured against it.
     """
     model, k = gap.model, gap.k
-    picture, (rows, cols) = read(data, pixels), model.scale(k)
+    picture, (rows, cols) = read(data, pixels, multiples=model.multiples[k]), model.scale(k)
     x: Tensor | None = None
     if computed:
         x = to_format(picture, model.format)
@@ -127,15 +128,17 @@ def enhance(
         if not height or not width:
             raise ValueError(f"the picture must have at least {cols} x {rows} pixels to be made smaller")
         x = x[:, :, : height * rows, : width * cols]
-        y = tasks.infer(model, x, f"y{k}")[f"y{k}"][:, :, :height, :width]
+        large = fitted(model, x[0, 0].numel())
+        y = tasks.infer(large, x, f"y{k}")[f"y{k}"][:, :, :height, :width]
     else:
         y = to_format(picture, model.levels[k].format)
-    _check_pixels(y.shape[2] * rows, y.shape[3] * cols, pixels)
+    _check_pixels(y.shape[2] * rows, y.shape[3] * cols, pixels, model.multiples[0])
     large = fitted(model, y.shape[2] * rows * y.shape[3] * cols, track)
-    seed = how.pop("seed", None) or 0
+    seed = how.get("seed") or 0
     drawn = {"without a model": plain_enhancement(model, y, k)}
-    for i in range(n):
-        drawn[f"draw {i + 1}"] = tasks.enhance(large, y, k, seed=seed + i, **how)
+    for i in track(range(n), "draws"):
+        how["seed"] = seed + i
+        drawn[f"draw {i + 1}"] = tasks.enhance(large, y, k, **how)
     given = show(y, model.levels[k].format).repeat_interleave(rows, 2).repeat_interleave(cols, 3)
     out = [("given", given)]
     for name, value in drawn.items():
@@ -175,7 +178,7 @@ class Compressed:
 
 def compress(codec: Codec, data: bytes, pixels: int, track: Track = silent) -> Compressed:
     """The file of a picture, decoded again and compared, beside the others' sizes."""
-    x = read(data, pixels, exact=True).pixels
+    x = read(data, pixels, exact=True, multiples=codec.model.multiples[0]).pixels
     return Compressed(x, codec.compress(x, track=track), lossless_sizes(to_image(x[0])))
 
 
@@ -191,21 +194,20 @@ def prefix(codec: Codec, file: Compressed, part: float) -> tuple[Image.Image, st
     exact = [name for name in whole if name[0] == "y"][-1]
     x = file.x if exact == "y0" else codec.decompress(file.data[:cut], partial=True)
     rows, cols = codec.model.scale(int(exact[1:]))
+    size = f"{-(-header.width // cols)} x {-(-header.height // rows)}"
     words = f"{cut:,} of {len(file.data):,} bytes. "
     if exact == "y0":
         words += "Every pixel is there."
     else:
         error = psnr(x, file.x).item()
-        words += (
-            f"{exact}, with 1 of {rows * cols} pixels, is exact; the rest is the likeliest: {error:.1f} dB."
-        )
+        words += f"{exact}, {size} pixels, is exact; the rest is the likeliest: {error:.1f} dB."
     return _image(x), words
 
 
 def decompress(codec: Codec, data: bytes, pixels: int, track: Track = silent) -> Image.Image:
     """The picture in a .svae file, of at most so many pixels, as it is."""
     header = read_header(data)
-    _check_pixels(header.height, header.width, pixels)
+    _check_pixels(header.height, header.width, pixels, codec.model.multiples[0])
     return to_image(codec.decompress(data, track=track)[0])
 
 

@@ -239,7 +239,7 @@ class Page:
                     go = gr.Button("Enhance", variant="primary")
                 with gr.Column(scale=2):
                     sheet = gr.Gallery(
-                        label="result", format="png", columns=2, height="auto", object_fit="contain",
+                        label="result", format="png", columns=2, height=1000, object_fit="contain",
                         buttons=["download", "fullscreen"], elem_classes="pixels",
                     )  # fmt: skip
 

@@ -73,15 +73,15 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    colours: dict[str, str] = {}
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    twenty, colours = plt.get_cmap("tab20").colors, dict[str, Any]()  # type: ignore[attr-defined]
     for row in rows:
         new = row["recipe"] not in colours
-        colour = colours.setdefault(row["recipe"], f"C{len(colours)}")
+        colour = colours.setdefault(row["recipe"], twenty[len(colours) % 20])
         axis.plot(*zip(*row["curve"], strict=True), color=colour, label=row["recipe"] if new else None)
     axis.set(xscale="log", xlabel="seconds of training on one core", ylabel="bits/dim, validation")
     axis.grid(alpha=0.3)
-    axis.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(file, dpi=110)
 
 

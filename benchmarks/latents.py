@@ -23,12 +23,12 @@ from tyro.conf import Positional
 import selfvae
 from selfvae import data as sources
 from selfvae import tasks
+from selfvae.plots import magnify
 
 
 def parts(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Coarse and fine part of images uint8 (B, C, H, W), float64 of that shape."""
-    coarse = F.avg_pool2d(x.double(), block)
-    coarse = coarse.repeat_interleave(block, 2).repeat_interleave(block, 3)
+    coarse = magnify(F.avg_pool2d(x.double(), block), block)
     return coarse, x.double() - coarse
 
 

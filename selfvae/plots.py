@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selfvae.pictures import save
 
-__all__ = ["figure", "grid", "save_animation", "save_figure", "save_grid", "to_rgb"]
+__all__ = ["figure", "grid", "magnify", "save_animation", "save_figure", "save_grid", "to_rgb"]
 
 
 def to_rgb(x: Tensor) -> Tensor:
@@ -20,9 +20,14 @@ def to_rgb(x: Tensor) -> Tensor:
     return x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
 
 
+def magnify(x: Tensor, rows: int, cols: int | None = None) -> Tensor:
+    """Images (B, C, H, W), every pixel as `rows` x `cols` of them, by default a square."""
+    return x.repeat_interleave(rows, 2).repeat_interleave(cols or rows, 3)
+
+
 def grid(x: Tensor, columns: int | None = None, zoom: int = 1, gap: int = 2) -> Tensor:
     """uint8 (B, C, H, W) -> one RGB picture (3, h, w), row by row, white gaps of `gap` pixels."""
-    x = to_rgb(x).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    x = magnify(to_rgb(x), zoom)
     n, _, h, w = x.shape
     if n == 0:
         raise ValueError("no images to draw: ask for at least one")

@@ -99,8 +99,7 @@ def enhance(
         if n == 1:
             pictures.write(shown[0], file, alpha_of(picture, net.format))
         else:
-            given = pictures.show(y, net.levels[level].format)
-            given = given.repeat_interleave(rows, 2).repeat_interleave(cols, 3)
+            given = plots.magnify(pictures.show(y, net.levels[level].format), rows, cols)
             sheet = [plots.to_rgb(x) for x in (given, *(x[None] for x in shown))]
             plots.save_grid(torch.cat([x.cpu() for x in sheet]), file, zoom=1)
 

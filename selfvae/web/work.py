@@ -12,16 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from selfvae import hub, tasks
+from selfvae import hub, pictures, tasks
 from selfvae.codec import Codec, read_header
 from selfvae.codec.bench import lossless_sizes
 from selfvae.data import square
 from selfvae.evaluate import plain_enhancement, psnr
 from selfvae.model import SelfVAE
-from selfvae.pictures import Picture, picture_size, show, to_format, to_image
-from selfvae.pictures import read as read_picture
-from selfvae.pictures import read_exactly as read_picture_exactly
-from selfvae.plots import figure, to_rgb
+from selfvae.pictures import Picture, show, to_format, to_image
+from selfvae.plots import figure, magnify, to_rgb
 from selfvae.progress import Track, silent
 from selfvae.tiles import fitted
 
@@ -82,15 +80,14 @@ def read(data: bytes, pixels: int, exact: bool = False, multiples: tuple[int, in
     """The picture in a file; ValueError, before it is decoded, for one of more pixels than that.
 
     multiples: rows and columns that a model pads the picture to; what it adds counts.
-
     exact: as `pictures.read_exactly`.
     """
     if not data:
         raise ValueError("the file is empty: nothing arrived, or nothing was in it")
-    _check_pixels(*picture_size(io.BytesIO(data)), pixels, multiples)
+    _check_pixels(*pictures.picture_size(io.BytesIO(data)), pixels, multiples)
     if exact:
-        return Picture(read_picture_exactly(io.BytesIO(data)))
-    return read_picture(io.BytesIO(data))
+        return Picture(pictures.read_exactly(io.BytesIO(data)))
+    return pictures.read(io.BytesIO(data))
 
 
 def _check_pixels(height: int, width: int, pixels: int, multiples: tuple[int, int] = (1, 1)) -> None:
@@ -128,8 +125,7 @@ def enhance(
         if not height or not width:
             raise ValueError(f"the picture must have at least {cols} x {rows} pixels to be made smaller")
         x = x[:, :, : height * rows, : width * cols]
-        large = fitted(model, x[0, 0].numel())
-        y = tasks.infer(large, x, f"y{k}")[f"y{k}"][:, :, :height, :width]
+        y = tasks.infer(fitted(model, x[0, 0].numel()), x, f"y{k}")[f"y{k}"][:, :, :height, :width]
     else:
         y = to_format(picture, model.levels[k].format)
     _check_pixels(y.shape[2] * rows, y.shape[3] * cols, pixels, model.multiples[0])
@@ -139,8 +135,7 @@ def enhance(
     for i in track(range(n), "draws"):
         how["seed"] = seed + i
         drawn[f"draw {i + 1}"] = tasks.enhance(large, y, k, **how)
-    given = show(y, model.levels[k].format).repeat_interleave(rows, 2).repeat_interleave(cols, 3)
-    out = [("given", given)]
+    out = [("given", magnify(show(y, model.levels[k].format), rows, cols))]
     for name, value in drawn.items():
         shown = show(value, model.format)
         if x is not None:

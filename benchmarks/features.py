@@ -76,7 +76,7 @@ def main(data: Positional[Path], out: Path = WEIGHTS, seconds: float = 600, seed
     Args:
         data: folder with train.npy, test.npy and their labels.
         out: file for the weights, float16.
-        seconds: of training.
+        seconds: of training, this process's own.
         seed: of everything random.
     """
     torch.manual_seed(seed)
@@ -84,7 +84,7 @@ def main(data: Positional[Path], out: Path = WEIGHTS, seconds: float = 600, seed
     labels = {part: torch.tensor(json.loads((data / f"{part}_labels.json").read_text())) for part in x}
     net = Features(None).train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    began, part, steps = time.monotonic(), 0.0, 0
+    began, part, steps = time.process_time(), 0.0, 0
     while part < 1:
         chosen = torch.randint(len(x["train"]), (128,))
         optimizer.param_groups[0]["lr"] = 0.1 * (1 + math.cos(math.pi * part)) / 2
@@ -92,7 +92,7 @@ def main(data: Positional[Path], out: Path = WEIGHTS, seconds: float = 600, seed
         optimizer.zero_grad()
         F.cross_entropy(logits, labels["train"][chosen], label_smoothing=0.1).backward()
         optimizer.step()
-        part, steps = (time.monotonic() - began) / seconds, steps + 1
+        part, steps = (time.process_time() - began) / seconds, steps + 1
     net.eval()
     with torch.no_grad():
         found = torch.cat([net.head(net(batch)).argmax(1) for batch in x["test"].split(500)])

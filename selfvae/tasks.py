@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from selfvae.model import SelfVAE
+from selfvae.progress import Track, silent
 from selfvae.transforms import check_image
 
 __all__ = [
@@ -222,6 +223,7 @@ def complete(
     temperature: float | Mapping[str, float] = 1.0,
     decode: Literal["sample", "mode"] = "sample",
     seed: int | None = None,
+    track: Track = silent,
 ) -> dict[str, Tensor]:
     """One walk down the model: variables in `given` are taken, all others drawn.
 
@@ -231,6 +233,7 @@ def complete(
         shape: number, height and width (pixels) of the images x; None: what the given images say, or
             the size that the model was built for.
         temperature, decode, seed: see `Drawing`.
+        track: shows progress over the variables.
 
     Returns every variable by name; "y0" is the image, uint8 (B, C, H, W). What a given image determines is
     drawn too unless it is given: `infer` finds it.
@@ -268,8 +271,10 @@ def complete(
         taken[name] = value.to(model.device)
     heats = temperatures(model, temperature, decode)
     out: dict[str, Tensor] = {}
+    left = iter(track(variables(model), "variables"))
 
     def pick(name: str, p: Any) -> Tensor:
+        next(left)
         out[name] = taken[name] if name in taken else _draw(p, heats[name])
         return out[name]
 
@@ -366,6 +371,7 @@ def interpolate(
     given: str | Iterable[str] = "u",
     *,
     spherical: bool = False,
+    track: Track = silent,
     **how: Unpack[Drawing],
 ) -> Tensor:
     """From a to b, uint8 (B, C, H, W) each, through the latents named in `given`.
@@ -387,7 +393,7 @@ def interpolate(
         how["seed"] = int(torch.randint(2**31, ()).item())
     join = _slerp if spherical else torch.lerp
     frames = []
-    for i in range(steps):
+    for i in track(range(steps), "steps"):
         values = {name: join(ends[0][name], ends[1][name], i / (steps - 1)) for name in chosen}
         shape = (a.shape[0], a.shape[2], a.shape[3])
         frames.append(complete(model, values, shape, **how)["y0"])

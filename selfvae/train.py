@@ -284,12 +284,26 @@ def _check_same_model(checkpoint: Path, config: ModelConfig) -> None:
         )
     saved = ModelConfig.from_dict(json.loads(metadata["model"]))
     if saved != config:
-        now = config.to_dict()
-        changed = {k: (v, now[k]) for k, v in saved.to_dict().items() if now[k] != v}
         raise ValueError(
-            f"{checkpoint} is of another model; saved and asked for differ in {changed}: "
-            "leave those flags as they were"
+            f"{checkpoint} is of another model; saved and asked for differ in "
+            f"{_differences(saved, config)}: leave those flags as they were"
         )
+
+
+def _differences(a: ModelConfig, b: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    now = b.to_dict()
+    return {k: (v, now[k]) for k, v in a.to_dict().items() if now[k] != v}
+
+
+def _take_weights(model: SelfVAE, start: SelfVAE) -> None:
+    """Begin with another model's weights; ValueError if they are not of the same shapes."""
+    try:
+        hub.set_state(model, hub.own_state(start))
+    except RuntimeError:
+        raise ValueError(
+            "the weights to start from do not fit; their model and the run's differ in "
+            f"{_differences(start.config, model.config)}; data of another size: --image-size, selfvae crop"
+        ) from None
 
 
 def _seed(*parts: int) -> None:
@@ -388,6 +402,7 @@ def train(
     out: str | Path,
     config: TrainConfig = TrainConfig(),
     *,
+    start: SelfVAE | None = None,
     resume: bool = False,
     fabric: Fabric | None = None,
     quiet: bool = False,
@@ -396,7 +411,7 @@ def train(
 
     Writes out/config.json and model.safetensors (the averaged weights, see `hub.load`),
     checkpoint.safetensors (to resume from), log.csv and samples/*.png. Interrupted by Ctrl-C it saves
-    and returns.
+    and returns. `start`: a trained model whose weights a new run begins with.
 
     Raises FileExistsError if `out` holds a run and resume is False, FileNotFoundError the other way.
     """
@@ -429,6 +444,8 @@ def train(
     bare = from_config(model_config).to(fabric.device)
     check_levels(bare, data.train)
     if not resume:
+        if start is not None:
+            _take_weights(bare, start)
         # every process initialises on the whole first batch, so all start alike
         chosen = batch_indices(len(data.train), config.batch_size, 0, config.seed)
         bare.initialise(data.train.take(chosen).to(fabric.device))

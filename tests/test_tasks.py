@@ -268,6 +268,21 @@ def test_tiles_of_enough_context_are_the_whole(name: str, images: torch.Tensor) 
     assert ((whole - short).abs() > 0).float().mean() > 0.001
 
 
+def test_progress_is_shown_over_variables_and_steps(images: torch.Tensor) -> None:
+    model, seen = build("selfvae", images), []
+
+    def track(steps, text):  # type: ignore[no-untyped-def]
+        for step in steps:
+            seen.append((text, step))
+            yield step
+
+    complete(model, {}, (1, 16, 16), track=track)
+    interpolate(model, images[:1], images[1:2], 3, track=track)
+    assert seen == [("variables", name) for name in tasks.variables(model)] + [
+        ("steps", i) for i in range(3)
+    ]
+
+
 def test_tiles_report_progress_and_keep_memory_bounded(images: torch.Tensor) -> None:
     model = build("selfvae-halve", images)
     seen: dict[str, int] = {}

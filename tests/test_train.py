@@ -390,6 +390,33 @@ def test_another_model_is_not_resumed(tmp_path: Path, images: data.Dataset) -> N
         train(other, images, tmp_path / "a", settings(steps=4), resume=True, quiet=True)
 
 
+def test_a_run_starts_from_a_trained_model(tmp_path: Path, images: data.Dataset) -> None:
+    """Its weights and settings; what it was trained with stays behind, and --resume needs it no more."""
+    before, after, source = tmp_path / "before", tmp_path / "after", tmp_path / "smooth.npy"
+    train(CONFIG, images, before, settings(steps=8), quiet=True)
+    weights = {k: v.clone() for k, v in hub.own_state(selfvae.load(before)).items()}
+    steps = ["--out", str(after), "--ema", "0", "--lr", "1e-12", "--eval-images", "2"]
+    assert main(["train", "--start", str(before), "--data", str(source), *steps, "--steps", "1"]) == 0
+    same = hub.own_state(selfvae.load(after))
+    assert all(torch.allclose(v, same[k], atol=1e-6) for k, v in weights.items())
+    assert selfvae.load(after).config == CONFIG
+    shutil.rmtree(before)
+    assert main(["train", "--resume", "--out", str(after), "--steps", "2"]) == 0
+    assert _state(after)["step"] == 2
+
+
+def test_weights_to_start_from_must_fit(
+    tmp_path: Path, images: data.Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = presets.build("selfvae", "tiny", (3, 8, 8))
+    with pytest.raises(ValueError, match=r"do not fit.*'width'"):
+        train(CONFIG, images, tmp_path / "a", settings(), start=other, quiet=True)
+    assert not (tmp_path / "a" / "checkpoint.safetensors").exists()
+    wrong = ["--start", "selfvae-cifar10-small", "--model", "vae", "--out", str(tmp_path / "b")]
+    assert main(["train", *wrong, "--data", str(tmp_path / "smooth.npy")]) == 2
+    assert "leave out --model" in capsys.readouterr().err
+
+
 def test_resume_finds_its_settings_however_out_is_written(tmp_path: Path, images: data.Dataset) -> None:
     out, source = tmp_path / "run", tmp_path / "smooth.npy"
     assert main(["train", f"--out={out}", "--model=vae-normal", "--size=tiny", f"--data={source}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +16,7 @@ from selfvae import hub
 from selfvae import train as loop
 from selfvae.cli.common import In, Out, Run, progress
 from selfvae.precision import resolve
-from selfvae.presets import configure
+from selfvae.presets import ModelConfig, configure
 from selfvae.train import TrainConfig
 
 _SETTINGS = "train.yaml"
@@ -28,6 +29,7 @@ def train(
     data: str = "photos",
     image_size: int | None = None,
     options: tuple[str, ...] = (),
+    start: str | None = None,
     resume: bool = False,
     devices: int = 1,
     nodes: int = 1,
@@ -42,6 +44,8 @@ def train(
         data: photos, cifar10, imagenet32, imagenet64, imagenette, celeba, or a path to images.
         image_size: height and width in pixels; by default the data's own.
         options: fields of the model's configuration, e.g. width=0.25 latents=top.
+        start: trained model to begin with, a folder or one that comes with the package (selfvae info),
+            in place of --model, --size and --options.
         resume: go on with the run in OUT.
         devices: GPUs or processes a node.
         nodes: how many nodes.
@@ -49,21 +53,27 @@ def train(
     if not resume:
         loop.check_free(out)
     dataset = sources.load(data, image_size)
-    overrides = dict(map(_option, options))
     _, c, h, w = dataset.train.shape
-    config = configure(model, size, (c, h, w), **overrides)
+    trained = None if start is None or resume else hub.load(start)
+    if trained:
+        if (model, size, options) != ("selfvae", "small", ()):
+            raise ValueError(
+                "--start brings the model's own settings: leave out --model, --size and --options"
+            )
+        model, size, options = _flags(trained.config)
+    config = configure(model, size, (c, h, w), **dict(map(_option, options)))
     precision = resolve(training.precision)
     if not resume:
         flags = {
             "model": model, "size": size, "data": data, "image-size": image_size,
-            "options": list(options), "devices": devices, "nodes": nodes,
+            "options": list(options), "start": start, "devices": devices, "nodes": nodes,
             **{k.replace("_", "-"): v for k, v in vars(training).items()},
             "precision": precision,  # so that it goes on alike on another machine
         }  # fmt: skip
         text = yaml.safe_dump({k: v for k, v in flags.items() if v not in (None, [])}, sort_keys=False)
         hub.write_atomic(out / _SETTINGS, text.encode())
     fabric = Fabric(devices=devices, num_nodes=nodes, precision=precision)
-    loop.train(config, dataset, out, training, resume=resume, fabric=fabric)
+    loop.train(config, dataset, out, training, start=trained, resume=resume, fabric=fabric)
     if not fabric.global_rank:
         print(f"model and curve are in {out}")
 
@@ -141,6 +151,12 @@ def crop(
         f"{out}: {n} crops of {pictures['train']} pictures to train on, {n // 20} of "
         f"{pictures['validation']} others for validation and {n // 20} of {pictures['test']} for test"
     )
+
+
+def _flags(config: ModelConfig) -> tuple[str, Any, tuple[str, ...]]:
+    """--model, --size and --options that make a model of this configuration."""
+    rest = {k: v for k, v in config.to_dict().items() if k not in ("name", "image_shape")}
+    return config.name, "small", tuple(f"{key}={json.dumps(value)}" for key, value in rest.items())
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -321,8 +321,10 @@ class Page:
                     shown = _image(None)
 
         @_errors_shown
-        def generate(name: str, n: int, heat: float, seed: int) -> Image.Image:
-            return work.generate(models[name], n, temperature=heat, seed=seed)
+        def generate(
+            name: str, n: int, heat: float, seed: int, progress: Any = gr.Progress()  # noqa: B008
+        ) -> Image.Image:  # fmt: skip
+            return work.generate(models[name], n, progress.tqdm, temperature=heat, seed=seed)
 
         go.click(generate, [name, n, *how], shown, **_HEAVY)
 
@@ -352,10 +354,13 @@ class Page:
 
         @_errors_shown
         def interpolate(
-            a: bytes | None, b: bytes | None, given: str, heat: float, seed: int, step: int
-        ) -> Any:
+            a: bytes | None, b: bytes | None, given: str, heat: float, seed: int, step: int,
+            progress: Any = gr.Progress(),  # noqa: B008
+        ) -> Any:  # fmt: skip
             both = _required(a), _required(b)
-            found = work.interpolate(model, both, self.pixels, _STEPS, given, temperature=heat, seed=seed)
+            found = work.interpolate(
+                model, both, self.pixels, _STEPS, given, progress.tqdm, temperature=heat, seed=seed
+            )
             return found, gr.Slider(visible=True), found[step]
 
         @_errors_shown

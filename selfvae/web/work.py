@@ -209,10 +209,10 @@ def decompress(codec: Codec, data: bytes, pixels: int, track: Track = silent) ->
 # --- generate, interpolate ----------------------------------------------------------------------------
 
 
-def generate(model: SelfVAE, n: int, **how: Unpack[tasks.Drawing]) -> Image.Image:
+def generate(model: SelfVAE, n: int, track: Track = silent, **how: Unpack[tasks.Drawing]) -> Image.Image:
     """n images from nothing, the coarsest level first, as one picture."""
     height, width = model.config.image_shape[1:]
-    drawn = tasks.complete(model, {}, (n, height, width), **how)
+    drawn = tasks.complete(model, {}, (n, height, width), track=track, **how)
     top = len(model.levels) - 1
     levels = torch.linspace(top, 0, min(top + 1, _LEVELS)).round().int().tolist()
     rows = [(f"y{k}" if k else "x", to_rgb(show(drawn[f"y{k}"], model.levels[k].format))) for k in levels]
@@ -225,6 +225,7 @@ def interpolate(
     pixels: int,
     steps: int,
     given: str,
+    track: Track = silent,
     **how: Unpack[tasks.Drawing],
 ) -> list[Image.Image]:
     """From the first picture to the second through the latents; both are cut to the model's own size."""
@@ -234,5 +235,5 @@ def interpolate(
         return to_format(Picture(torch.tensor(picture)[None]), model.format)
 
     a, b = map(small, ends)
-    frames = show(tasks.interpolate(model, a, b, steps, given, **how)[0], model.format)
+    frames = show(tasks.interpolate(model, a, b, steps, given, track=track, **how)[0], model.format)
     return [_image(frame[None]) for frame in frames]

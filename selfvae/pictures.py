@@ -108,7 +108,11 @@ _UNREADABLE = (
 
 
 def _unreadable(name: str, error: BaseException) -> ValueError:
-    why = "of no known kind" if isinstance(error, UnidentifiedImageError) else error
+    if isinstance(error, Image.DecompressionBombError):
+        what = str(error).partition(",")[0]  # and not what Pillow suspects
+        return ValueError(f"{name} cannot be read as an image ({what}): shrink it")
+    unknown = "of no known kind; PNG, JPEG, WebP, TIFF, BMP, GIF are read"
+    why = unknown if isinstance(error, UnidentifiedImageError) else error
     return ValueError(f"{name} cannot be read as an image ({why}): remove or repair it")
 
 

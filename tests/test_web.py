@@ -26,6 +26,7 @@ from selfvae.data import photo
 from selfvae.pictures import encode, to_image
 from selfvae.transforms import Greyscale, MeanDownscale
 from selfvae.web import work
+from selfvae.web.jobs import Jobs, StoppedError
 from selfvae.web.work import Models
 
 PIXELS = 200_000
@@ -90,15 +91,20 @@ def test_compression_and_its_prefixes(models: Models, x: torch.Tensor) -> None:
     errors = []
     for part in (0.0, 0.3, 0.7, 0.99):
         image, words = work.prefix(codec, found, part)
-        assert image.size == (52, 40) and f"of {len(found.data):,} bytes. y" in words
+        assert image.size == (52, 40) and f"of {len(found.data):,} bytes: of 52 x 40 pixels" in words
         errors.append(float(words.split()[-2]))
     assert errors == sorted(errors) and errors[-1] > errors[0] + 3
     image, words = work.prefix(codec, found, 1.0)
-    assert words.endswith("Every pixel is there.")
+    assert words.endswith("52 x 40 pixels, every one as it was.")
     assert torch.equal(pixels(image), x)
-    assert torch.equal(pixels(work.decompress(codec, found.data, PIXELS)), x)
-    with pytest.raises(ValueError, match="a picture of 52 x 40 pixels is too large"):
-        work.decompress(codec, found.data, 1000)
+    opened = work.open_packed(codec, found.data, PIXELS)
+    assert torch.equal(pixels(work.prefix(codec, opened, 1.0)[0]), x) and not opened.table()
+    cut = work.open_packed(codec, found.data[: len(found.data) // 2], PIXELS)
+    image, words = work.prefix(codec, cut, 1.0)
+    assert image.size == (52, 40) and words.endswith("the rest is guessed.")
+    assert torch.equal(pixels(image), pixels(work.prefix(codec, found, 0.5)[0]))
+    with pytest.raises(ValueError, match="the picture has 52 x 40 pixels, too many"):
+        work.open_packed(codec, found.data, 1000)
 
 
 def test_generation_and_interpolation(models: Models, x: torch.Tensor) -> None:
@@ -159,7 +165,7 @@ _IM = b"II*\0\x08\0\0\0: 1\nImage size (x*y): 9000*9000\n".ljust(511, b"\0") + b
 _DEEP, _BROKEN = Image.fromarray(np.full((5, 7), 40_000, np.uint16)), "cannot be read"
 _SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><script>alert(1)</script></svg>'
 HOSTILE: dict[str, tuple[bytes, str | None, str | None]] = {  # file; why enhance, compress refuse it
-    "huge.png": (_huge_png(50_000), "exceeds limit", "exceeds limit"),
+    "huge.png": (_huge_png(50_000), "exceeds limit.*shrink it", "exceeds limit"),
     "tiny.png": (_file(_RGB.crop((0, 0, 1, 1)), "PNG"), None, None),
     "animated.gif": (
         _file(_RGB, "GIF", save_all=True, append_images=[_RGB.rotate(90)]), None, "holds 2 pictures",
@@ -201,12 +207,18 @@ def test_hostile_files_are_refused_or_handled(name: str, models: Models) -> None
 def test_a_codec_file_that_promises_too_much_or_is_broken(models: Models, x: torch.Tensor) -> None:
     assert models.codec is not None
     data = models.codec.compress(x, verify=False)
-    for wrong in (b"", b"no file of ours", data[:40], data[:-7], data[:60] + b"\0" * 9 + data[69:]):
+    for wrong in (
+        b"",
+        b"no file of ours",
+        data[:40],
+        data[:-7] + bytes(7),
+        data[:60] + bytes(9) + data[69:],
+    ):
         with pytest.raises(ValueError):
-            work.decompress(models.codec, wrong, PIXELS)
+            work.prefix(models.codec, work.open_packed(models.codec, wrong, PIXELS), 1.0)
     other = Codec(models.generators["selfvae-cifar10-small"]).compress(x, verify=False)
     with pytest.raises(ValueError, match="another model"):
-        work.decompress(models.codec, other, PIXELS)
+        work.prefix(models.codec, work.open_packed(models.codec, other, PIXELS), 1.0)
 
 
 # --- the server ---------------------------------------------------------------------------------------
@@ -291,6 +303,38 @@ def test_one_heavy_job_at_a_time(address: str, models: Models, monkeypatch: pyte
     assert all(job.result() for job in jobs) and most == [1] * 4
 
 
+def test_a_job_can_be_stopped_and_says_how_far_it_is(models: Models, x: torch.Tensor) -> None:
+    codec, jobs, seen = models.codec, Jobs(), []
+    assert codec is not None
+    steps = {
+        **{name: share / 3 for name, share in work.shares(codec.model).items()},
+        "other formats": 1 / 3,
+    }
+
+    def show(part: float, text: str) -> None:
+        seen.append((part, text))
+
+    with jobs.run("a", show, steps, "writing", "reading", "others") as track:
+        work.compress(codec, png(x), PIXELS, track)
+    parts, texts = zip(*seen, strict=True)
+    assert list(parts) == sorted(parts) and parts[0] == 0 and parts[-1] == pytest.approx(2 / 3)
+    assert list(dict.fromkeys(texts)) == ["writing", "reading", "others"]
+
+    def stop(part: float, text: str) -> None:
+        jobs.stop("another")
+        if part > 0.1:
+            jobs.stop("a")
+
+    with pytest.raises(StoppedError), jobs.run("a", stop, steps) as track:
+        work.compress(codec, png(x), PIXELS, track)
+    jobs.stop("a")  # one that has ended
+    with jobs.run("a", show, {}) as track:
+        assert list(track(range(3), "")) == [0, 1, 2]
+    jobs.end(1)
+    with pytest.raises(StoppedError), jobs.run("a", show, {}) as track:
+        list(track(range(3), ""))
+
+
 def test_old_files_are_swept(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     from selfvae.web.page import _sweep
@@ -321,15 +365,21 @@ def test_nothing_stays_when_the_server_ends(models: Models) -> None:
 
 
 def test_the_command_ends_clean(tmp_path: Path) -> None:
-    """A kill removes what it wrote, too."""
+    """A kill removes what it wrote, too, and ends what is being worked on."""
     pytest.importorskip("gradio")
+    client = pytest.importorskip("gradio_client")
+    Image.effect_noise((400, 400), 50).convert("RGB").save(tmp_path / "noise.png")
     with subprocess.Popen(
-        [sys.executable, "-m", "selfvae.cli", "serve", "selfvae-photos-x2", "--no-browser"],
+        [sys.executable, "-m", "selfvae.cli", "serve", "selfvae-photos", "--no-browser"],
         env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, text=True,
     ) as server:  # fmt: skip
         assert server.stdout
         address = server.stdout.readline().split()[0]
         assert get(address)[0] == 200 and list(tmp_path.glob("selfvae-*"))
+        page = client.Client(address, verbose=False)
+        job = page.submit(client.handle_file(tmp_path / "noise.png"), api_name="/compress")
+        time.sleep(2)  # in the middle of a job of many seconds
+        assert not job.done()
         server.terminate()
         assert server.wait(30) == 0
     assert not list(tmp_path.glob("selfvae-*"))

@@ -104,9 +104,10 @@ def positive(flag: str, n: int) -> None:
 
 
 def progress(sequence: Sequence[Any], description: str) -> Iterable[Any]:
-    """A progress bar, on standard error."""
+    """A progress bar, on standard error; nothing where that is no terminal."""
     console = Console(stderr=True)
-    return track(sequence, description, console=console, transient=True, disable=processes.rank() > 0)
+    hidden = processes.rank() > 0 or not console.is_terminal
+    return track(sequence, description, console=console, transient=True, disable=hidden)
 
 
 def check_free(source: Path, out: Path) -> None:

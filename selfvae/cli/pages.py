@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 
 
 def serve(
-    model: Annotated[Positional[Path | None], arg(metavar="MODEL")] = None,
+    model: Annotated[Positional[Path | None], arg(metavar="[MODEL]")] = None,
     host: str = "127.0.0.1",
     port: int | None = None,
     pixels: int = 2**20,

@@ -10,9 +10,9 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import torch
@@ -20,7 +20,9 @@ from PIL import Image
 
 from selfvae import data as sources
 from selfvae import pictures
+from selfvae.progress import Track
 from selfvae.web import work
+from selfvae.web.jobs import Jobs, StoppedError
 from selfvae.web.work import Models
 
 try:
@@ -34,6 +36,7 @@ except ImportError:
 __all__ = ["Page", "served"]
 
 _KEPT = 1800.0  # seconds that files and what a tab remembers are kept
+_PATIENCE = 20.0  # seconds that jobs have to stop when the server ends
 _QUEUE = 16  # jobs that may wait
 _STEPS = 9  # of an interpolation
 _HEAVY: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "work"}
@@ -58,16 +61,20 @@ _INTRO = """# selfvae
 Models that know how likely a picture is: so they can **fill in** what a picture lacks, and **store** what
 is there in few bytes. All of it happens on this machine; no picture leaves it."""
 _ENHANCE = """A small, grey or banded picture comes in, and the model draws what could have been there.
-Draws differ where it is unsure; each of them agrees with what was given, exactly."""
-_COMPRESS = """The file holds every pixel, the coarsest part of the picture first. So a file that has not
-arrived as a whole shows a picture already: move the slider."""
-_GENERATE = "Images from nothing, the coarsest level first; each level is drawn given the one before."
+Each version agrees with what was given, exactly; they differ where the model is unsure."""
+_COMPRESS = """The file holds every pixel, the coarsest part of the picture first: so a file that has not
+arrived as a whole shows a picture already. The model knows photographs; of drawings, and of what is a JPEG
+already, the file as it came may be the smaller one."""
+_GENERATE = """Images from nothing. The model draws a coarse level first and each finer one given it: below
+the images you see what they were drawn from. The models are small: expect textures, no things."""
 _INTERPOLATE = """The model explains a picture by latents, some hundred numbers. Between those of two
-pictures lies a line, and each point of it is a picture again. (A small model of small pictures: expect the
-gist.)"""
+pictures lies a line, and each point of it is a picture again. Both are cut to a square and shrunk to
+the {} x {} pixels that this small model knows: expect the gist."""
 
 # small pictures are for looking at, and their pixels are what matters
-_STYLE = ".pixels img { width: 100%; object-fit: contain; image-rendering: pixelated }"
+_STYLE = """.pixels img { width: 100%; object-fit: contain; image-rendering: pixelated }
+.sheet .grid-wrap { max-height: none; height: auto }
+.sheet .thumbnail-item { aspect-ratio: auto }"""
 
 # the browser may ask nobody but this server
 _POLICY = (
@@ -113,8 +120,17 @@ class _Gate:
         return None
 
 
+class _Upload(NamedTuple):
+    """A file that came, its name without the ending."""
+
+    name: str
+    data: bytes
+
+
 def _upload(label: str) -> gr.File:
     """A box for a file that is dropped there: neither an address to fetch nor one that is forgotten.
+
+    What a job gets of it is an `_Upload`.
 
     Not a class of its own: gradio writes a file beside the module of one.
     """
@@ -130,7 +146,8 @@ def _upload(label: str) -> gr.File:
     def there(payload: Any) -> Any:
         if payload is not None and not Path(payload.path).is_file():
             raise gr.Error("this file was forgotten meanwhile: drop it again", print_exception=False)
-        return preprocess(payload)
+        data = preprocess(payload)
+        return None if data is None else _Upload(Path(payload.orig_name or "picture").stem, data)
 
     file.async_move_resource_to_block_cache, file.preprocess = dropped, there
     return file
@@ -143,6 +160,8 @@ def _errors_shown(job: Callable[..., Any]) -> Callable[..., Any]:
     def told(*args: Any, **kwargs: Any) -> Any:
         try:
             return job(*args, **kwargs)
+        except StoppedError:
+            raise gr.Error("stopped", title="", duration=3, print_exception=False) from None
         except ValueError as error:
             raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from None
         except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
@@ -152,10 +171,10 @@ def _errors_shown(job: Callable[..., Any]) -> Callable[..., Any]:
     return told
 
 
-def _required(value: bytes | None) -> bytes:
-    if value is None:
-        raise ValueError("no file is chosen yet: drop one into the box on the left")
-    return value
+def _required(file: _Upload | None) -> _Upload:
+    if file is None:
+        raise ValueError("no file is chosen yet: drop one into the empty box")
+    return file
 
 
 def _remembered(value: Any) -> Any:
@@ -181,9 +200,9 @@ class Page:
     """
 
     def __init__(self, models: Models, pixels: int, folder: Path) -> None:
-        self.models, self.pixels, self.folder = models, pixels, folder
+        self.models, self.pixels, self.folder, self.jobs = models, pixels, folder, Jobs()
         with gr.Blocks(title="selfvae", analytics_enabled=False) as self.blocks:
-            gr.Markdown(_INTRO)
+            gr.Markdown(f"{_INTRO} Pictures may have up to {pixels:,} pixels.")
             if models.gaps:
                 self._enhance()
             if models.codec:
@@ -191,7 +210,27 @@ class Page:
             self._generate()
             if models.latent:
                 self._interpolate()
+            self.blocks.unload(self._leave)
         self.blocks.queue(max_size=_QUEUE, api_open=False)  # nothing passes by the queue
+
+    def _leave(self, request: gr.Request) -> None:
+        """Nobody waits any more for what a visitor asked for."""
+        if request.session_hash:
+            self.jobs.stop(request.session_hash)
+
+    def _run(self, request: gr.Request, progress: Any, shares: Mapping[str, float], *phases: str) -> Any:
+        """A visitor's job (`Jobs.run`), shown in the browser."""
+        return self.jobs.run(
+            request.session_hash or "", lambda part, text: progress(part, desc=text), shares, *phases
+        )
+
+    def _go(self, label: str) -> gr.Button:
+        """The button that starts a job, beside the one that stops it."""
+        with gr.Row():
+            go = gr.Button(label, variant="primary", scale=3)
+            stop = gr.Button("Stop", scale=1, min_width=60)
+        stop.click(self._leave, None, None, api_visibility="private", show_progress="hidden")
+        return go
 
     def _file(self, data: bytes, name: str) -> str:
         """A file for the browser, in a folder of its own."""
@@ -199,15 +238,20 @@ class Page:
         file.write_bytes(data)
         return str(file)
 
-    def _picture(self, label: str, example: str) -> gr.File:
-        """A box for a file, what is in it, and a button for a photograph that comes with scikit-image."""
+    def _picture(self, label: str, example: str, exact: bool = False) -> gr.File:
+        """A box for a file, what is in it, and a button for a photograph that comes with scikit-image.
+
+        exact: refuse at once what `pictures.read_exactly` refuses.
+        """
         file = _upload(label)
         take = gr.Button("or take an example", size="sm")
-        seen = _image("what was in it", height=200)
+        seen = _image("your picture", height=200)
 
         @_errors_shown
-        def look(data: bytes | None) -> Image.Image | None:
-            return None if data is None else pictures.to_image(work.read(data, self.pixels).pixels[0])
+        def look(file: _Upload | None) -> Image.Image | None:
+            if file is None:
+                return None
+            return pictures.to_image(work.read(file.data, self.pixels, exact).pixels[0])
 
         def example_file() -> str:
             x = torch.from_numpy(sources.photo(example, 2))
@@ -219,9 +263,10 @@ class Page:
 
     def _how(self, temperature: float) -> list[Any]:
         """Temperature and seed."""
+        heat = "temperature: 0 the likeliest alone, 1 all that the model thinks possible"
         return [
-            gr.Slider(0, 1, temperature, step=0.05, label="temperature: 0 the likeliest, 1 a fair draw"),
-            gr.Number(0, label="seed", precision=0, minimum=0, maximum=2**31 - 1),
+            gr.Slider(0, 1, temperature, step=0.05, label=heat),
+            gr.Number(0, label="seed: another one, other draws", precision=0, minimum=0, maximum=2**31 - 1),
         ]
 
     def _enhance(self) -> None:
@@ -233,27 +278,29 @@ class Page:
                     file = self._picture("a picture", "chelsea")
                     names = [str(gap).capitalize() for gap in gaps]
                     which = gr.Radio(names, value=names[0], label="what it lacks", type="index")
-                    computed = gr.Checkbox(label="it lacks nothing: take that away first, and compare")
-                    n = gr.Slider(1, 4, 2, step=1, precision=0, label="draws")
-                    how = self._how(0.5)
-                    go = gr.Button("Enhance", variant="primary")
+                    computed = gr.Checkbox(label="it lacks nothing yet: take that away first, and compare")
+                    go = self._go("Enhance")
+                    n = gr.Slider(1, 4, 2, step=1, precision=0, label="versions")
+                    how = self._how(0.3)
                 with gr.Column(scale=2):
                     sheet = gr.Gallery(
-                        label="result", format="png", columns=2, height=1000, object_fit="contain",
-                        buttons=["download", "fullscreen"], elem_classes="pixels",
+                        label="result", format="png", columns=2, height=None, object_fit="contain",
+                        buttons=["download", "fullscreen"], elem_classes=["pixels", "sheet"],
                     )  # fmt: skip
 
         @_errors_shown
         def enhance(
-            data: bytes | None, which: int, computed: bool, n: int, heat: float, seed: int,
-            progress: Any = gr.Progress(),  # noqa: B008 (the place where gradio looks for it)
+            file: _Upload | None, which: int, computed: bool, n: int, heat: float, seed: int,
+            request: gr.Request, progress: Any = gr.Progress(),  # noqa: B008 (where gradio looks for it)
         ) -> list[tuple[Image.Image, str]]:  # fmt: skip
-            found = work.enhance(
-                gaps[which], _required(data), self.pixels, computed=computed, n=n, temperature=heat,
-                seed=seed, track=progress.tqdm,
-            )  # fmt: skip
+            with self._run(request, progress, {"versions": 1}) as track:
+                found = work.enhance(
+                    gaps[which], _required(file).data, self.pixels, computed=computed, n=n,
+                    temperature=heat, seed=seed, track=track,
+                )  # fmt: skip
             return [(image, name) for name, image in found]
 
+        file.change(lambda: None, None, sheet, api_visibility="private", show_progress="hidden")
         go.click(enhance, [file, which, computed, n, *how], sheet, **_HEAVY)
 
     def _compress(self) -> None:
@@ -263,46 +310,64 @@ class Page:
             gr.Markdown(_COMPRESS)
             with gr.Row():
                 with gr.Column(scale=1):
-                    file = self._picture("a picture", "coffee")
-                    go = gr.Button("Compress", variant="primary")
-                    packed = _upload("or a .svae file")
+                    file = self._picture("a picture", "coffee", exact=True)
+                    go = self._go("Compress")
+                    packed = _upload("or a .svae file, whole or cut short")
                     open_it = gr.Button("Open")
                 with gr.Column(scale=2):
-                    table = gr.Markdown()
-                    result = gr.File(label="the file", interactive=False, visible=False)
-                    part = gr.Slider(0, 100, 100, step=1, label="% of it has arrived", visible=False)
-                    words = gr.Markdown()
                     shown = _image("what it shows", height=480)
+                    part = gr.Slider(0, 100, 100, step=1, label="% of the file has arrived", visible=False)
+                    words = gr.Markdown()
+                    result = gr.File(label="the file", interactive=False, visible=False)
+                    table = gr.Markdown()
             kept = gr.State(None, time_to_live=_KEPT)
 
-        @_errors_shown
-        def compress(data: bytes | None, progress: Any = gr.Progress()) -> Any:  # noqa: B008
-            found = work.compress(codec, _required(data), self.pixels, progress.tqdm)
+        coding = work.shares(codec.model)
+
+        def everything(found: work.Packed, file: str | None, track: Track) -> dict[Any, Any]:
             return {
                 kept: found,
                 table: found.table(),
-                result: gr.File(self._file(found.data, "picture.svae"), visible=True),
+                result: gr.File(file, visible=file is not None),
                 part: gr.Slider(value=100, visible=True),
-                **dict(zip((shown, words), work.prefix(codec, found, 1.0), strict=True)),
+                **dict(zip((shown, words), work.prefix(codec, found, 1.0, track), strict=True)),
             }
 
         @_errors_shown
-        def arrive(found: work.Compressed | None, part: float) -> tuple[Image.Image, str]:
-            return work.prefix(codec, _remembered(found), part / 100)
+        def compress(
+            file: _Upload | None, request: gr.Request, progress: Any = gr.Progress()  # noqa: B008
+        ) -> Any:  # fmt: skip
+            # writing and reading it back take alike, the other formats less
+            steps = {name: share / 3 for name, share in coding.items()} | {"other formats": 1 / 3}
+            phases = "compressing", "reading it back, to be sure", "other formats, to compare"
+            with self._run(request, progress, steps, *phases) as track:
+                name, data = _required(file)
+                found = work.compress(codec, data, self.pixels, track)
+                return everything(found, self._file(found.data, f"{name}.svae"), track)
 
         @_errors_shown
-        def open_file(data: bytes | None, progress: Any = gr.Progress()) -> Any:  # noqa: B008
-            image = work.decompress(codec, _required(data), self.pixels, progress.tqdm)
-            return {
-                kept: None,
-                table: "",
-                result: gr.File(visible=False),
-                part: gr.Slider(visible=False),
-                shown: image,
-                words: f"{image.width} x {image.height} pixels, every one as it was.",
-            }
+        def arrive(
+            found: work.Packed | None, part: float, request: gr.Request,
+            progress: Any = gr.Progress(),  # noqa: B008
+        ) -> tuple[Image.Image, str]:  # fmt: skip
+            with self._run(request, progress, coding, "decoding") as track:
+                return work.prefix(codec, _remembered(found), part / 100, track)
+
+        @_errors_shown
+        def open_file(
+            file: _Upload | None, request: gr.Request, progress: Any = gr.Progress()  # noqa: B008
+        ) -> Any:  # fmt: skip
+            with self._run(request, progress, coding, "decoding") as track:
+                found = work.open_packed(codec, _required(file).data, self.pixels)
+                return everything(found, None, track)
 
         outputs = [kept, table, result, part, shown, words]
+
+        def nothing() -> list[Any]:
+            return [None, "", gr.File(visible=False), gr.Slider(visible=False), None, ""]
+
+        for source in (file, packed):
+            source.change(nothing, None, outputs, api_visibility="private", show_progress="hidden")
         go.click(compress, file, outputs, **_HEAVY)
         part.input(arrive, [kept, part], [shown, words], trigger_mode="always_last", **_HEAVY)
         open_it.click(open_file, packed, outputs, **_HEAVY)
@@ -314,17 +379,19 @@ class Page:
             with gr.Row():
                 with gr.Column(scale=1):
                     name = gr.Dropdown(list(models), label="model", visible=len(models) > 1)
-                    n = gr.Slider(1, 12, 8, step=1, precision=0, label="images")
+                    n = gr.Slider(1, 8, 6, step=1, precision=0, label="images")
                     how = self._how(0.9)
-                    go = gr.Button("Generate", variant="primary")
+                    go = self._go("Generate")
                 with gr.Column(scale=2):
                     shown = _image(None)
 
         @_errors_shown
         def generate(
-            name: str, n: int, heat: float, seed: int, progress: Any = gr.Progress()  # noqa: B008
+            name: str, n: int, heat: float, seed: int, request: gr.Request,
+            progress: Any = gr.Progress(),  # noqa: B008
         ) -> Image.Image:  # fmt: skip
-            return work.generate(models[name], n, progress.tqdm, temperature=heat, seed=seed)
+            with self._run(request, progress, {"variables": 1}, "drawing") as track:
+                return work.generate(models[name], n, track, temperature=heat, seed=seed)
 
         go.click(generate, [name, n, *how], shown, **_HEAVY)
 
@@ -332,7 +399,7 @@ class Page:
         model = self.models.latent
         assert model is not None
         with gr.Tab("Interpolate"):
-            gr.Markdown(_INTERPOLATE)
+            gr.Markdown(_INTERPOLATE.format(*model.config.image_shape[1:]))
             with gr.Row():
                 with gr.Column(scale=1):
                     ends = [
@@ -340,27 +407,28 @@ class Page:
                         self._picture("to this one", "coffee"),
                     ]
                 with gr.Column(scale=2):
+                    shown = _image("between them", height=400)
+                    step = gr.Slider(
+                        0, _STEPS - 1, _STEPS // 2, step=1, precision=0, label="step", visible=False
+                    )
+                    go = self._go("Interpolate")
                     given = gr.Radio(
                         [("all latents", "reconstruction"), ("the coarsest one, u", "u")],
                         value="reconstruction", label="what is interpolated; the rest is drawn",
                     )  # fmt: skip
                     how = self._how(0.0)
-                    go = gr.Button("Interpolate", variant="primary")
-                    step = gr.Slider(
-                        0, _STEPS - 1, _STEPS // 2, step=1, precision=0, label="step", visible=False
-                    )
-                    shown = _image("between them", height=400)
             frames = gr.State(None, time_to_live=_KEPT)
 
         @_errors_shown
         def interpolate(
-            a: bytes | None, b: bytes | None, given: str, heat: float, seed: int, step: int,
-            progress: Any = gr.Progress(),  # noqa: B008
+            a: _Upload | None, b: _Upload | None, given: str, heat: float, seed: int, step: int,
+            request: gr.Request, progress: Any = gr.Progress(),  # noqa: B008
         ) -> Any:  # fmt: skip
-            both = _required(a), _required(b)
-            found = work.interpolate(
-                model, both, self.pixels, _STEPS, given, progress.tqdm, temperature=heat, seed=seed
-            )
+            both = _required(a).data, _required(b).data
+            with self._run(request, progress, {"steps": 1}, "drawing") as track:
+                found = work.interpolate(
+                    model, both, self.pixels, _STEPS, given, track, temperature=heat, seed=seed
+                )
             return found, gr.Slider(visible=True), found[step]
 
         @_errors_shown
@@ -418,7 +486,8 @@ def served(
     kept = tempfile.TemporaryDirectory(prefix="selfvae-", ignore_cleanup_errors=True)
     with kept as name, _environment("GRADIO_TEMP_DIR", name):
         folder = Path(name)
-        page = Page(models, pixels, folder).blocks
+        built = Page(models, pixels, folder)
+        page = built.blocks
         around = [Middleware(_Gate, most=most + 2**20)]
         if host not in ("0.0.0.0", "::"):
             # a foreign name for this machine may be a foreign page's trick
@@ -440,4 +509,5 @@ def served(
             yield address
         finally:
             done.set()
+            built.jobs.end(_PATIENCE)
             page.close(verbose=False)

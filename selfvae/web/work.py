@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Unpack
 
@@ -24,13 +25,13 @@ from selfvae.progress import Track, silent
 from selfvae.tiles import fitted
 
 __all__ = [
-    "Compressed", "Gap", "Models", "compress", "decompress", "enhance", "generate",
-    "interpolate", "prefix", "read",
+    "Gap", "Models", "Packed", "compress", "enhance", "generate",
+    "interpolate", "open_packed", "prefix", "read", "shares",
 ]  # fmt: skip
 
 _GAPS = ("selfvae-photos-x2", "selfvae-photos-grey", "selfvae-photos-bits")
 _CODEC, _SMALL, _LATENT = "selfvae-photos", "selfvae-cifar10-small", "selfvae-cifar10-latent"
-_LEVELS = 8  # of a long chain, so many levels are shown
+_LEVELS = 6  # of a long chain, so many levels are shown
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,18 @@ def read(data: bytes, pixels: int, exact: bool = False, multiples: tuple[int, in
     return pictures.read(io.BytesIO(data))
 
 
-def _check_pixels(height: int, width: int, pixels: int, multiples: tuple[int, int] = (1, 1)) -> None:
+def _check_pixels(
+    height: int,
+    width: int,
+    pixels: int,
+    multiples: tuple[int, int] = (1, 1),
+    which: str = "the picture has",
+) -> None:
     rows, cols = multiples
     if -(-height // rows) * rows * -(-width // cols) * cols > pixels:
         raise ValueError(
-            f"a picture of {width} x {height} pixels is too large for this page, which takes {pixels:,} in "
-            "all: choose a smaller one, or the command line, which takes any"
+            f"{which} {width} x {height} pixels, too many for this page, which takes {pixels:,} in all: "
+            "choose or crop a smaller one, start the page with --pixels, or take the command line"
         )
 
 
@@ -128,13 +135,13 @@ def enhance(
         y = tasks.infer(fitted(model, x[0, 0].numel()), x, f"y{k}")[f"y{k}"][:, :, :height, :width]
     else:
         y = to_format(picture, model.levels[k].format)
-    _check_pixels(y.shape[2] * rows, y.shape[3] * cols, pixels, model.multiples[0])
+    _check_pixels(y.shape[2] * rows, y.shape[3] * cols, pixels, model.multiples[0], "the result would have")
     large = fitted(model, y.shape[2] * rows * y.shape[3] * cols, track)
     seed = how.get("seed") or 0
     drawn = {"without a model": plain_enhancement(model, y, k)}
-    for i in track(range(n), "draws"):
+    for i in track(range(n), "versions"):
         how["seed"] = seed + i
-        drawn[f"draw {i + 1}"] = tasks.enhance(large, y, k, **how)
+        drawn[f"version {i + 1}"] = tasks.enhance(large, y, k, **how)
     out = [("given", magnify(show(y, model.levels[k].format), rows, cols))]
     for name, value in drawn.items():
         shown = show(value, model.format)
@@ -155,29 +162,55 @@ def _image(x: Tensor) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class Compressed:
-    """A picture uint8 (1, C, H, W), its file, and the bytes that other lossless formats take."""
+class Packed:
+    """A .svae file, whole or cut short.
 
-    x: Tensor
+    Arguments:
+        data: its bytes.
+        x: the picture, uint8 (1, C, H, W), if it is known.
+        others: bytes of the same picture in other files, by name.
+    """
+
     data: bytes
-    others: dict[str, int]
+    x: Tensor | None = None
+    others: dict[str, int] = field(default_factory=dict)
+    seen: dict[str, Tensor] = field(default_factory=dict)  # what was decoded of it, by what was there
 
     def table(self) -> str:
         """Sizes, the smallest first, as Markdown."""
+        if self.x is None:
+            return ""
         sizes = {"**selfvae**": len(self.data), **self.others}
-        lines = ["| lossless | bytes | bits a sub-pixel |", "|---|---|---|"]
+        lines = ["| lossless | bytes | bits a pixel and channel |", "|---|---|---|"]
         for name, size in sorted(sizes.items(), key=lambda item: item[1]):
             lines.append(f"| {name} | {size:,} | {8 * size / self.x.numel():.2f} |")
         return "\n".join(lines)
 
 
-def compress(codec: Codec, data: bytes, pixels: int, track: Track = silent) -> Compressed:
+def shares(model: SelfVAE) -> dict[str, float]:
+    """How much of the work of coding a picture goes to each level, about; in all 1."""
+    left = [1 / math.prod(model.scale(k)) for k in range(len(model.levels))]
+    own = {f"y{k}": left[k] - (left[k + 1] if level.keeps else 0) for k, level in enumerate(model.levels)}
+    return {name: part / sum(own.values()) for name, part in own.items()}
+
+
+def compress(codec: Codec, data: bytes, pixels: int, track: Track = silent) -> Packed:
     """The file of a picture, decoded again and compared, beside the others' sizes."""
     x = read(data, pixels, exact=True, multiples=codec.model.multiples[0]).pixels
-    return Compressed(x, codec.compress(x, track=track), lossless_sizes(to_image(x[0])))
+    packed = codec.compress(x, track=track)
+    for _ in track(range(1), "other formats"):
+        others = lossless_sizes(to_image(x[0]))
+    return Packed(packed, x, {"the file as it came": len(data), **others})
 
 
-def prefix(codec: Codec, file: Compressed, part: float) -> tuple[Image.Image, str]:
+def open_packed(codec: Codec, data: bytes, pixels: int) -> Packed:
+    """A .svae file of a picture of at most so many pixels; it may be cut short."""
+    header = read_header(data)
+    _check_pixels(header.height, header.width, pixels, codec.model.multiples[0])
+    return Packed(data)
+
+
+def prefix(codec: Codec, file: Packed, part: float, track: Track = silent) -> tuple[Image.Image, str]:
     """What the first part (0 to 1) of a file's bytes gives, and words for it."""
     header = read_header(file.data)
     ends = header.ends()
@@ -187,35 +220,37 @@ def prefix(codec: Codec, file: Compressed, part: float) -> tuple[Image.Image, st
         name, cut = next((name, end) for name, end in ends if name[0] == "y")
         whole = [name]
     exact = [name for name in whole if name[0] == "y"][-1]
-    x = file.x if exact == "y0" else codec.decompress(file.data[:cut], partial=True)
-    rows, cols = codec.model.scale(int(exact[1:]))
-    size = f"{-(-header.width // cols)} x {-(-header.height // rows)}"
-    words = f"{cut:,} of {len(file.data):,} bytes. "
+    if exact not in file.seen:
+        known = file.x if exact == "y0" else None
+        file.seen[exact] = (
+            codec.decompress(file.data[:cut], partial=True, track=track) if known is None else known
+        )
+    x, (rows, cols) = file.seen[exact], codec.model.scale(int(exact[1:]))
+    words = f"{cut:,} of {ends[-1][1]:,} bytes: "
     if exact == "y0":
-        words += "Every pixel is there."
+        words += f"{header.width} x {header.height} pixels, every one as it was."
     else:
-        error = psnr(x, file.x).item()
-        words += f"{exact}, {size} pixels, is exact; the rest is the likeliest: {error:.1f} dB."
+        size = f"{-(-header.width // cols)} x {-(-header.height // rows)}"
+        words += (
+            f"of {header.width} x {header.height} pixels {size} are exact ({exact}), the rest is guessed"
+        )
+        words += "." if file.x is None else f": {psnr(x, file.x).item():.1f} dB."
     return _image(x), words
-
-
-def decompress(codec: Codec, data: bytes, pixels: int, track: Track = silent) -> Image.Image:
-    """The picture in a .svae file, of at most so many pixels, as it is."""
-    header = read_header(data)
-    _check_pixels(header.height, header.width, pixels, codec.model.multiples[0])
-    return to_image(codec.decompress(data, track=track)[0])
 
 
 # --- generate, interpolate ----------------------------------------------------------------------------
 
 
 def generate(model: SelfVAE, n: int, track: Track = silent, **how: Unpack[tasks.Drawing]) -> Image.Image:
-    """n images from nothing, the coarsest level first, as one picture."""
+    """n images from nothing, and below them the levels that they were drawn from, as one picture."""
     height, width = model.config.image_shape[1:]
     drawn = tasks.complete(model, {}, (n, height, width), track=track, **how)
-    top = len(model.levels) - 1
-    levels = torch.linspace(top, 0, min(top + 1, _LEVELS)).round().int().tolist()
-    rows = [(f"y{k}" if k else "x", to_rgb(show(drawn[f"y{k}"], model.levels[k].format))) for k in levels]
+    top, rows = len(model.levels) - 1, []
+    for k in torch.linspace(0, top, min(top + 1, _LEVELS)).round().int().tolist():
+        y = drawn[f"y{k}"]
+        title = f"y{k}: {y.shape[3]} x {y.shape[2]}" if k else f"the images: {width} x {height} pixels"
+        whole = magnify(to_rgb(show(y, model.levels[k].format)), *model.scale(k))
+        rows.append((title, whole[:, :, :height, :width]))
     return figure(rows)
 
 

@@ -61,7 +61,8 @@ _INTRO = """# selfvae
 Models that know how likely a picture is: so they can **fill in** what a picture lacks, and **store** what
 is there in few bytes. All of it happens on this machine; no picture leaves it."""
 _ENHANCE = """A small, grey or banded picture comes in, and the model draws what could have been there.
-Each version agrees with what was given, exactly; they differ where the model is unsure."""
+Each version agrees with what was given, exactly; they differ where the model is unsure.
+(Colours are its weakest side so far: expect a tint.)"""
 _COMPRESS = """The file holds every pixel, the coarsest part of the picture first: so a file that has not
 arrived as a whole shows a picture already. The model knows photographs; of drawings, and of what is a JPEG
 already, the file as it came may be the smaller one."""

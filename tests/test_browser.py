@@ -160,6 +160,26 @@ def test_interpolate(page: Any, picture: Path, tmp_path: Path) -> None:
     raise AssertionError("the slider changes nothing")
 
 
+def test_stop_and_leaving_end_a_job(browser: Any, address: str, page: Any, tmp_path: Path) -> None:
+    Image.effect_noise((540, 540), 60).convert("RGB").save(tmp_path / "noise.png")  # a minute of work
+
+    def begin(page: Any) -> Any:
+        tab = open_tab(page, "Compress")
+        tab.locator("input[type=file]").first.set_input_files(tmp_path / "noise.png")
+        tab.get_by_text("noise.png").wait_for(timeout=20_000)
+        tab.get_by_role("button", name="Compress").click()
+        tab.get_by_text("compressing").first.wait_for(timeout=20_000)
+        return tab
+
+    begin(page).get_by_role("button", name="Stop").click()
+    page.get_by_text("stopped").first.wait_for(timeout=20_000)
+    other = browser.new_page()
+    other.goto(address)
+    begin(other)
+    other.close()
+    test_generate(page, tmp_path)  # it would wait behind the other one
+
+
 def test_hostile(page: Any, tmp_path: Path) -> None:
     """A file that is no picture is refused on the page, in words, and the page goes on."""
     tab = open_tab(page, "Enhance")

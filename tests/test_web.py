@@ -385,6 +385,14 @@ def test_the_command_ends_clean(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("selfvae-*"))
 
 
+def test_a_port_that_is_taken(address: str, models: Models) -> None:
+    from selfvae.web.page import served
+
+    port = int(address.rstrip("/").rpartition(":")[2])
+    with pytest.raises(OSError, match=f"port {port} is taken"), served(models, port=port):
+        pass
+
+
 def test_wrong_limits(models: Models) -> None:
     pytest.importorskip("gradio")
     from selfvae.web.page import served

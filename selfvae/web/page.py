@@ -500,13 +500,17 @@ def served(
 
         threading.Thread(target=clean, daemon=True).start()
         try:
-            _, address, _ = page.launch(
-                server_name=host, server_port=port, share=False, inbrowser=False, quiet=True,
-                prevent_thread_lock=True, max_file_size=most, footer_links=[], ssr_mode=False,
-                run_history=False, enable_monitoring=False, mcp_server=False, pwa=False,
-                theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-                css=_STYLE, app_kwargs={"middleware": around},
-            )  # fmt: skip
+            try:
+                _, address, _ = page.launch(
+                    server_name=host, server_port=port, share=False, inbrowser=False, quiet=True,
+                    prevent_thread_lock=True, max_file_size=most, footer_links=[], ssr_mode=False,
+                    run_history=False, enable_monitoring=False, mcp_server=False, pwa=False,
+                    theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+                    css=_STYLE, app_kwargs={"middleware": around},
+                )  # fmt: skip
+            except OSError:
+                which = f"port {port} is" if port else "all ports from 7860 to 7959 are"
+                raise OSError(f"{which} taken on {host}: choose another one (--port)") from None
             yield address
         finally:
             done.set()

@@ -148,7 +148,7 @@ def _upload(label: str) -> gr.File:
         if payload is not None and not Path(payload.path).is_file():
             raise gr.Error("this file was forgotten meanwhile: drop it again", print_exception=False)
         data = preprocess(payload)
-        return None if data is None else _Upload(Path(payload.orig_name or "picture").stem, data)
+        return None if data is None else _Upload(Path(payload.orig_name or "picture").stem[:60], data)
 
     file.async_move_resource_to_block_cache, file.preprocess = dropped, there
     return file

@@ -18,7 +18,7 @@ FILES = sorted(RECIPES.rglob("*.yaml"))
 def test_recipe(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     came: list[Any] = []
     monkeypatch.setattr(training.loop, "train", lambda *args, **_: came.append(args))
-    pixels = 64 if file.parent.name in ("64", "photos") else 32
+    pixels = 64 if file.parent.name in ("64", "photos") or file.stem.endswith("-64") else 32
     np.save(tmp_path / "x.npy", np.zeros((8, 3, pixels, pixels), np.uint8))
     command = ["train", "--config", file, "--data", tmp_path / "x.npy", "--out", tmp_path / "run"]
     assert main(list(map(str, command))) == 0

@@ -6,6 +6,7 @@ shares its work must be called in every one of them; with one process everything
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import sys
@@ -22,7 +23,7 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 
 from selfvae.progress import Track, silent
 
-__all__ = ["alone", "launch", "rank", "spread", "world_size"]
+__all__ = ["alone", "launch", "launch_fabric", "rank", "spread", "world_size"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -49,10 +50,17 @@ def launch(devices: int = 1) -> torch.device:
     # a share may take hours longer than another
     strategy = DDPStrategy(timeout=timedelta(days=30)) if devices > 1 else "auto"
     fabric = Fabric(accelerator=kind, devices=devices, strategy=strategy)
-    fabric.launch()
+    launch_fabric(fabric)
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
     return fabric.device
+
+
+def launch_fabric(fabric: Fabric) -> None:
+    """Start the processes of this Fabric; each leaves the others before Python ends."""
+    fabric.launch()
+    # a thread of gloo's that frees a Python object while Python ends aborts the process (1 of 130 did)
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 
 def spread(

@@ -39,6 +39,7 @@ from selfvae.optim import Muon
 from selfvae.plots import save_grid
 from selfvae.precision import Precision, resolve
 from selfvae.presets import ModelConfig, from_config
+from selfvae.processes import launch_fabric
 from selfvae.tasks import generate
 
 __all__ = ["TrainConfig", "check_free", "make_step", "prepare", "train"]
@@ -422,7 +423,7 @@ def train(
     if resume and not checkpoint.exists():
         raise FileNotFoundError(f"nothing to resume: {checkpoint} does not exist")
     fabric = fabric or Fabric(devices=1, precision=resolve(config.precision))
-    fabric.launch()
+    launch_fabric(fabric)
     rank, world = fabric.global_rank, fabric.world_size
     part = config.batch_size // (world * config.accumulate)
     if config.max_seconds and world > 1:

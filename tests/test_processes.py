@@ -24,11 +24,13 @@ from selfvae.quality import quality
 from selfvae.report import Settings, report
 
 WORK = """
-import json, sys
+import atexit, json, sys
 from pathlib import Path
+import torch.distributed as dist
 from tests.test_processes import work
 from selfvae.processes import launch, rank, spread
 
+atexit.register(lambda: print("together at the end:", dist.is_initialized()))  # the last of those called
 launch(2)
 found = work(Path(sys.argv[1]), Path(sys.argv[2]))
 found["ranks"] = spread(lambda item: rank(), [0, 1, 2])
@@ -77,7 +79,7 @@ def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["0"]  # one alone speaks
+    assert done.stdout.splitlines() == ["0", "together at the end: False"]  # one alone speaks
     found = [json.loads((tmp_path / f"{i}.json").read_text()) for i in (0, 1)]
     assert found[0] == found[1]
     assert found[0].pop("ranks") == [0, 1, 0]

@@ -98,8 +98,8 @@ def _operations(model: SelfVAE) -> list[tuple[str, str]]:
 
 def _reconstructions(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
     computed = _computed(model, x)
-    rows = [("OG: the images", computed["y0"])]
-    rows += [(f"CM: y{k}, computed", computed[f"y{k}"]) for k in _shown_levels(model)]
+    rows = [("the images", computed["y0"])]
+    rows += [(f"y{k}, computed", computed[f"y{k}"]) for k in _shown_levels(model)]
     for name, label in _operations(model):
         rows.append((label, show(reconstruct(model, x, name, **how), model.format)))
     return rows
@@ -109,13 +109,13 @@ def _conditional(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]
     computed, seed = _computed(model, x), how.get("seed")
     rows = []
     for k in _shown_levels(model):
-        rows.append((f"CM: y{k}, given", computed[f"y{k}"]))
+        rows.append((f"y{k}, given", computed[f"y{k}"]))
         y = infer(model, x, f"y{k}")[f"y{k}"]
         for draw in range(2):
             how["seed"] = None if seed is None else seed + draw
             drawn = enhance(model, y, k, **how)
             rows.append((f"draw {draw + 1}", show(drawn[:, :, : x.shape[2], : x.shape[3]], model.format)))
-    return [*rows, ("OG: the images", computed["y0"])]
+    return [*rows, ("the images", computed["y0"])]
 
 
 def _generations(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
@@ -140,7 +140,7 @@ def _interpolations(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[R
 
 def _variations(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
     drawn = vary(model, x, 4, **how)
-    rows = [("OG: the images", show(x, model.format))]
+    rows = [("the images", show(x, model.format))]
     return rows + [(f"variation {i + 1}", show(drawn[:, i], model.format)) for i in range(drawn.shape[1])]
 
 

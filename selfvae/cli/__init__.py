@@ -18,6 +18,7 @@ from selfvae.cli.drawing import enhance, figures, generate, interpolate, reconst
 from selfvae.cli.pages import serve
 from selfvae.cli.scores import evaluate, ood, quality, report, timing
 from selfvae.cli.training import crop, expand, export, push, train
+from selfvae.codec import fingerprint
 from selfvae.presets import PRESETS, SIZES, build
 
 
@@ -58,7 +59,8 @@ def info(
         + f", up by {level.transform}"
         for k, level in enumerate(net.levels)
     ]
-    show({**config, "parameters": count(net), "hierarchy": levels}, json)
+    own = {"parameters": count(net), "fingerprint": fingerprint(net).hex()}
+    show({**config, **own, "hierarchy": levels}, json)
 
 
 def demo(

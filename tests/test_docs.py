@@ -91,3 +91,27 @@ def test_sharded_training(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["2"]
+
+
+def test_a_file_imports_only_from_files_above_it() -> None:
+    """The order of the README's tree: down the left column, down the right one, then the folders."""
+    tree = re.search(r"^selfvae/\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert tree
+    columns, folders = re.split(r"(?=^  codec/)", tree[1], flags=re.MULTILINE)
+    lines = columns.splitlines()
+    middle = lines[0].index("hub.py")
+    text = "\n".join([line[:middle] for line in lines] + [line[middle:] for line in lines] + [folders])
+    order = [name.rstrip("/") for name in re.findall(r"(\w+)(?:\.py\b|/)", text)]
+    assert len(order) == len(set(order))
+    for file in (ROOT / "selfvae").rglob("*.py"):
+        path = file.relative_to(ROOT / "selfvae").with_suffix("").parts
+        if path in (("__init__",), ("codec", "__init__")):
+            continue
+        own = path[0] if path[0] in ("web", "cli") else path[-1]
+        assert own in order, f"the README's tree lacks {file.name}"
+        code = file.read_text()
+        used = re.findall(r"^from selfvae\.(?:codec\.)?(\w+) import", code, re.MULTILINE)
+        for several in re.findall(r"^from selfvae import (.+)", code, re.MULTILINE):
+            used += [part.split(" as ")[0] for part in several.split(", ")]
+        for found in used:
+            assert order.index(found) <= order.index(own), f"{file.name} imports {found}"

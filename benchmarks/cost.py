@@ -21,7 +21,7 @@ import tyro
 import selfvae
 from benchmarks.measure import medians, own_peak
 from benchmarks.speed import training
-from selfvae.hub import write_atomic
+from selfvae.files import write_atomic
 
 SIDES, LEVELS = (32, 64, 128), (0, 1, 2, 3)
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from selfvae.hub import write_atomic
+from selfvae.files import write_atomic
 
 
 def command(*words: object) -> str:

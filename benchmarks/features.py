@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from selfvae.data import augment
-from selfvae.hub import write_tensors
+from selfvae.files import write_tensors
 from selfvae.pixels import to_unit
 
 WEIGHTS = Path(__file__).parents[1] / "results/features/cifar10.safetensors"

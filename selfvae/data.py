@@ -9,9 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from selfvae.files import below, replacing
 from selfvae.pictures import ENDINGS, open_picture, picture_size
 from selfvae.progress import Track, silent
 
@@ -57,6 +56,13 @@ class Images:
         """The chosen images, uint8 (B, C, H, W), in memory."""
         rows = np.asarray(chosen, dtype=np.int64)
         return torch.from_numpy(np.array(self.array[rows if self.index is None else self.index[rows]]))
+
+    def digest(self) -> str:
+        """A hash of the images."""
+        found = hashlib.sha256(repr(self.shape).encode())
+        for start in range(0, len(self), 1024):
+            found.update(self.take(range(start, min(start + 1024, len(self)))).numpy().tobytes())
+        return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,9 @@ def to_uint8(x: Tensor) -> Tensor:
     """Floats in [0, 1], any shape -> uint8, rounded; raises ValueError for values outside."""
     if x.dtype == torch.uint8:
         return x
-    if not x.is_floating_point() or x.min() < 0 or x.max() > 1:
+    if x.is_floating_point() and not x.numel():
+        return x.to(torch.uint8)
+    if not x.is_floating_point() or not (x.min() >= 0 and x.max() <= 1):
         raise ValueError(
             f"to_uint8 takes floats in [0, 1]; got {str(x.dtype).removeprefix('torch.')} in "
             f"[{x.min().item():g}, {x.max().item():g}]: scale the values first"
@@ -214,8 +222,13 @@ def _photos(size: int) -> Splits:
     }
 
 
-def _split(images: np.ndarray, parts: Iterable[str]) -> Splits:
+def _split(images: np.ndarray, parts: Sequence[str], source: object) -> Splits:
     """Hold out a fixed random 15% for every part beyond "train"."""
+    if len(images) < len(parts):
+        raise ValueError(
+            f"{source} holds {len(images)} image(s) to train on; at least {len(parts)} are needed to "
+            f"split them into {', '.join(parts)}"
+        )
     out: Splits = {}
     for part in parts:
         if part != "train":
@@ -225,7 +238,7 @@ def _split(images: np.ndarray, parts: Iterable[str]) -> Splits:
 
 
 def _read_folder(folder: Path, size: int) -> np.ndarray:
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in ENDINGS)
+    files = below(folder, ENDINGS)
     if not files:
         raise ValueError(
             f"{folder} holds no images: expected files ending in {', '.join(ENDINGS)} (or train.npy)"
@@ -244,13 +257,10 @@ def _folder(folder: Path, size: int) -> Splits:
         for split, known in names.items()
     }
     if given["train"] is None:
-        images = _read_folder(folder, size)
-        if len(images) < 3:
-            raise ValueError(f"{folder} holds {len(images)} image(s); at least 3 are needed to split")
-        return _split(images, ["train", "test", "validation"])
+        return _split(_read_folder(folder, size), ["train", "test", "validation"], folder)
     found = {split: _read_folder(path, size) for split, path in given.items() if path is not None}
     missing = [split for split in ("test", "validation") if split not in found]
-    return {**found, **_split(found["train"], ["train", *missing])}
+    return {**found, **_split(found["train"], ["train", *missing], folder)}
 
 
 def _open_array(path: Path, size: int | None) -> np.ndarray:
@@ -343,7 +353,7 @@ class HubSource:
                 images[i] = square(picture, size)
             out[ours] = images
         if "validation" not in out:
-            out |= _split(out["train"], ["train", "validation"])
+            out |= _split(out["train"], ["train", "validation"], self.repo)
         return out
 
     def _pictures(self, rows: Any) -> Iterator[Image.Image]:
@@ -382,15 +392,10 @@ def _cache() -> Path:
 
 def _write_folder(folder: Path, splits: Splits) -> None:
     """Write FOLDER/train.npy, ...: all of them or nothing."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with replacing(folder) as temporary:
+        temporary.mkdir()
         for split, images in splits.items():
             np.save(temporary / f"{split}.npy", images)
-        temporary.chmod(0o755)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _prepare(name: str, key: str, read: Callable[[], Splits]) -> Dataset:
@@ -441,7 +446,7 @@ def crop(
             "size must be at least 1 pixel, n at least 20, every shrink at least 1; "
             f"got {size}, {n}, {shrink}"
         )
-    sides = {f: picture_size(f) for f in sorted(folder.rglob("*")) if f.suffix.lower() in ENDINGS}
+    sides = {f: picture_size(f) for f in below(folder, ENDINGS)}
     large = [f for f, (h, w) in sides.items() if min(h, w) // min(shrink) >= size]
     if len(large) < 3:
         raise ValueError(

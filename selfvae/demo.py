@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from selfvae import data, hub
 from selfvae.baselines import lossless_bits, lossless_bits_per_dim
 from selfvae.codec import Codec
 from selfvae.evaluate import evaluate, plain_enhancement
+from selfvae.files import write_atomic
 from selfvae.model import SelfVAE
 from selfvae.plots import save_figure
 from selfvae.presets import configure
@@ -39,7 +39,7 @@ def demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, Any]:
     result: dict[str, Any] = {"subpixels": sum(x.numel() for x in photos.values()), "bytes": 0}
     for name, x in photos.items():
         file = codec.compress(x)  # it decodes the file and compares
-        hub.write_atomic(out / f"{name}.svae", file)
+        write_atomic(out / f"{name}.svae", file)
         result["bytes"] += len(file)
     result["bits_per_dim"] = round(8 * result["bytes"] / result["subpixels"], 4)
     for format in ("PNG", "WebP"):
@@ -47,7 +47,7 @@ def demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, Any]:
         result[f"{format.lower()}_bits_per_dim"] = round(bits / result["subpixels"], 4)
     save_figure(_rows(photos, seed), out / "figure.png", cell=128)
     result["seconds"] = round(time.monotonic() - began, 1)
-    hub.write_atomic(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    write_atomic(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 
@@ -92,14 +92,16 @@ def train_demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, 
     png_bits_per_dim and webp_bits_per_dim of the same crops, seconds, parameters, and the latent model's.
     """
     began, out = time.monotonic(), Path(out)
+    for options in (_CHAIN, _LATENT):
+        folder = out / options["name"]
+        if folder.exists():
+            raise FileExistsError(f"{folder} exists: remove it, or give another folder with --out")
     photos = data.load("photos", 32)
     models: list[SelfVAE] = []
     scores: list[dict[str, Any]] = []
     test = photos.test.take(range(128 if fast else 512))
     for options, seconds in zip((_CHAIN, _LATENT), _FAST_SECONDS if fast else _SECONDS, strict=True):
         folder = out / options["name"]
-        if folder.exists() and (out / "result.json").exists():  # of an earlier demo
-            shutil.rmtree(folder)
         config = TrainConfig(
             steps=1_000_000, max_seconds=seconds, schedule="cosine", lr=0.004, lr_floor=0.0002,
             warmup=50, ema=0.99, translate=0, log_every=10, eval_every=1_000_000,
@@ -121,7 +123,7 @@ def train_demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, 
     }
     save_figure(_trained_rows(models[0], models[1], test[_spread(len(test))], seed), out / "figure.png")
     result["seconds"] = round(time.monotonic() - began, 1)
-    hub.write_atomic(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    write_atomic(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 

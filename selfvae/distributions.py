@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfvae.pixels import log1mexp, rand_like
+from selfvae.transforms import at_least_float32
 
 __all__ = ["DiagonalNormal", "GaussianMixture", "RoundedLogistic", "UniformBox", "soft_limit"]
 
@@ -23,11 +24,6 @@ def soft_limit(raw: Tensor, limit: float = 7.0) -> Tensor:
 def randn_like(x: Tensor) -> Tensor:
     """Normal numbers of x's shape, the same at the same places whatever x's memory layout."""
     return torch.randn_like(x, memory_format=torch.contiguous_format)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """What networks computed in float16 or bfloat16 as float32, in which likelihoods are computed."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class DiagonalNormal:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from selfvae.hub import write_atomic
+from selfvae.files import write_atomic
 from selfvae.level import Level
 from selfvae.model import SelfVAE
 from selfvae.tasks import check_computed, enhance

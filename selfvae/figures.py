@@ -9,7 +9,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from selfvae.hub import write_atomic
+from selfvae.files import write_atomic
 from selfvae.model import SelfVAE
 from selfvae.pages import figure, page
 from selfvae.pictures import show

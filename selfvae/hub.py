@@ -6,21 +6,24 @@ Some come with the package (`shipped`); others lie on the Hugging Face hub, with
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from selfvae.files import write_atomic, write_tensors
+from selfvae.level import Level
 from selfvae.model import SelfVAE
 from selfvae.presets import ModelConfig, from_config
 
 __all__ = [
     "card",
+    "check_plain",
+    "find",
     "from_pretrained",
     "load",
     "own_state",
@@ -29,8 +32,6 @@ __all__ = [
     "save_pretrained",
     "set_state",
     "shipped",
-    "write_atomic",
-    "write_tensors",
 ]
 
 _FORMAT = 1
@@ -41,39 +42,6 @@ _SHIPPED = Path(__file__).parent / "models"
 def shipped() -> dict[str, Path]:
     """The models that come with the package, by name; each folder holds a model card, README.md."""
     return {file.parent.name: file.parent for file in sorted(_SHIPPED.glob("*/config.json"))}
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: to a temporary file beside it, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """A safetensors file, written whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def own_state(model: nn.Module) -> dict[str, Tensor]:
@@ -90,13 +58,22 @@ def set_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict({**state, **again})
 
 
+def check_plain(model: SelfVAE) -> None:
+    """Raise ValueError unless the model is as `build` made it, with all that its weights mean."""
+    if not isinstance(model.config, ModelConfig):
+        raise ValueError("expected a model made by selfvae.build; this one has no config")
+    if not all(isinstance(level, Level) for level in model.levels):
+        raise ValueError(
+            "expected a model made by selfvae.build; this one is tiled: take what it was made of"
+        )
+
+
 def save(model: SelfVAE, folder: str | Path, *, half: bool = False) -> None:
     """Write folder/config.json and folder/model.safetensors; the model must come from `build`.
 
     half: round the weights to float16, for half the bytes; they are float32 again when loaded.
     """
-    if not isinstance(model.config, ModelConfig):
-        raise ValueError("only a model made by selfvae.build can be saved: this one has no config")
+    check_plain(model)
     folder = Path(folder)
     state = {k: v.half() if half and v.is_floating_point() else v for k, v in own_state(model).items()}
     write_tensors(folder / "model.safetensors", state)
@@ -104,10 +81,10 @@ def save(model: SelfVAE, folder: str | Path, *, half: bool = False) -> None:
     write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
-def load(path: str | Path) -> SelfVAE:
-    """The model in a folder that `save` or training wrote, or one of `shipped`; on the CPU, ready for use.
+def find(path: str | Path) -> Path:
+    """The folder of a model: one that `save` or training wrote, or by the name of one of `shipped`.
 
-    Raises FileNotFoundError or ValueError saying what the folder lacks.
+    Raises FileNotFoundError saying what the folder lacks.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
@@ -118,13 +95,28 @@ def load(path: str | Path) -> SelfVAE:
                 f"{folder} holds no model: {name} is missing (expected config.json and model.safetensors, "
                 f"as selfvae train writes them, or one of {', '.join(shipped())})"
             )
-    config = json.loads((folder / "config.json").read_text())
+    return folder
+
+
+def load(path: str | Path) -> SelfVAE:
+    """The model in a folder that `save` or training wrote, or one of `shipped`; on the CPU, ready for use.
+
+    Raises FileNotFoundError or ValueError saying what the folder lacks.
+    """
+    folder = find(path)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json is no JSON: {error}") from None
     if not isinstance(config, dict) or "model" not in config or config.get("format") != _FORMAT:
         raise ValueError(
             f"{folder}/config.json must be {{'format': {_FORMAT}, 'model': ...}}; got {str(config)[:50]}: "
             "use the version of selfvae that wrote it"
         )
-    model = from_config(ModelConfig.from_dict(config["model"]))
+    try:
+        model = from_config(ModelConfig.from_dict(config["model"]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/config.json describes no model: {error}") from None
     try:
         set_state(model, load_file(folder / "model.safetensors"))
     except (SafetensorError, RuntimeError) as error:

@@ -129,8 +129,9 @@ class Conv(nn.Module):
         self.initialising = False
 
     def extra_repr(self) -> str:
-        o, i = self.direction.shape[:2]
-        return f"{o}, {i}, kernel={self.direction.shape[-1]}, stride={self.stride}"
+        i, o = self.direction.shape[:2] if self.transposed else self.direction.shape[1::-1]
+        kind = ", transposed" if self.transposed else ""
+        return f"{i}, {o}, kernel={self.direction.shape[-1]}, stride={self.stride}{kind}"
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -113,7 +113,7 @@ class Level(nn.Module):
         """p(z | y_up, z_up)."""
         assert self.prior_net is not None
         if y_up.shape[1] == 0:
-            top: LatentDistribution = self.prior_net(y_up, z_up)
+            top: LatentDistribution = self.prior_net(y_up.to(self.dtype), z_up)
             return top
         up = self.transform.format(self.format)
         params = self.prior_net(to_unit(y_up, up.levels, self.dtype), z_up)

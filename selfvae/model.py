@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from selfvae.layers import data_dependent_init
 from selfvae.level import Level, Posterior
 from selfvae.objective import Terms
-from selfvae.transforms import Blank, Format, check_image
+from selfvae.transforms import Blank, Format
 
 __all__ = ["SelfVAE"]
 
@@ -57,7 +57,7 @@ class SelfVAE(nn.Module):
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
         """[x, y_1, ..., y_K], uint8."""
-        check_image(x, self.format.channels)
+        self.format.check(x)
         ys = [x]
         for level in self.levels[:-1]:
             ys.append(level.transform(ys[-1]))
@@ -88,6 +88,11 @@ class SelfVAE(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the networks."""
+        return next(self.parameters()).dtype
 
     def walk(self, pick: Pick, blank: Tensor) -> Tensor:
         """From the top to the image: pick(name, distribution) says where each variable comes from.

@@ -27,6 +27,7 @@ from selfvae.model import SelfVAE
 from selfvae.objective import gather
 from selfvae.pictures import show
 from selfvae.processes import spread
+from selfvae.tasks import seeded
 
 __all__ = ["ALTERED", "auroc", "ood", "scores"]
 
@@ -92,10 +93,8 @@ def ood(
     if n < 2:
         raise ValueError(f"at least 2 images are needed; got {n}")
     check_levels(model, inside)
-    torch.manual_seed(seed)
     x = inside.take(range(n))
-    known = scores(model, x, batch_size)
-    result: dict[str, Any] = {"images": n}
+    others: dict[str, Tensor] = {}
     for name, images in outside.items():
         if images is None:
             if name not in ALTERED:
@@ -110,6 +109,11 @@ def ood(
                 f"out-set {name!r} must hold images of {tuple(x.shape[1:])} as the in-set does; "
                 f"got {tuple(other.shape[1:])}"
             )
-        strange = scores(model, other, batch_size)
-        result[name] = {score: auroc(known[score], strange[score]) for score in known}
-    return result
+        others[name] = other
+    with seeded(model, seed):
+        known = scores(model, x, batch_size)
+        found = {name: scores(model, other, batch_size) for name, other in others.items()}
+    return {
+        "images": n,
+        **{name: {s: auroc(known[s], strange[s]) for s in known} for name, strange in found.items()},
+    }

@@ -17,7 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from selfvae.hub import write_atomic
+from selfvae.files import write_atomic
 from selfvae.transforms import Format, Greyscale
 
 __all__ = [
@@ -94,7 +94,7 @@ def picture_size(source: Source) -> tuple[int, int]:
     """Height and width in pixels of what `open_picture` gives, without reading the pixels."""
     try:
         with _open(source) as file:
-            turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            turned = 5 <= file.getexif().get(ExifTags.Base.Orientation, 1) <= 8
             return file.size if turned else file.size[::-1]
     except _UNREADABLE as error:
         raise _unreadable(_name(source), error) from None

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfvae.transforms import Format, Support
+from selfvae.transforms import Format, Support, at_least_float32
 
 __all__ = ["PixelMixture", "log1mexp", "param_count", "rand_like", "to_unit"]
 
@@ -131,9 +131,8 @@ class PixelMixture:
             )
         self.support, self.format = support, format
         self.coefficients = coefficients
-        params = params.float() if params.dtype != torch.float64 else params
-        logits, means, scales, coefs = params.view(b, g, p // m, m, h, w).split(
-            [1, c, c, c * (c - 1) // 2], 2
+        logits, means, scales, coefs = (
+            at_least_float32(params).view(b, g, p // m, m, h, w).split([1, c, c, c * (c - 1) // 2], 2)
         )
         half = format.top / 2
         self.logits = torch.log_softmax(logits[:, :, 0], 2)  # B, G, M, h, w

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,6 +54,8 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
 
 def transform(name: str) -> Transform:
     """The transform of that name; several joined by "+" are taken as one, e.g. "grey+mean2"."""
+    if name in ("halve", "quincunx"):
+        raise ValueError(f"{name!r} is a whole chain of transforms: give it alone")
     parts = [_choose(part, TRANSFORMS, "transform")() for part in name.split("+")]
     return parts[0] if len(parts) == 1 else Chain(*parts)
 
@@ -62,8 +64,8 @@ def _choose(name: str, table: Mapping[str, Any], kind: str) -> Any:
     if name in table:
         return table[name]
     near = difflib.get_close_matches(name, table, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(table)}")
+    hint = f": did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown {kind} {name!r}{hint} (known: {', '.join(table)})")
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ class ModelConfig:
             )
         object.__setattr__(self, "image_shape", shape)
         names = [self.transforms] if isinstance(self.transforms, str) else self.transforms
+        if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"transforms must be names; got {self.transforms!r}")
         object.__setattr__(self, "transforms", tuple(names))
         for field, known in (
             ("prior", TOP_PRIORS),
@@ -127,7 +131,7 @@ class ModelConfig:
             ("coefficients", ("raw", "residual")),
             ("backbone", BACKBONES),
         ):
-            if getattr(self, field) not in known:
+            if not isinstance(getattr(self, field), str) or getattr(self, field) not in known:
                 raise ValueError(f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}")
         if self.latents != "none" and (self.posterior == "uniform") != (self.prior == "logistic"):
             raise ValueError(
@@ -136,10 +140,12 @@ class ModelConfig:
             )
         for field, kinds in (
             ("width", (int, float)), ("depth", (int, float)), ("latent_channels", int), ("components", int),
+            ("levels", int),
         ):  # fmt: skip
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
-                raise ValueError(f"{field} must be a positive number; got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+                kind = "whole number" if kinds is int else "number"
+                raise ValueError(f"{field} must be a positive {kind}; got {value!r}")
         for field in ("consistent", "anchored", "shared"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be true or false; got {getattr(self, field)!r}")

@@ -15,10 +15,10 @@ from selfvae.distributions import (
     DiagonalNormal,
     GaussianMixture,
     RoundedLogistic,
-    at_least_float32,
     soft_limit,
 )
 from selfvae.flows import RealNVP
+from selfvae.transforms import at_least_float32
 
 __all__ = [
     "TOP_PRIORS",
@@ -63,7 +63,7 @@ class NormalPrior(_TopPrior):
     """The standard normal."""
 
     def forward(self, y: Tensor, z: Tensor | None) -> LatentDistribution:
-        zeros = torch.zeros(self.shape(y), device=y.device)
+        zeros = torch.zeros(self.shape(y), dtype=y.dtype, device=y.device)
         return DiagonalNormal(zeros, zeros)
 
 
@@ -101,7 +101,7 @@ class FlowDistribution:
     """What a flow makes of Gaussian noise."""
 
     def __init__(self, flow: RealNVP, shape: tuple[int, int, int, int], like: Tensor) -> None:
-        self.flow, self.shape, self.device = flow, shape, like.device
+        self.flow, self.shape, self.device, self.dtype = flow, shape, like.device, like.dtype
 
     def log_prob(self, z: Tensor) -> Tensor:
         noise, log_det = self.flow(at_least_float32(z))
@@ -109,11 +109,13 @@ class FlowDistribution:
         return DiagonalNormal(zeros, zeros).log_prob(noise) + log_det
 
     def sample(self, temperature: float = 1.0) -> Tensor:
-        return self.flow.inverse(temperature * torch.randn(self.shape, device=self.device))
+        return self.flow.inverse(
+            temperature * torch.randn(self.shape, dtype=self.dtype, device=self.device)
+        )
 
     def mode(self) -> Tensor:
         """The image of the noise's mode, not in general the density's."""
-        return self.flow.inverse(torch.zeros(self.shape, device=self.device))
+        return self.flow.inverse(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
 
 
 class FlowPrior(_TopPrior):

@@ -41,6 +41,10 @@ def load_network(name: str, device: torch.device | str = "cpu") -> Network:
     except (ImportError, AttributeError) as error:
         raise ImportError(f"no features at {name}: {error}") from None
     network: Network = found() if isinstance(found, type) else found
+    if not callable(network):
+        raise ValueError(
+            f"features must be a function of images, or a class of them; {name} is {network!r}"
+        )
     if isinstance(network, torch.nn.Module):
         network = network.eval().to(device)
     return network
@@ -195,6 +199,13 @@ def quality(
 
     def known(chunk: range) -> Tensor:
         return features(network, show(images.take(chunk).to(model.device), model.format))
+
+    size = known(range(1)).shape[1]  # before hours of drawing
+    if min(len(images), n) <= size:
+        raise ValueError(
+            f"a covariance of {size} features needs at least {size + 1} images on both sides; "
+            f"got {len(images)} and {n}"
+        )
 
     def drawn(chunk: range) -> Tensor:
         if seed is not None:

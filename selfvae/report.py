@@ -1,7 +1,7 @@
 """All scores of trained models in one report, in the layout of the papers' tables and beside their figures.
 
-Every part is kept in OUT/parts as JSON under a key made of the weights and the settings: a report that was
-ended goes on where it was, and one with another model added computes that model alone.
+Every part is kept in OUT/parts as JSON under a key made of the weights, the images and the settings: a
+report that was ended goes on where it was, and one with another model added computes that model alone.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from selfvae.bounds import Bounds, bounds
 from selfvae.data import Images
 from selfvae.evaluate import enhancement, evaluate, summary, timing
 from selfvae.figures import figures
-from selfvae.hub import load, write_atomic
+from selfvae.files import write_atomic
+from selfvae.hub import find, load
 from selfvae.ood import ALTERED, ood
 from selfvae.precision import Resolved, autocast
 from selfvae.processes import alone, spread
 from selfvae.quality import Network, quality
+from selfvae.tasks import seeded
 
 __all__ = ["PAPERS", "Settings", "report"]
 
@@ -123,7 +125,7 @@ def report(
     names = {run: run.name if len({r.name for r in runs}) == len(runs) else str(run) for run in runs}
     rows = {}
     for run in runs:
-        work = _Work(run, images, data, out, settings, outside, features, torch.device(device), progress)
+        work = _Work(run, images, out, settings, outside, features, torch.device(device), progress)
         rows[names[run]] = work.measure()
     tables = [
         _likelihood(rows), _draws(rows), _enhancement(rows), _ood(rows), _quality(rows, features),
@@ -161,7 +163,6 @@ class _Work:
 
     run: Path
     images: Images
-    data: str
     out: Path
     settings: Settings
     outside: Outside
@@ -170,9 +171,11 @@ class _Work:
     progress: Callable[[str], None]
 
     def __post_init__(self) -> None:
-        self.model = load(self.run).to(self.device)
-        weights = hashlib.sha256((self.run / "model.safetensors").read_bytes()).hexdigest()
-        self.base = [weights, self.data, self.images.shape, self.device.type]
+        folder = find(self.run)
+        self.model = load(folder).to(self.device)
+        files = [(folder / name).read_bytes() for name in ("config.json", "model.safetensors")]
+        self.weights = hashlib.sha256(b"".join(files)).hexdigest()
+        self.base = [self.weights, self.images.digest(), self.device.type]
 
     def kept(self, name: str, on: list[Any], task: Callable[[], Part], shared: bool = True) -> Part:
         """The result of a task, from its file if there is one for what it depends `on`.
@@ -184,8 +187,8 @@ class _Work:
         file = self.out / "parts" / f"{self.run.name}-{name}-{key}.json"
         if not (alone(file.exists) if shared else file.exists()):
             self.progress(f"{self.run.name}: {name}")
-            torch.manual_seed(self.settings.seed)
-            found = json.dumps(task()).encode()
+            with seeded(self.model, self.settings.seed):
+                found = json.dumps(task()).encode()
             if shared:
                 alone(lambda: write_atomic(file, found))
             else:
@@ -205,8 +208,9 @@ class _Work:
             "time": self.kept("time", [], lambda: alone(lambda: timing(model))),
         }  # fmt: skip
         if self.outside:
+            sets = {name: images and images.digest() for name, images in sorted(self.outside.items())}
             parts["ood"] = self.kept(
-                "ood", [s.ood_limit, sorted(self.outside)],
+                "ood", [s.ood_limit, sets],
                 lambda: ood(model, images, self.outside, limit=s.ood_limit, **how),
             )  # fmt: skip
         if s.iw and model.has_latents:
@@ -257,7 +261,8 @@ class _Work:
 
     def draw(self) -> Part:
         x = self.images.take(range(min(self.settings.figures, len(self.images))))
-        files = figures(self.model, x, self.out / "figures" / self.run.name, seed=self.settings.seed)
+        own = f"{self.run.name}-{self.weights[:8]}"  # two runs may have one name
+        files = figures(self.model, x, self.out / "figures" / own, seed=self.settings.seed)
         return {"files": [str(file.relative_to(self.out)) for file in files if file.suffix == ".png"]}
 
 

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from selfvae.model import SelfVAE
 from selfvae.progress import Track, silent
-from selfvae.transforms import check_image
 
 __all__ = [
     "ALIASES",
@@ -42,6 +41,7 @@ __all__ = [
     "interpolate",
     "names",
     "reconstruct",
+    "seeded",
     "temperatures",
     "variables",
     "vary",
@@ -131,8 +131,8 @@ def _one(model: SelfVAE, name: str) -> list[str]:
 
 
 @contextmanager
-def _seeded(model: SelfVAE, seed: int | None) -> Iterator[None]:
-    """Draw from `seed` and leave the global random state as it was; None: draw from the global state."""
+def seeded(model: SelfVAE, seed: int | None) -> Iterator[None]:
+    """Draw from `seed` and leave torch's global random state as it was; None: draw from that."""
     if seed is None:
         yield
         return
@@ -193,9 +193,7 @@ def infer(
     """
     if not 0 <= k < len(model.levels):
         raise ValueError(f"k must be 0 to {len(model.levels) - 1} for this model; got {k}")
-    check_image(image, model.levels[k].format.channels, f"y{k}")
-    if 0 in image.shape:
-        raise ValueError(f"y{k} must hold at least one image and pixel; got {tuple(image.shape)}")
+    model.levels[k].format.check(image, f"y{k}")
     wanted = set(variables(model) if given is None else names(model, given))
     images = [int(name[1:]) for name in wanted if name[0] == "y"]
     if images:  # an image brings all above it
@@ -204,7 +202,7 @@ def infer(
     out: dict[str, Tensor] = {}
     y = image.to(model.device)
     y = _pad(y, _up((y.shape[2], y.shape[3]), model.multiples[k]))
-    with _seeded(model, how.get("seed")):
+    with seeded(model, how.get("seed")):
         for j in range(k, len(model.levels)):
             if f"y{j}" in wanted:
                 out[f"y{j}"] = y
@@ -241,7 +239,7 @@ def complete(
     given = {variable: value for name, value in given.items() for variable in _one(model, name)}
     for name, value in given.items():
         if name[0] == "y":
-            check_image(value, model.levels[int(name[1:])].format.channels, name)
+            model.levels[int(name[1:])].format.check(value, name)
     n, height, width = shape or _shape(model, given)
     if min(n, height, width) < 1:
         raise ValueError(f"shape must be at least one image of 1 x 1 pixel; got {n, height, width}")
@@ -268,7 +266,7 @@ def complete(
                 f"{name} must be {(n, *model.levels[k].latent_shape(*sizes[k]))} for images of {height} x "
                 f"{width}; got {tuple(value.shape)}: is shape, (number, height, width), the images' own?"
             )
-        taken[name] = value.to(model.device)
+        taken[name] = value.to(model.device, model.dtype if name[0] == "z" else None)
     heats = temperatures(model, temperature, decode)
     out: dict[str, Tensor] = {}
     left = iter(track(variables(model), "variables"))
@@ -278,7 +276,7 @@ def complete(
         out[name] = taken[name] if name in taken else _draw(p, heats[name])
         return out[name]
 
-    with _seeded(model, seed):
+    with seeded(model, seed):
         model.walk(pick, model.blank(n, *padded))
     for k, (rows, cols) in enumerate(own):
         out[f"y{k}"] = out[f"y{k}"][:, :, :rows, :cols]
@@ -328,7 +326,7 @@ def enhance(model: SelfVAE, y: Tensor, k: int = 1, **how: Unpack[Drawing]) -> Te
     """
     check_computed(model, k)
     seed = how.pop("seed", None)
-    with _seeded(model, seed):
+    with seeded(model, seed):
         given = infer(model, y, k=k, **how)
         rows, cols = model.scale(k)
         shape = (y.shape[0], y.shape[2] * rows, y.shape[3] * cols)
@@ -343,7 +341,7 @@ def reconstruct(
     By default all latents and no image: what the model calls a reconstruction.
     """
     seed = how.pop("seed", None)
-    with _seeded(model, seed):
+    with seeded(model, seed):
         values = infer(model, x, "reconstruction" if given is None else given, **how)
         return complete(model, values, (x.shape[0], x.shape[2], x.shape[3]), **how)["y0"]
 
@@ -356,7 +354,7 @@ def vary(
     Returns uint8 (B, n, C, H, W).
     """
     seed = how.pop("seed", None)
-    with _seeded(model, seed):
+    with seeded(model, seed):
         values = infer(model, x, given, **how)
         values = {name: value.repeat_interleave(n, 0) for name, value in values.items()}
         out = complete(model, values, (n * x.shape[0], x.shape[2], x.shape[3]), **how)["y0"]

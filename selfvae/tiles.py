@@ -75,6 +75,10 @@ class _TiledDistribution:
         """The mode of the whole (B, C, h, w)."""
         return self.level.assemble(self.name, lambda p: p.mode(), self.part, self.inputs)
 
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Raise: a tile's margin would be counted twice."""
+        raise ValueError("a tiled model draws, and does not score: take the model that it was made of")
+
 
 class TiledLevel(nn.Module):
     """A level whose networks see tiles of `tile` pixels of y and `margin` pixels of context around."""

@@ -25,13 +25,14 @@ import torch
 from lightning_fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from selfvae import hub
 from selfvae.data import Dataset, augment, batch_indices
 from selfvae.evaluate import check_levels, evaluate
+from selfvae.files import write_atomic, write_tensors
 from selfvae.layers import checkpoint_activations
 from selfvae.model import SelfVAE
 from selfvae.objective import Terms, bits_per_dim
@@ -121,8 +122,8 @@ class TrainConfig:
                 raise ValueError(f"{field} must be positive; got {getattr(self, field)}")
         for field in ("lr_floor", "warmup", "kl_warmup", "free_bits", "translate", "seed", "max_seconds",
                       "patience"):  # fmt: skip
-            if not getattr(self, field) >= 0:
-                raise ValueError(f"{field} must not be negative; got {getattr(self, field)}")
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"{field} must be finite and not negative; got {getattr(self, field)}")
         for field, known in (
             ("optimizer", tuple(_OPTIMIZERS)),
             ("schedule", ("exponential", "cosine")),
@@ -212,7 +213,7 @@ class Log:
         writer = csv.DictWriter(out, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        hub.write_atomic(self.path, out.getvalue().encode())
+        write_atomic(self.path, out.getvalue().encode())
 
 
 @dataclass
@@ -250,7 +251,7 @@ class State:
             "train": json.dumps(dataclasses.asdict(config)),
             "state": json.dumps(numbers),
         }
-        hub.write_tensors(path, tensors, metadata)
+        write_tensors(path, tensors, metadata)
 
     def restore(self, path: Path) -> None:
         tensors: dict[str, Tensor] = {}
@@ -275,8 +276,15 @@ class State:
 
 def _check_same_model(checkpoint: Path, config: ModelConfig) -> None:
     """Raise ValueError if a checkpoint is of another model, or of a later format."""
-    with safe_open(checkpoint, framework="pt") as file:
-        metadata = file.metadata()
+    try:
+        with safe_open(checkpoint, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{checkpoint} is damaged ({error}): begin another run with --start {checkpoint.parent}"
+        ) from None
+    if "model" not in metadata:
+        raise ValueError(f"{checkpoint} is no checkpoint of a run: expected what selfvae train writes")
     found = int(metadata.get("format", 1))  # the first ones did not say
     if found > _FORMAT:
         raise ValueError(

@@ -34,6 +34,7 @@ __all__ = [
     "Subsample",
     "Support",
     "Transform",
+    "at_least_float32",
     "check_image",
 ]
 
@@ -56,6 +57,16 @@ class Format:
         """The largest value."""
         return self.levels - 1
 
+    def check(self, x: Tensor, name: str = "x") -> None:
+        """Raise a `TypeError` or `ValueError` unless x is uint8 (B, C, H, W), not empty, of this format."""
+        check_image(x, self.channels, name)
+        if not x.numel():
+            raise ValueError(f"{name} must hold at least one image and pixel; got {tuple(x.shape)}")
+        if self.levels < 256 and (most := int(x.max())) > self.top:
+            raise ValueError(
+                f"{name} must hold values of 0 to {self.top}; got {most}: reduce it with pictures.to_format"
+            )
+
 
 def check_image(x: Tensor, channels: int | None = None, name: str = "x") -> None:
     """Raise a `TypeError` or `ValueError` unless x is uint8 (B, C, H, W) with the given channels."""
@@ -67,8 +78,9 @@ def check_image(x: Tensor, channels: int | None = None, name: str = "x") -> None
         raise kind(f"{name} must be uint8 (B, {c}, H, W); got {got}{hint}")
 
 
-def _real(y: Tensor) -> Tensor:
-    return y if y.dtype == torch.float64 else y.float()
+def at_least_float32(x: Tensor) -> Tensor:
+    """float64 as it is, all else as float32: what likelihoods are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class Support:
@@ -158,7 +170,7 @@ class Transform(nn.Module):
 
         float64 for a y given in float64, float32 for any other.
         """
-        return _real(y)
+        return at_least_float32(y)
 
     def size(self, h: int, w: int) -> tuple[int, int]:
         """The height and width of d(x) for x of height h and width w, in pixels."""
@@ -183,7 +195,7 @@ class Blank(Transform):
 
     def estimate(self, y: Tensor, format: Format) -> Tensor:
         b, _, h, w = y.shape
-        return _real(y).new_full((b, format.channels, h, w), format.top / 2)
+        return at_least_float32(y).new_full((b, format.channels, h, w), format.top / 2)
 
 
 # --- downscaling -----------------------------------------------------------------------------------
@@ -257,7 +269,7 @@ class MeanDownscale(Transform):
 
     def estimate(self, y: Tensor, format: Format) -> Tensor:
         size = (y.shape[2] * self.scale[0], y.shape[3] * self.scale[1])
-        return F.interpolate(_real(y), size, mode="bilinear", align_corners=False)
+        return F.interpolate(at_least_float32(y), size, mode="bilinear", align_corners=False)
 
     def extra_repr(self) -> str:
         return f"{self.scale[0]}, {self.scale[1]}"
@@ -340,7 +352,7 @@ class Subsample(Keep):
 
     def estimate(self, y: Tensor, format: Format) -> Tensor:
         """Linear interpolation between the kept pixels; past the last one it is repeated."""
-        out = _real(y)
+        out = at_least_float32(y)
         if self.staggered:
             rows = out + torch.cat([out[:, :, 1:], out[:, :, -1:]], 2)
             between = (rows + torch.cat([rows[..., 1:], rows[..., -1:]], 3)) / 4
@@ -360,7 +372,7 @@ class _CheckerboardSupport(_KeepSupport):
 
     def __init__(self, y: Tensor, format: Format, d: Keep, weights: Tensor | None) -> None:
         super().__init__(y, format, d)
-        self.weights = None if weights is None else torch.tanh(_real(weights))
+        self.weights = None if weights is None else torch.tanh(at_least_float32(weights))
 
     def refine(self, estimate: Tensor, v: Tensor) -> Tensor:
         """The second guess is moved by what the four at its corners missed theirs by, times weights."""
@@ -405,7 +417,7 @@ class Checkerboard(Keep):
 
     def estimate(self, y: Tensor, format: Format) -> Tensor:
         """A dropped pixel is the mean of its neighbours above, below, left and right."""
-        even, odd = _real(y).unflatten(2, (-1, 2)).unbind(3)
+        even, odd = at_least_float32(y).unflatten(2, (-1, 2)).unbind(3)
         left = torch.cat([odd[..., :1], odd[..., :-1]], 3)
         right = torch.cat([even[..., 1:], even[..., -1:]], 3)
         above = torch.cat([odd[:, :, :1], odd[:, :, :-1]], 2)
@@ -456,7 +468,7 @@ def _cubic(t: float, a: float = -0.5) -> float:
     return (((t - 5) * t + 8) * t - 4) * a if t < 2 else 0.0
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)  # 8 n^2 / factor bytes each
 def _bicubic_weights(factor: int, n: int) -> Tensor:
     rows = []
     for i in range(n // factor):
@@ -489,7 +501,7 @@ class BicubicDownscale(Transform):
 
     def estimate(self, y: Tensor, format: Format) -> Tensor:
         size = (y.shape[2] * self.scale[0], y.shape[3] * self.scale[1])
-        out = F.interpolate(_real(y), size, mode="bicubic", align_corners=False)
+        out = F.interpolate(at_least_float32(y), size, mode="bicubic", align_corners=False)
         return out.clamp(0, format.top)
 
     def extra_repr(self) -> str:
@@ -532,7 +544,7 @@ class BitDepth(Transform):
 
     def estimate(self, y: Tensor, format: Format) -> Tensor:
         step = 1 << (8 - self.bits)
-        return _real(y) * step + (step - 1) / 2
+        return at_least_float32(y) * step + (step - 1) / 2
 
     def extra_repr(self) -> str:
         return f"{self.bits}"
@@ -582,10 +594,10 @@ class Greyscale(Transform):
         return _GreySupport(y, format)
 
     def estimate(self, y: Tensor, format: Format) -> Tensor:
-        return _real(y).expand(-1, format.channels, -1, -1)
+        return at_least_float32(y).expand(-1, format.channels, -1, -1)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)
 def _blur_weights(sigma: float, n: int) -> Tensor:
     reach, rows = math.ceil(3 * sigma), []
     kernel = {d: math.exp(-0.5 * (d / sigma) ** 2) for d in range(-reach, reach + 1)}

@@ -260,3 +260,60 @@ def test_timing(name: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert result["generate_1_seconds"] > 0 and result["generate_3_seconds"] > 0
     assert ("reconstruct_3_seconds" in result) == (name == "selfvae")
     assert main(["time", str(runs / name), "--repeats", "0"]) == 2
+
+
+def test_a_folder_s_outputs_are_all_different_and_no_input(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model", str(runs / "selfvae-halve")]
+    for name in ("in/a.png", "in/a.bmp", "in/a.png.bmp", "k/in/x.png", "k/in/in/x.png"):
+        pictures.write(torch.zeros(3, 8, 8, dtype=torch.uint8), tmp_path / name)
+    assert main(["compress", str(tmp_path / "in"), str(tmp_path / "out"), *model]) == 2
+    assert "2 pictures would become" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    before = (tmp_path / "k/in/x.png").read_bytes()
+    assert main(["reconstruct", str(tmp_path / "k/in"), str(tmp_path / "k"), *model, "--given", "y1"]) == 2
+    assert "would be overwritten" in capsys.readouterr().err
+    assert (tmp_path / "k/in/x.png").read_bytes() == before
+    (tmp_path / "in/a.png.bmp").unlink()
+    (tmp_path / "in/folder.png").mkdir()  # a folder's name may end as it likes
+    assert main(["compress", str(tmp_path / "in"), str(tmp_path / "out"), *model]) == 0
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"a.png.svae", "a.bmp.svae"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("generate MODEL --zoom 0", "--zoom must be at least 1; got 0"),
+        ("generate MODEL --height 0", "--height must be at least 1; got 0"),
+        ("time MODEL --counts", "--counts must be at least 1; got 0"),
+        ("ood MODEL --out-sets", "--out-sets takes at least one of noise"),
+        ("quality MODEL --features math:pi", "math:pi is 3.14"),
+        ("bench codec . --limit 0", "--limit must be at least 1; got 0"),
+        ("train --model vae --data photos --out x --options width=[", "no value that can be read"),
+        (
+            "train --model vae --data photos --out x --options transforms=5",
+            "transforms must be names",
+        ),
+        ("train --model vae --data photos --out x --options levels=2.5", "levels must be a positive whole"),
+        ("train --model vae --data photos --out x --options width=.inf", "width must be a positive number"),
+        ("train --model vaee --data photos --out x", "'vaee': did you mean 'vae'? (known: "),
+        ("demo --train --out .", "selfvae-halve exists: remove it"),
+    ],
+)
+def test_wrong_settings(
+    line: str, message: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "selfvae-halve").mkdir()
+    assert main(line.replace("MODEL", str(runs / "vae-normal")).split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_list_in_a_config_takes_no_more_than_its_own(
+    runs: Path, tmp_path: Path, images: torch.Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "x.npy", images.repeat(5, 1, 1, 1).numpy())
+    (tmp_path / "ood.yaml").write_text(f"data: {tmp_path}/x.npy\nout-sets: [noise]\n")
+    assert main(["ood", str(runs / "selfvae-halve"), "--config", str(tmp_path / "ood.yaml"), "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"images", "noise"}

@@ -1064,7 +1064,7 @@ def test_archive_commands(picture: Tensor, tmp_path: Path, capsys: pytest.Captur
     file.write_bytes(pack(Codec(fixed()), [(name, x) for name in names]))
     assert main(["unpack", str(file), str(tmp_path / "clash"), *run]) == 2
     assert "would become" in capsys.readouterr().err and not (tmp_path / "clash").exists()
-    assert main(["unpack", str(file), str(tmp_path / "b"), "--only", "a.gif", *run]) == 2
+    assert main(["unpack", str(file), str(tmp_path / "b"), "--only", "a.gif", *run]) == 0
     assert main(["pack", str(tmp_path / "in"), str(tmp_path / "a.zip"), *run]) == 2
     assert main(["pack", str(tmp_path / "in" / "one.png"), str(file), *run]) == 2
 
@@ -1145,3 +1145,32 @@ def test_commands(picture: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture
         assert words in capsys.readouterr().err and not (tmp_path / "x.svae").exists()
     assert main(["compress", str(pictures / "a.png"), str(tmp_path / "x.png"), *run]) == 2
     assert "ends in .svae" in capsys.readouterr().err
+
+
+def test_an_index_that_could_not_be_read_is_not_written(
+    codec: Codec, picture: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from selfvae.codec import archive
+
+    monkeypatch.setattr(archive, "_INDEX", 200)
+    with pytest.raises(ValueError, match="too many for one archive"):
+        pack(codec, [("a" * 200, picture)])
+    with pytest.raises(ValueError, match=r"^b.png: expected one picture"):
+        pack(codec, [("b.png", picture[:, :2])])
+
+
+def test_a_format_that_cannot_hold_a_picture_is_left_out(
+    codec: Codec, picture: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from selfvae.codec import bench
+
+    def file(image: Image.Image, format: str, options: dict[str, Any]) -> bytes:
+        if format == "WEBP":
+            raise ValueError("too large")
+        return whole(image, format, options)
+
+    whole = bench._file
+    monkeypatch.setattr(bench, "_file", file)
+    with pytest.warns(UserWarning, match="WebP is left out: too large"):
+        result = bench.bench(codec, [picture, picture], prefixes=False)
+    assert {"PNG", "selfvae"} <= set(result["lossless"]) and "WebP" not in result["lossless"]

@@ -211,6 +211,9 @@ def test_augment_flips_and_shifts_whole_images() -> None:
 
 
 def test_to_uint8() -> None:
+    with pytest.raises(ValueError, match="nan"):
+        data.to_uint8(torch.tensor([float("nan"), 0.5]))
+    assert data.to_uint8(torch.empty(0, 3, 4, 4)).shape == (0, 3, 4, 4)
     assert data.to_uint8(torch.tensor([0.0, 0.5, 1.0])).tolist() == [0, 128, 255]
     with pytest.raises(ValueError, match="floats in"):
         data.to_uint8(torch.tensor([2.0]))
@@ -221,3 +224,10 @@ def test_lossless_formats_count_the_payload() -> None:
     assert 8 < lossless_bits_per_dim(noise, "PNG") < 8.5
     flat = torch.full((3, 3, 32, 32), 9, dtype=torch.uint8)
     assert lossless_bits_per_dim(flat, "WebP") < lossless_bits_per_dim(noise, "WebP") / 10
+
+
+def test_too_few_images_to_split(tmp_path: Path) -> None:
+    pictures(tmp_path / "train", 2)
+    for _ in range(2):  # nothing wrong is left in the cache
+        with pytest.raises(ValueError, match="holds 2 image.* at least 3"):
+            data.load(str(tmp_path), 8)

@@ -99,7 +99,7 @@ def test_a_file_imports_only_from_files_above_it() -> None:
     assert tree
     columns, folders = re.split(r"(?=^  codec/)", tree[1], flags=re.MULTILINE)
     lines = columns.splitlines()
-    middle = lines[0].index("hub.py")
+    middle = lines[0].index("files.py")
     text = "\n".join([line[:middle] for line in lines] + [line[middle:] for line in lines] + [folders])
     order = [name.rstrip("/") for name in re.findall(r"(\w+)(?:\.py\b|/)", text)]
     assert len(order) == len(set(order))

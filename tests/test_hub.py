@@ -18,6 +18,7 @@ import torch
 
 import selfvae
 from selfvae import hub
+from selfvae.codec import Codec
 
 pytest.importorskip("huggingface_hub", reason="the hub needs huggingface_hub")
 
@@ -177,3 +178,22 @@ def test_folders_and_shipped_models_need_no_hub(tmp_path: Path) -> None:
         selfvae.from_pretrained("no-such-model")
     with pytest.raises(ValueError, match="OWNER/NAME"):
         hub.push_to_hub(model, "mine")
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    assert hub.find("selfvae-cifar10-small") == hub.shipped()["selfvae-cifar10-small"]
+    model = selfvae.build("selfvae", "tiny", (3, 16, 16), width=0.06)
+    for use in (lambda m: hub.save(m, tmp_path / "tiled"), Codec):
+        with pytest.raises(ValueError, match="this one is tiled"):
+            use(selfvae.tiled(model))
+    with pytest.raises(ValueError, match="a tiled model draws"):
+        selfvae.tiled(model)(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    hub.save(model, tmp_path / "run")
+    for text, message in (
+        ("{", "is no JSON"),
+        ('{"format": 1, "model": null}', "describes no model"),
+        ('{"format": 1, "model": {"levels": "x"}}', "describes no model: levels must be"),
+    ):
+        (tmp_path / "run/config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            hub.load(tmp_path / "run")

@@ -292,3 +292,8 @@ def test_uniform_box() -> None:
     assert torch.isneginf(q.log_prob(q.mean + 1)).all()
     assert torch.equal(q.sample(0.0), q.mean)
     assert (q.mode() - q.mean).abs().max() <= 0.5 and torch.equal(q.mode(), q.mode().round())
+
+
+def test_layers_say_in_out() -> None:
+    assert Conv(3, 8, 5, stride=2).extra_repr() == "3, 8, kernel=5, stride=2"
+    assert Conv(8, 3, 5, stride=2, transposed=True).extra_repr().startswith("8, 3, ")

@@ -89,3 +89,10 @@ def test_command(tmp_path: Path, images: torch.Tensor, capsys: pytest.CaptureFix
     assert "AUROC, 3 images" in capsys.readouterr().out
     assert main([*flags, "nowhere"]) == 2
     assert "no data at nowhere" in capsys.readouterr().err
+
+
+def test_the_global_random_state_is_left_alone(images: torch.Tensor) -> None:
+    model = build("vae-normal", images)
+    before = torch.random.get_rng_state()
+    ood(model, Images(images.numpy()), {"noise": None})
+    assert torch.equal(torch.random.get_rng_state(), before)

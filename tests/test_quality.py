@@ -10,6 +10,7 @@ import torch
 import selfvae
 from selfvae import quality
 from selfvae.cli import main
+from selfvae.data import Images
 
 
 class Mean(torch.nn.Module):
@@ -108,3 +109,11 @@ def test_command(tmp_path: Path, images: torch.Tensor, capsys: pytest.CaptureFix
     assert result["frechet_distance"] > 0 and 0 <= result["precision"] <= 1
     assert main([*flags, "--n", "3"]) == 2
     assert "needs at least 4 images" in capsys.readouterr().err
+
+
+def test_too_few_images_are_noticed_before_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = selfvae.build("selfvae-halve", "tiny", (3, 8, 8), width=0.05)
+    images = Images(np.zeros((40, 3, 8, 8), np.uint8))
+    monkeypatch.setattr(quality, "generate", lambda *args, **how: pytest.fail("drew"))
+    with pytest.raises(ValueError, match="at least 193 images on both sides; got 40 and 300"):
+        quality.quality(model, images, lambda x: x.flatten(1).float(), 300)

@@ -98,3 +98,21 @@ def test_command(tmp_path: Path, images: torch.Tensor, capsys: pytest.CaptureFix
     assert main(["report", str(tmp_path / "run"), *flags]) == 0
     assert "report.md" in capsys.readouterr().out and (tmp_path / "out/report.html").exists()
     assert main(["report", str(tmp_path / "nowhere"), *flags]) == 2
+
+
+def test_parts_belong_to_their_images_and_models(tmp_path: Path, images: torch.Tensor) -> None:
+    """Two data sets of one name, and two models of one: each has its own numbers and figures."""
+    few = replace(SMALL, figures=2, iw=0)
+    how: dict[str, Any] = {"outside": {}}
+    runs = [tmp_path / "a/run", tmp_path / "b/run"]
+    for run in runs:
+        model = selfvae.build("selfvae-halve", "tiny", (3, 16, 16), width=0.06, components=2)
+        model.initialise(images)
+        selfvae.save(model, run)
+    pages = [
+        report(runs[:1], Images(x.numpy()), "test", tmp_path / "out", few, **how).read_text()
+        for x in (images, 255 - images)
+    ]
+    assert pages[0].split("| run |")[1] != pages[1].split("| run |")[1]
+    text = report(runs, Images(images.numpy()), "test", tmp_path / "out", few, **how).read_text()
+    assert len(set(re.findall(r"figures/[^/]+/generations.png", text))) == 2

@@ -300,3 +300,22 @@ def test_tiles_report_progress_and_keep_memory_bounded(images: torch.Tensor) -> 
     assert max(h for h, _ in shapes) <= 24
     with pytest.raises(ValueError, match="tile must be at least 1"):
         tiled(model, 0)
+
+
+def test_images_of_fewer_levels_are_checked(images: torch.Tensor) -> None:
+    model = selfvae.build("selfvae-bits", "tiny", (3, 16, 16), width=0.06, components=2)
+    with pytest.raises(ValueError, match="y1 must hold values of 0 to 7; got"):
+        selfvae.enhance(model, images)
+    with pytest.raises(ValueError, match="x must hold values of 0 to 7; got"):
+        selfvae.build("vae", "tiny", (3, 16, 16), levels=8, width=0.06)(images)
+    with pytest.raises(ValueError, match="at least one image and pixel"):
+        selfvae.iwae(model, images[:0])
+
+
+@pytest.mark.parametrize("prior", ["normal", "mog", "flow"])
+def test_in_double_precision(prior: str, images: torch.Tensor) -> None:
+    model = selfvae.build("selfvae", "tiny", (3, 16, 16), width=0.06, components=2, prior=prior).double()
+    x = selfvae.generate(model, 2, seed=0)
+    values = infer(model, x, "z1")
+    assert complete(model, values)["y0"].shape == x.shape
+    assert complete(model.float(), values)["y0"].shape == x.shape  # given in another precision

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import selfvae
 from selfvae import data, hub, presets
 from selfvae.cli import main
+from selfvae.files import write_atomic, write_tensors
 from selfvae.precision import resolve
 from selfvae.train import Guard, TrainConfig, _loss, prepare, train
 
@@ -330,13 +332,30 @@ def test_later_checkpoints_are_refused(tmp_path: Path, images: data.Dataset) -> 
         save_file(tensors, tmp_path / "checkpoint.safetensors", {**file.metadata(), "format": "99"})
     with pytest.raises(ValueError, match="has format 99; this version of selfvae goes on from 1 to 1"):
         train(CONFIG, images, tmp_path, settings(steps=2), resume=True, quiet=True)
+    save_file(tensors, tmp_path / "checkpoint.safetensors")
+    with pytest.raises(ValueError, match="is no checkpoint of a run"):
+        train(CONFIG, images, tmp_path, settings(steps=2), resume=True, quiet=True)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match="is damaged"):
+        train(CONFIG, images, tmp_path, settings(steps=2), resume=True, quiet=True)
 
 
 def test_nothing_is_half_written(tmp_path: Path) -> None:
-    hub.write_atomic(tmp_path / "a", b"old")
+    write_atomic(tmp_path / "a", b"old")
     with pytest.raises(TypeError):
-        hub.write_atomic(tmp_path / "a", "not bytes")  # type: ignore[arg-type]
+        write_atomic(tmp_path / "a", "not bytes")  # type: ignore[arg-type]
     assert (tmp_path / "a").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_are_written_by_several_at_once(tmp_path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda i: write_tensors(tmp_path / "a", {"a": torch.tensor(i)}), range(40)))
+    finally:
+        os.umask(umask)
+    assert load_file(tmp_path / "a")["a"] in range(40) and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
 
 
 def test_commands(tmp_path: Path, images: data.Dataset, capsys: pytest.CaptureFixture[str]) -> None:
@@ -429,7 +448,7 @@ def test_resume_finds_its_settings_however_out_is_written(tmp_path: Path, images
     ("option", "message"),
     [
         ("width=wide", "width must be a positive number; got 'wide'"),
-        ("latent_channels=2.5", "latent_channels must be a positive number"),
+        ("latent_channels=2.5", "latent_channels must be a positive whole number"),
         ("name=x", "KEY=VALUE"),
         ("consistent", "KEY=VALUE"),
         ("consistent=1", "consistent must be true or false"),

@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -397,5 +398,11 @@ def test_wrong_limits(models: Models) -> None:
     pytest.importorskip("gradio")
     from selfvae.web.page import served
 
-    with pytest.raises(ValueError, match="at least 1"), served(models, pixels=0):
-        pass
+    wrongs: list[tuple[dict[str, Any], str]] = [
+        ({"pixels": 0}, "at least 1"),
+        ({"port": 99999}, "1 to 65535"),
+        ({"host": "203.0.113.7"}, "can be served on"),
+    ]
+    for wrong, message in wrongs:
+        with pytest.raises((ValueError, OSError), match=message), served(models, **wrong):
+            pass

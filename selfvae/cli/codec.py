@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from json import dumps as encode
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,9 +10,9 @@ from tyro.conf import Positional, arg
 
 from selfvae import codec as coding
 from selfvae import pictures, processes
-from selfvae.cli.common import In, Out, each, load_model, progress, show
+from selfvae.cli.common import In, Out, each, load_model, positive, progress, show, targets
 from selfvae.codec import bench as race
-from selfvae.hub import write_atomic
+from selfvae.files import below, write_atomic
 
 PHOTOS = Path("selfvae-photos")  # the shipped model that compresses photographs
 _ENDING, _ARCHIVE = ".svae", ".svaes"
@@ -92,7 +91,7 @@ def pack(
         raise ValueError(f"{out}: an archive ends in {_ARCHIVE}; got {out.suffix!r}")
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder: for one picture, use selfvae compress")
-    files = sorted(f for f in source.rglob("*") if f.suffix.lower() in pictures.ENDINGS)
+    files = below(source, pictures.ENDINGS)
     if not files:
         raise ValueError(f"{source} holds no pictures")
     named = [(file.relative_to(source).as_posix(), pictures.read_exactly(file)) for file in files]
@@ -121,13 +120,13 @@ def unpack(source: In, out: Out, model: Path = PHOTOS, only: str | None = None, 
     names = [entry.name for entry in archive.entries]
     if only is not None and only not in names:
         raise ValueError(f"{source} holds no picture {only!r}; it holds {', '.join(names[:5])}, ...")
-    targets = _targets(names, out)
+    files = _targets(names if only is None else [only], out)
 
     def write(number: int) -> int:
         found = archive.block(number) if only is None else [(only, archive[only])]
         count = 0
         for name, x in found:
-            pictures.write(x[0], targets[name])
+            pictures.write(x[0], files[name])
             count += 1
         return count
 
@@ -138,20 +137,11 @@ def unpack(source: In, out: Out, model: Path = PHOTOS, only: str | None = None, 
 
 def _targets(names: list[str], out: Path) -> dict[str, Path]:
     """Files for the pictures of an archive, all different, all inside `out`, by the pictures' names."""
-    stems = Counter(Path(name).with_suffix("") for name in names)
-    targets: dict[str, Path] = {}
-    for name in names:
-        target = out / name
-        if target.suffix.lower() not in _LOSSLESS:
-            alone = stems[Path(name).with_suffix("")] == 1
-            target = target.with_suffix(".png") if alone else target.with_name(f"{target.name}.png")
+    found = dict(zip(names, targets(names, out, ".png", _LOSSLESS), strict=True))
+    for name, target in found.items():
         if not target.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"{name!r} would leave the folder {out}: the archive is not to be trusted")
-        targets[name] = target
-    twice = [target for target, n in Counter(targets.values()).items() if n > 1]
-    if twice:
-        raise ValueError(f"several pictures would become {twice[0]}: take them out one by one, with --only")
-    return targets
+    return found
 
 
 def bench(
@@ -174,8 +164,10 @@ def bench(
         prefixes: measure how good the picture is that a prefix of the file gives.
         json: print one JSON object and nothing else.
     """
+    if limit is not None:
+        positive("limit", limit)
     packer = _codec(model)
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in pictures.ENDINGS)[:limit]
+    files = below(folder, pictures.ENDINGS)[:limit]
     if not files:
         raise ValueError(f"{folder} holds no pictures")
     result = race.bench(

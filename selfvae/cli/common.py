@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +17,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from selfvae import data as sources
 from selfvae import hub, pictures, processes, tasks
+from selfvae.files import below
 from selfvae.model import SelfVAE
 from selfvae.transforms import Format
 
@@ -120,6 +121,25 @@ def alpha_of(picture: pictures.Picture, format: Format) -> torch.Tensor | None:
     return None if picture.alpha is None or format.channels in (2, 4) else picture.alpha[0, 0]
 
 
+def targets(names: Sequence[str], out: Path, ending: str, keep: Collection[str] = ()) -> list[Path]:
+    """A file in `out` for every name, with this ending unless the name's own is one to keep.
+
+    Names that differ in their endings alone keep them. Raises ValueError if two would be one file.
+    """
+    stems = Counter(Path(name).with_suffix("") for name in names)
+    found = []
+    for name in names:
+        target = out / name
+        if target.suffix.lower() not in keep:
+            alone = stems[Path(name).with_suffix("")] == 1
+            target = target.with_suffix(ending) if alone else target.with_name(f"{target.name}{ending}")
+        found.append(target)
+    for target, times in Counter(found).items():
+        if times > 1:
+            raise ValueError(f"{times} pictures would become {target}: take or rename them one by one")
+    return found
+
+
 def each(
     source: Path,
     out: Path,
@@ -144,19 +164,18 @@ def each(
         raise ValueError(f"{source} is a folder, so OUT must be one; {out} is a file")
     if out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{out} lies in the input folder: write to another one")
-    files = sorted(f for f in source.rglob("*") if f.suffix.lower() in endings)
+    files = below(source, endings)
     if not files:
         raise ValueError(f"{source} holds no fitting files: expected some ending in {', '.join(endings)}")
-    stems = Counter(f.with_suffix("") for f in files)
+    names = [str(file.relative_to(source)) for file in files]
+    written = dict(zip(files, targets(names, out, ending), strict=True))
+    if taken := {f.resolve() for f in files} & {f.resolve() for f in written.values()}:
+        raise ValueError(f"{min(taken)} is an input and would be overwritten: write to another folder")
 
     def do(file: Path) -> str:
         """What went wrong."""
-        target = out / file.relative_to(source)
-        # two inputs that differ in their endings alone keep them
-        alone = stems[file.with_suffix("")] == 1
-        target = target.with_suffix(ending) if alone else target.with_name(f"{target.name}{ending}")
         try:
-            work(file, target)
+            work(file, written[file])
         except (ValueError, OSError) as error:
             return f"{file}: {error}"
         return ""

@@ -48,10 +48,12 @@ def generate(
     """
 
     net = load_model(model)
-    positive("n", n)
+    own = net.config.image_shape
+    height, width = own[1] if height is None else height, own[2] if width is None else width
+    for flag, value in (("n", n), ("height", height), ("width", width), ("zoom", zoom)):
+        positive(flag, value)
     pictures.check_ending(out)
     how = drawing.how(net)
-    height, width = height or net.config.image_shape[1], width or net.config.image_shape[2]
     fitting, chunk = fitted(net, height * width, progress), max(1, WHOLE // (height * width))
     parts = [
         tasks.generate(fitting, min(chunk, n - i), height, width, **{**how, "seed": how["seed"] + i})
@@ -189,6 +191,7 @@ def interpolate(
         milliseconds: of a picture in an animation.
     """
 
+    positive("milliseconds", milliseconds)
     net = load_model(model)
     pictures.check_ending(out)
     for file in (a, b):

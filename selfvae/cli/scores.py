@@ -24,6 +24,7 @@ from selfvae.cli.common import (
     Run,
     load_images,
     load_model,
+    positive,
     progress,
     show,
 )
@@ -103,6 +104,8 @@ def ood(
         devices: GPUs or processes that share the images.
         json: print one JSON object and nothing else.
     """
+    if not out_sets:
+        raise ValueError(f"--out-sets takes at least one of {', '.join(outliers.ALTERED)}, or data")
     net = load_model(model, devices)
     inside = load_images(net, data)
     outside = _outside(net, out_sets)
@@ -174,6 +177,8 @@ def timing(
         repeats: timed runs of each, after one that is not counted.
         json: print one JSON object and nothing else.
     """
+    positive("counts", min(counts, default=0))
+    positive("repeats", repeats)
     show(scoring.timing(load_model(model), counts, repeats), json)
 
 

@@ -15,6 +15,7 @@ from selfvae import data as sources
 from selfvae import hub
 from selfvae import train as loop
 from selfvae.cli.common import In, Out, Run, progress
+from selfvae.files import write_atomic
 from selfvae.precision import resolve
 from selfvae.presets import ModelConfig, configure
 from selfvae.train import TrainConfig
@@ -71,7 +72,7 @@ def train(
             "precision": precision,  # so that it goes on alike on another machine
         }  # fmt: skip
         text = yaml.safe_dump({k: v for k, v in flags.items() if v not in (None, [])}, sort_keys=False)
-        hub.write_atomic(out / _SETTINGS, text.encode())
+        write_atomic(out / _SETTINGS, text.encode())
     fabric = Fabric(devices=devices, num_nodes=nodes, precision=precision)
     loop.train(config, dataset, out, training, start=trained, resume=resume, fabric=fabric)
     if not fabric.global_rank:
@@ -164,11 +165,14 @@ def _option(text: str) -> tuple[str, Any]:
     key, given, value = text.partition("=")
     if not given or key in ("name", "size", "image_shape"):
         raise ValueError(f"--options takes fields of the model as KEY=VALUE, e.g. width=0.25; got {text!r}")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"--options: {text!r} has no value that can be read, e.g. width=0.25") from None
 
 
 def expand(argv: list[str]) -> list[str]:
-    """Replace --config FILE, and --resume's saved settings, by the flags they stand for, put first."""
+    """Replace --config FILE, and --resume's saved settings, by the flags they stand for."""
     settings: list[Path] = []
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
     if "--config" in argv:
@@ -199,4 +203,6 @@ def expand(argv: list[str]) -> list[str]:
                 raise ValueError(f"{path}: {key} must be finite")
             elif value is not None:
                 flags += [f"--{key}", str(value)]
-    return [*argv[:1], *flags, *argv[1:]]
+    # after what has no flag, which a list would swallow; before the other flags, which count for more
+    at = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    return [*argv[:at], *flags, *argv[at:]]

@@ -1,4 +1,5 @@
-"""Many pictures in one file: blocks that are decoded alone, and an index. Format 1.
+"""Many pictures in one file: blocks that are decoded alone, and an index. Format 2 (1 coded what lies
+beyond the borders as well).
 
     magic "SVAS", version (1 byte), fingerprint of the model (8 bytes)
     length of the index, CRC-32 of the 13 bytes before and of the index (4 bytes each)
@@ -116,13 +117,20 @@ def pack(
         raise ValueError(f"block must be at least 1 picture; got {block}")
     named = list(pictures)
     _check_names([name for name, _ in named])
-    for _, x in named:
-        codec.check(x)
+    for name, x in named:
+        try:
+            codec.check(x)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
     entries = [
         Entry(name, x.shape[2], x.shape[3], x.shape[1], zlib.crc32(x.cpu().contiguous().numpy().tobytes()))
         for name, x in named
     ]
     starts = range(0, len(named), block)
+    if len(json.dumps(entries)) + 50 * len(starts) > _INDEX:
+        raise ValueError(
+            f"{len(named)} pictures, or their names, are too many for one archive: pack several"
+        )
 
     def packed_block(start: int) -> bytes:
         part = slice(start, start + block)

@@ -1,4 +1,5 @@
-"""The file: a header, then the parts in the order of the walk, the coarsest first. Format 1.
+"""The file: a header, then the parts in the order of the walk, the coarsest first. Format 2 (1
+coded what lies beyond the picture's borders as well).
 
     magic "SVAE", version (1 byte), fingerprint of the model (8 bytes)
     channels, levels - 1, height, width of the picture, number of parts, which of them are latents (a bit
@@ -143,7 +144,7 @@ def read(data: bytes, partial: bool = False) -> tuple[Header, list[tuple[bytes, 
         if not partial:
             raise CodecError(
                 f"the file is cut short: {len(data)} of {header.size + whole} bytes are there; what they "
-                "hold can be had by asking for a partial picture (--partial)"
+                "hold can be had as a partial picture (partial=True, or --partial)"
             )
     elif zlib.crc32(payload) != header.crc:
         raise CodecError("the file is damaged: its checksum does not fit")

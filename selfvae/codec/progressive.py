@@ -20,7 +20,7 @@ from selfvae.codec.coder import MOST, Stack, code
 from selfvae.codec.container import CHANGED, PADDED, CodecError, Header, Part, check_size
 from selfvae.codec.latents import FINE, Dry, Gaussian, Latent, Rounded, typical
 from selfvae.codec.lattice import Lattice, Notes
-from selfvae.hub import own_state
+from selfvae.hub import check_plain, own_state
 from selfvae.level import Level
 from selfvae.model import SelfVAE
 from selfvae.progress import Track, silent
@@ -39,8 +39,7 @@ _PLAIN = {"posterior": "normal", "shared": False}
 
 def fingerprint(model: SelfVAE) -> bytes:
     """8 bytes that tell models apart: of the structure and of every weight's value as float64."""
-    if model.config is None:
-        raise ValueError("only a model made by selfvae.build can compress: this one has no config")
+    check_plain(model)
     config = {key: value for key, value in model.config.to_dict().items() if value != _PLAIN.get(key)}
     found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, value in sorted(own_state(model).items()):

@@ -7,6 +7,7 @@ import functools
 import html
 import os
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -482,6 +483,15 @@ def served(
     """
     if pixels < 1 or megabytes < 1:
         raise ValueError(f"pixels and megabytes must be at least 1; got {pixels} and {megabytes}")
+    if port is not None and not 0 < port < 2**16:
+        raise ValueError(f"port must be 1 to 65535; got {port}")
+    try:
+        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((host, 0), family=family).close()
+    except OSError as error:
+        raise OSError(
+            f"nothing can be served on {host} ({error}): give an address of this machine"
+        ) from None
     done, most = threading.Event(), megabytes * 2**20
     # a job may still be writing when the server ends
     kept = tempfile.TemporaryDirectory(prefix="selfvae-", ignore_cleanup_errors=True)

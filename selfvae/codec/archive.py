@@ -1,5 +1,6 @@
-"""Many pictures in one file: blocks that are decoded alone, and an index. Format 2 (1 coded what lies
-beyond the borders as well).
+"""Many pictures in one file: blocks that are decoded alone, and an index.
+
+Format 2 (1 coded what lies beyond the pictures' borders as well):
 
     magic "SVAS", version (1 byte), fingerprint of the model (8 bytes)
     length of the index, CRC-32 of the 13 bytes before and of the index (4 bytes each)

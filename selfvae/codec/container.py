@@ -1,5 +1,6 @@
-"""The file: a header, then the parts in the order of the walk, the coarsest first. Format 2 (1
-coded what lies beyond the picture's borders as well).
+"""The file: a header, then the parts in the order of the walk, the coarsest first.
+
+Format 2 (1 coded what lies beyond the picture's borders as well):
 
     magic "SVAE", version (1 byte), fingerprint of the model (8 bytes)
     channels, levels - 1, height, width of the picture, number of parts, which of them are latents (a bit

@@ -60,9 +60,14 @@ class Images:
     def digest(self) -> str:
         """A hash of the images."""
         found = hashlib.sha256(repr(self.shape).encode())
-        for start in range(0, len(self), 1024):
-            found.update(self.take(range(start, min(start + 1024, len(self)))).numpy().tobytes())
+        for part in ranges(len(self), 1024):
+            found.update(self.take(part).numpy().tobytes())
         return found.hexdigest()
+
+
+def ranges(n: int, size: int) -> list[range]:
+    """0 to n - 1 in parts of `size`, the last one perhaps shorter."""
+    return [range(start, min(n, start + size)) for start in range(0, n, size)]
 
 
 @dataclass(frozen=True)

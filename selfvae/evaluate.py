@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfvae.bounds import Bounds, bounds
-from selfvae.data import Images
+from selfvae.data import Images, ranges
 from selfvae.model import SelfVAE
 from selfvae.objective import Terms, bits_per_dim, gather
 from selfvae.precision import Resolved, autocast
@@ -38,16 +38,12 @@ def check_levels(model: SelfVAE, images: Images) -> None:
     """Raise ValueError if images hold values that the model gives no probability to."""
     if model.format.levels == 256:
         return
-    top = max(int(images.take(batch).max()) for batch in _ranges(len(images), 1024))
+    top = max(int(images.take(batch).max()) for batch in ranges(len(images), 1024))
     if top > model.format.top:
         raise ValueError(
             f"the images hold values up to {top}; the model has {model.format.levels} levels "
             f"(0 to {model.format.top}): build it with levels=256, or reduce the images"
         )
-
-
-def _ranges(n: int, size: int) -> list[range]:
-    return [range(start, min(n, start + size)) for start in range(0, n, size)]
 
 
 def _batches(model: SelfVAE, images: Images, limit: int | None, batch_size: int) -> tuple[int, list[range]]:
@@ -56,7 +52,7 @@ def _batches(model: SelfVAE, images: Images, limit: int | None, batch_size: int)
     if n < 1 or batch_size < 1:
         raise ValueError(f"limit and batch_size must be at least 1; got {n} and {batch_size}")
     check_levels(model, images)
-    return n, _ranges(n, batch_size)
+    return n, ranges(n, batch_size)
 
 
 def summary(nats: dict[str, Tensor], dims: int) -> dict[str, float]:

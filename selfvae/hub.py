@@ -5,6 +5,7 @@ Some come with the package (`shipped`); others lie on the Hugging Face hub, with
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ __all__ = [
     "card",
     "check_plain",
     "find",
+    "fingerprint",
     "from_pretrained",
     "load",
     "own_state",
@@ -37,6 +39,8 @@ __all__ = [
 _FORMAT = 1
 _FILES = ("config.json", "model.safetensors")
 _SHIPPED = Path(__file__).parent / "models"
+# options that came later, as they were before: they leave the fingerprints of older models alone
+_PLAIN = {"posterior": "normal", "shared": False}
 
 
 def shipped() -> dict[str, Path]:
@@ -66,6 +70,17 @@ def check_plain(model: SelfVAE) -> None:
         raise ValueError(
             "expected a model made by selfvae.build; this one is tiled: take what it was made of"
         )
+
+
+def fingerprint(model: SelfVAE) -> bytes:
+    """8 bytes that tell models apart: of the structure and of every weight's value as float64."""
+    check_plain(model)
+    config = {key: value for key, value in model.config.to_dict().items() if value != _PLAIN.get(key)}
+    found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, value in sorted(own_state(model).items()):
+        found.update(f"{name} {tuple(value.shape)} ".encode())
+        found.update(value.detach().cpu().double().numpy().astype("<f8").tobytes())
+    return found.digest()[:8]
 
 
 def save(model: SelfVAE, folder: str | Path, *, half: bool = False) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from selfvae.data import Images
+from selfvae.data import Images, ranges
 from selfvae.model import SelfVAE
 from selfvae.pictures import show
 from selfvae.processes import spread
@@ -84,10 +84,12 @@ def _check(real: Tensor, drawn: Tensor, least: int, why: str) -> None:
         raise ValueError(
             f"features must be (N, D) and (M, D); got {tuple(real.shape)} and {tuple(drawn.shape)}"
         )
-    if min(len(real), len(drawn)) < least:
-        raise ValueError(
-            f"{why} needs at least {least} images on both sides; got {len(real)} and {len(drawn)}"
-        )
+    _check_numbers(len(real), len(drawn), least, why)
+
+
+def _check_numbers(real: int, drawn: int, least: int, why: str) -> None:
+    if min(real, drawn) < least:
+        raise ValueError(f"{why} needs at least {least} images on both sides; got {real} and {drawn}")
 
 
 def frechet_distance(real: Tensor, drawn: Tensor) -> float:
@@ -192,20 +194,13 @@ def quality(
     if n < 1 or batch_size < 1:
         raise ValueError(f"n and batch_size must be at least 1; got {n} and {batch_size}")
 
-    def chunks(count: int) -> list[range]:
-        return [range(i, min(count, i + batch_size)) for i in range(0, count, batch_size)]
-
     seed = how.get("seed")
 
     def known(chunk: range) -> Tensor:
         return features(network, show(images.take(chunk).to(model.device), model.format))
 
-    size = known(range(1)).shape[1]  # before hours of drawing
-    if min(len(images), n) <= size:
-        raise ValueError(
-            f"a covariance of {size} features needs at least {size + 1} images on both sides; "
-            f"got {len(images)} and {n}"
-        )
+    size = known(range(1)).shape[1]
+    _check_numbers(len(images), n, size + 1, f"a covariance of {size} features")  # before hours of drawing
 
     def drawn(chunk: range) -> Tensor:
         if seed is not None:
@@ -213,5 +208,6 @@ def quality(
         x = generate(model, len(chunk), *images.shape[2:], **how)
         return features(network, show(x, model.format))
 
-    real = spread(known, chunks(len(images)), track, "real images")
-    return report(torch.cat(real), torch.cat(spread(drawn, chunks(n), track, "generated images")))
+    real = spread(known, ranges(len(images), batch_size), track, "real images")
+    fake = spread(drawn, ranges(n, batch_size), track, "generated images")
+    return report(torch.cat(real), torch.cat(fake))

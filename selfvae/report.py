@@ -23,11 +23,11 @@ import torch
 import selfvae
 from selfvae import pages
 from selfvae.bounds import Bounds, bounds
-from selfvae.data import Images
+from selfvae.data import Images, ranges
 from selfvae.evaluate import enhancement, evaluate, summary, timing
 from selfvae.figures import figures
 from selfvae.files import write_atomic
-from selfvae.hub import find, load
+from selfvae.hub import fingerprint, load
 from selfvae.ood import ALTERED, ood
 from selfvae.precision import Resolved, autocast
 from selfvae.processes import alone, spread
@@ -171,11 +171,9 @@ class _Work:
     progress: Callable[[str], None]
 
     def __post_init__(self) -> None:
-        folder = find(self.run)
-        self.model = load(folder).to(self.device)
-        files = [(folder / name).read_bytes() for name in ("config.json", "model.safetensors")]
-        self.weights = hashlib.sha256(b"".join(files)).hexdigest()
-        self.base = [self.weights, self.images.digest(), self.device.type]
+        self.model = load(self.run).to(self.device)
+        self.mark = fingerprint(self.model).hex()
+        self.base = [self.mark, self.images.digest(), self.device.type]
 
     def kept(self, name: str, on: list[Any], task: Callable[[], Part], shared: bool = True) -> Part:
         """The result of a task, from its file if there is one for what it depends `on`.
@@ -243,7 +241,7 @@ class _Work:
                 name, [len(block), s.precision], lambda: self.block(block, draws), shared=False
             )
 
-        parts = spread(found, [range(start, min(n, start + _BLOCK)) for start in range(0, n, _BLOCK)])
+        parts = spread(found, ranges(n, _BLOCK))
         dims = math.prod(self.images.shape[1:])
         nats = {
             kind: torch.tensor([value for part in parts for value in part[kind]], dtype=torch.float64)
@@ -261,7 +259,7 @@ class _Work:
 
     def draw(self) -> Part:
         x = self.images.take(range(min(self.settings.figures, len(self.images))))
-        own = f"{self.run.name}-{self.weights[:8]}"  # two runs may have one name
+        own = f"{self.run.name}-{self.mark}"  # two runs may have one name
         files = figures(self.model, x, self.out / "figures" / own, seed=self.settings.seed)
         return {"files": [str(file.relative_to(self.out)) for file in files if file.suffix == ".png"]}
 

@@ -18,7 +18,6 @@ from selfvae.cli.drawing import enhance, figures, generate, interpolate, reconst
 from selfvae.cli.pages import serve
 from selfvae.cli.scores import evaluate, ood, quality, report, timing
 from selfvae.cli.training import crop, expand, export, push, train
-from selfvae.codec import fingerprint
 from selfvae.presets import PRESETS, SIZES, build
 
 
@@ -59,7 +58,7 @@ def info(
         + f", up by {level.transform}"
         for k, level in enumerate(net.levels)
     ]
-    own = {"parameters": count(net), "fingerprint": fingerprint(net).hex()}
+    own = {"parameters": count(net), "fingerprint": hub.fingerprint(net).hex()}
     show({**config, **own, "hierarchy": levels}, json)
 
 

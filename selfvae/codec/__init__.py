@@ -9,6 +9,7 @@ y = codec.decompress(data, "y2")   # a smaller version, from the first bytes of 
 from selfvae.codec.archive import Archive, pack
 from selfvae.codec.container import CodecError, Header, read_header
 from selfvae.codec.plugin import use
-from selfvae.codec.progressive import Codec, fingerprint
+from selfvae.codec.progressive import Codec
+from selfvae.hub import fingerprint
 
 __all__ = ["Archive", "Codec", "CodecError", "Header", "fingerprint", "pack", "read_header", "use"]

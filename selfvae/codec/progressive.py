@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
-import json
 import math
 import zlib
 from collections.abc import Iterator, Sequence
@@ -20,7 +18,7 @@ from selfvae.codec.coder import MOST, Stack, code
 from selfvae.codec.container import CHANGED, PADDED, CodecError, Header, Part, check_size
 from selfvae.codec.latents import FINE, Dry, Gaussian, Latent, Rounded, typical
 from selfvae.codec.lattice import Lattice, Notes
-from selfvae.hub import check_plain, own_state
+from selfvae.hub import fingerprint
 from selfvae.level import Level
 from selfvae.model import SelfVAE
 from selfvae.progress import Track, silent
@@ -28,25 +26,10 @@ from selfvae.tasks import Drawing, complete, infer, variables
 from selfvae.tiles import split, tiled
 from selfvae.transforms import check_image
 
-__all__ = ["Codec", "fingerprint"]
+__all__ = ["Codec"]
 
 # part of the format: the networks see tiles of so many rows and columns of y_up, and a margin around
 _TILE, _MARGIN = 192, 16
-
-# options that came later, as they were before: they leave the fingerprints of older models alone
-_PLAIN = {"posterior": "normal", "shared": False}
-
-
-def fingerprint(model: SelfVAE) -> bytes:
-    """8 bytes that tell models apart: of the structure and of every weight's value as float64."""
-    check_plain(model)
-    config = {key: value for key, value in model.config.to_dict().items() if value != _PLAIN.get(key)}
-    found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, value in sorted(own_state(model).items()):
-        found.update(f"{name} {tuple(value.shape)} ".encode())
-        found.update(value.detach().cpu().double().numpy().astype("<f8").tobytes())
-    return found.digest()[:8]
-
 
 Value = Any  # an image uint8 (B, C, H, W), or a Latent; kept beside them, a posterior
 

@@ -24,7 +24,7 @@ from tyro.conf import Positional
 
 import selfvae
 from benchmarks.measure import medians
-from selfvae.precision import autocast
+from selfvae.nn.precision import autocast
 
 
 @torch.no_grad()

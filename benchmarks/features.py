@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tyro.conf import Positional
 
-from selfvae.data import augment
+from selfvae.data.sources import augment
+from selfvae.distributions.pixels import to_unit
 from selfvae.files import write_tensors
-from selfvae.pixels import to_unit
 
 WEIGHTS = Path(__file__).parents[1] / "results/features/cifar10.safetensors"
 _WIDTHS = (32, 64, 128, 128)

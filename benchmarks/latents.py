@@ -21,9 +21,9 @@ from torch import Tensor
 from tyro.conf import Positional
 
 import selfvae
-from selfvae import data as sources
-from selfvae import tasks
-from selfvae.plots import magnify
+from selfvae import operations
+from selfvae.data import sources
+from selfvae.data.sheets import magnify
 
 
 def parts(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ def recovered(x: Tensor, drawn: Tensor, other: Tensor, block: int) -> tuple[floa
 
 def kept(model: selfvae.SelfVAE) -> list[str]:
     """The sets to compare: every latent alone, all of them, y1 alone and with z0."""
-    names = tasks.variables(model)
+    names = operations.variables(model)
     latents = [name for name in names if name[0] == "z"]
     sets = ["", *latents]
     if len(latents) > 1:
@@ -79,7 +79,7 @@ def main(
         found[Path(run).name] = rows = {}
         for given in kept(model):
             drawn = [
-                tasks.reconstruct(model, part, given, seed=seed + i) if given
+                operations.reconstruct(model, part, given, seed=seed + i) if given
                 else selfvae.generate(model, len(part), *x.shape[2:], seed=seed + i)
                 for i, part in enumerate(x.split(32))
             ]  # fmt: skip

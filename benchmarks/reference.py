@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from selfvae import SelfVAE
 from selfvae.codec import Codec
-from selfvae.layers import DenseBlock
+from selfvae.nn.layers import DenseBlock
 from selfvae.transforms import BicubicDownscale
 
 __all__ = ["compress", "decompress", "iwae", "plain", "train_step"]

@@ -26,8 +26,8 @@ from torch import Tensor
 from tyro.conf import Positional
 
 import selfvae
-from selfvae import pictures
-from selfvae.tasks import infer
+from selfvae.data import pictures
+from selfvae.operations import infer
 
 
 def jumps(x: Tensor, tile: int, scale: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ def main(
     parts = selfvae.tiled(net, tile, margin)
     rows: list[dict[str, float]] = []
     for file in sorted(f for f in folder.iterdir() if f.suffix.lower() in pictures.ENDINGS)[:limit]:
-        x = pictures.to_format(pictures.read(file), net.format)
+        x = pictures.to_spec(pictures.read(file), net.spec)
         h, w = (n - n % m for n, m in zip(x.shape[2:], unit, strict=True))
         x = x[:, :, :h, :w]
         y = infer(net, x, "y1")["y1"]

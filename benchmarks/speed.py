@@ -36,8 +36,8 @@ import selfvae
 from benchmarks import reference
 from benchmarks.measure import Task, flop_count, medians, own_peak, peak_flops
 from selfvae.codec import Archive, Codec, pack
-from selfvae.precision import autocast, resolve
-from selfvae.train import TrainConfig, make_step, prepare
+from selfvae.nn.precision import autocast, resolve
+from selfvae.training.loop import TrainConfig, make_step, prepare
 
 Pair = tuple[Task, Task]  # the reference's and ours
 

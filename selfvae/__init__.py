@@ -1,12 +1,12 @@
 """Self-supervised variational auto-encoders: likelihood, generation, enhancement and compression."""
 
-from selfvae.bounds import iwae
 from selfvae.hub import from_pretrained, load, push_to_hub, save, save_pretrained
+from selfvae.metrics.bounds import iwae
 from selfvae.model import SelfVAE
-from selfvae.objective import Terms
+from selfvae.operations import complete, enhance, generate, infer, interpolate, reconstruct, vary
 from selfvae.presets import ModelConfig, build
-from selfvae.tasks import complete, enhance, generate, infer, interpolate, reconstruct, vary
-from selfvae.tiles import tiled
+from selfvae.terms import Terms
+from selfvae.tiling import tiled
 
 __all__ = [
     "ModelConfig",

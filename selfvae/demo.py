@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfvae import data, hub
-from selfvae.baselines import lossless_bits, lossless_bits_per_dim
+from selfvae import hub
 from selfvae.codec import Codec
-from selfvae.evaluate import evaluate, plain_enhancement
+from selfvae.data import sources
+from selfvae.data.sheets import save_figure
 from selfvae.files import write_atomic
+from selfvae.metrics.baselines import lossless_bits, lossless_bits_per_dim
+from selfvae.metrics.likelihood import baseline_enhancement, evaluate
 from selfvae.model import SelfVAE
-from selfvae.plots import save_figure
+from selfvae.operations import enhance, generate, reconstruct
 from selfvae.presets import configure
-from selfvae.tasks import enhance, generate, reconstruct
-from selfvae.train import TrainConfig, train
+from selfvae.training.loop import TrainConfig, train
 from selfvae.transforms import MeanDownscale
 
 __all__ = ["demo", "train_demo"]
@@ -33,7 +34,7 @@ def demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, Any]:
     """
     began, out = time.monotonic(), Path(out)
     codec = Codec(hub.load("selfvae-photos"))
-    photos = {name: torch.from_numpy(data.photo(name, 2))[None] for name in ("chelsea", "coffee")}
+    photos = {name: torch.from_numpy(sources.photo(name, 2))[None] for name in ("chelsea", "coffee")}
     if fast:
         photos = {k: x[..., : x.shape[2] // 2, : x.shape[3] // 2].contiguous() for k, x in photos.items()}
     result: dict[str, Any] = {"subpixels": sum(x.numel() for x in photos.values()), "bytes": 0}
@@ -66,7 +67,7 @@ def _rows(photos: dict[str, Tensor], seed: int) -> list[tuple[str, Tensor]]:
     return [
         ("photographs that no model has seen, 64 x 64", x),
         ("2 x 2 means", small),
-        ("enlarged by bicubic interpolation", plain_enhancement(x2, small)),
+        ("enlarged by bicubic interpolation", baseline_enhancement(x2, small)),
         (
             "a draw given the means (selfvae-photos-x2, temperature 0.5)",
             enhance(x2, small, 1, temperature=0.5, seed=seed),
@@ -96,7 +97,7 @@ def train_demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, 
         folder = out / options["name"]
         if folder.exists():
             raise FileExistsError(f"{folder} exists: remove it, or give another folder with --out")
-    photos = data.load("photos", 32)
+    photos = sources.load("photos", 32)
     models: list[SelfVAE] = []
     scores: list[dict[str, Any]] = []
     test = photos.test.take(range(128 if fast else 512))
@@ -109,7 +110,7 @@ def train_demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, 
         )  # fmt: skip
         model = train(configure(**options), photos, folder, config)
         models.append(model)
-        scores.append(evaluate(model, data.Images(test.numpy()), iw=0))
+        scores.append(evaluate(model, sources.Images(test.numpy()), iw=0))
     result = {
         "model": _CHAIN["name"],
         "bits_per_dim": round(scores[0]["bits_per_dim"], 4),

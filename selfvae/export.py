@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from selfvae.files import write_atomic
 from selfvae.level import Level
 from selfvae.model import SelfVAE
-from selfvae.tasks import check_computed, enhance
+from selfvae.operations import check_computed, enhance
 
 __all__ = ["DecoderPart", "Enhancement", "to_onnx", "to_program", "write"]
 
@@ -87,7 +87,7 @@ class DecoderPart(nn.Module):
 
 def _image(model: SelfVAE, k: int, n: int, rows: int, cols: int) -> Tensor:
     height, width = model.multiples[k]
-    shape = n, model.levels[k].format.channels, rows * height, cols * width
+    shape = n, model.levels[k].spec.channels, rows * height, cols * width
     return torch.zeros(shape, dtype=torch.uint8, device=model.device)
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["below", "replacing", "write_atomic", "write_tensors"]
+__all__ = ["atomic_path", "below", "write_atomic", "write_tensors"]
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """Where to write a file or folder that becomes `path` at the end, or nothing if anything fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -36,7 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
@@ -44,7 +44,7 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """A safetensors file, written whole or not at all."""
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # safetensors would write it for the owner alone
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, metadata)

@@ -1,6 +1,6 @@
 """Models as folders: config.json and model.safetensors, nothing that is ever executed.
 
-Some come with the package (`shipped`); others lie on the Hugging Face hub, with a model card, README.md.
+Some come with the package (`bundled`); others lie on the Hugging Face hub, with a model card, README.md.
 """
 
 from __future__ import annotations
@@ -19,43 +19,43 @@ from torch import Tensor, nn
 from selfvae.files import write_atomic, write_tensors
 from selfvae.level import Level
 from selfvae.model import SelfVAE
-from selfvae.presets import ModelConfig, from_config
+from selfvae.presets import FORMER_FIELDS, ModelConfig, from_config
 
 __all__ = [
+    "bundled",
     "card",
     "check_plain",
     "find",
     "fingerprint",
     "from_pretrained",
     "load",
-    "own_state",
+    "load_unique_state_dict",
     "push_to_hub",
     "save",
     "save_pretrained",
-    "set_state",
-    "shipped",
+    "unique_state_dict",
 ]
 
 _FORMAT = 1
 _FILES = ("config.json", "model.safetensors")
-_SHIPPED = Path(__file__).parent / "models"
+_BUNDLED = Path(__file__).parent / "models"
 # options that came later, as they were before: they leave the fingerprints of older models alone
 _PLAIN = {"posterior": "normal", "shared": False}
 
 
-def shipped() -> dict[str, Path]:
+def bundled() -> dict[str, Path]:
     """The models that come with the package, by name; each folder holds a model card, README.md."""
-    return {file.parent.name: file.parent for file in sorted(_SHIPPED.glob("*/config.json"))}
+    return {file.parent.name: file.parent for file in sorted(_BUNDLED.glob("*/config.json"))}
 
 
-def own_state(model: nn.Module) -> dict[str, Tensor]:
+def unique_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, each once: what levels share goes by its first name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def set_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """The inverse of `own_state`; RuntimeError if the names or shapes are not the model's."""
-    own = own_state(model)
+def load_unique_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """The inverse of `unique_state_dict`; RuntimeError if the names or shapes are not the model's."""
+    own = unique_state_dict(model)
     first = {id(value): name for name, value in own.items()}
     firsts = {name: first[id(value)] for name, value in model.state_dict(keep_vars=True).items()}
     again = {name: state[f] for name, f in firsts.items() if name != f and f in state}
@@ -75,9 +75,14 @@ def check_plain(model: SelfVAE) -> None:
 def fingerprint(model: SelfVAE) -> bytes:
     """8 bytes that tell models apart: of the structure and of every weight's value as float64."""
     check_plain(model)
-    config = {key: value for key, value in model.config.to_dict().items() if value != _PLAIN.get(key)}
+    former = {new: old for old, new in FORMER_FIELDS.items()}  # files of older models stay readable
+    config = {
+        former.get(key, key): value
+        for key, value in model.config.to_dict().items()
+        if value != _PLAIN.get(key)
+    }
     found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, value in sorted(own_state(model).items()):
+    for name, value in sorted(unique_state_dict(model).items()):
         found.update(f"{name} {tuple(value.shape)} ".encode())
         found.update(value.detach().cpu().double().numpy().astype("<f8").tobytes())
     return found.digest()[:8]
@@ -90,31 +95,33 @@ def save(model: SelfVAE, folder: str | Path, *, half: bool = False) -> None:
     """
     check_plain(model)
     folder = Path(folder)
-    state = {k: v.half() if half and v.is_floating_point() else v for k, v in own_state(model).items()}
+    state = {
+        k: v.half() if half and v.is_floating_point() else v for k, v in unique_state_dict(model).items()
+    }
     write_tensors(folder / "model.safetensors", state)
     config: dict[str, Any] = {"format": _FORMAT, "model": model.config.to_dict()}
     write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 def find(path: str | Path) -> Path:
-    """The folder of a model: one that `save` or training wrote, or by the name of one of `shipped`.
+    """The folder of a model: one that `save` or training wrote, or by the name of one of `bundled`.
 
     Raises FileNotFoundError saying what the folder lacks.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        folder = shipped().get(str(path), folder)
+        folder = bundled().get(str(path), folder)
     for name in _FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} holds no model: {name} is missing (expected config.json and model.safetensors, "
-                f"as selfvae train writes them, or one of {', '.join(shipped())})"
+                f"as selfvae train writes them, or one of {', '.join(bundled())})"
             )
     return folder
 
 
 def load(path: str | Path) -> SelfVAE:
-    """The model in a folder that `save` or training wrote, or one of `shipped`; on the CPU, ready for use.
+    """The model in a folder that `save` or training wrote, or one of `bundled`; on the CPU, ready for use.
 
     Raises FileNotFoundError or ValueError saying what the folder lacks.
     """
@@ -133,7 +140,7 @@ def load(path: str | Path) -> SelfVAE:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}/config.json describes no model: {error}") from None
     try:
-        set_state(model, load_file(folder / "model.safetensors"))
+        load_unique_state_dict(model, load_file(folder / "model.safetensors"))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(
             f"{folder}/model.safetensors is damaged or not of the model in config.json: {error}"
@@ -158,7 +165,7 @@ def from_pretrained(
     Only config.json and model.safetensors are fetched, and neither is executed. Raises as `load`, and
     ValueError where the hub has no such model; needs `pip install 'selfvae[hub]'`.
     """
-    if Path(name).exists() or str(name) in shipped() or str(name).count("/") != 1:
+    if Path(name).exists() or str(name) in bundled() or str(name).count("/") != 1:
         return load(name)
     hub = _huggingface()
     try:
@@ -249,7 +256,7 @@ x = selfvae.generate(model, 16)
 |---|---|---|
 """
     for k, level in enumerate(model.levels):
-        kind = f"{level.format.channels} channels of {level.format.levels} levels"
+        kind = f"{level.spec.channels} channels of {level.spec.num_values} levels"
         text += f"| y{k} | {kind}, given {level.transform} | {f'z{k}' if level.has_latent else ''} |\n"
     text += f"\nConfiguration: `{json.dumps(options)}`\n"
     for title, section in (sections or {}).items():

@@ -8,52 +8,52 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from selfvae.distributions import DiagonalNormal, RoundedLogistic, UniformBox
-from selfvae.pixels import PixelMixture, to_unit
-from selfvae.priors import LatentDistribution
-from selfvae.transforms import Blank, Format, Keep, Support, Transform
+from selfvae.distributions.latents import DiagonalNormal, NoisyLogistic, UnitUniform
+from selfvae.distributions.pixels import PixelMixture, to_unit
+from selfvae.distributions.priors import LatentDistribution
+from selfvae.transforms import ImageSpec, Null, Subsampling, Support, Transform
 
 __all__ = ["Level", "Posterior"]
 
 Core = tuple[slice, slice]
-Posterior = DiagonalNormal | UniformBox
+Posterior = DiagonalNormal | UnitUniform
 
 
 class Level(nn.Module):
-    """q(z | y), p(z | y_up, z_up) and p(y | y_up, z) for images y of one format.
+    """q(z | y), p(z | y_up, z_up) and p(y | y_up, z) for images y of one spec.
 
     Arguments:
-        format: channels and levels of y.
-        transform: d, with y_up = d(y). At the top it is `Blank`: y_up tells the size and nothing else.
+        spec: channels and levels of y.
+        transform: d, with y_up = d(y). At the top it is `Null`: y_up tells the size and nothing else.
         decoder: network (context, z) -> pixel parameters, at y's resolution, or one position a block where
-            the transform keeps pixels (`Keep`): then only the dropped ones are modelled.
+            the transform keeps pixels (`Subsampling`): then only the dropped ones are modelled.
         encoder, prior: networks of the latent; both None for a level without one.
         consistent: truncate the likelihood to the images with d(y) = y_up, where d tells them.
         anchored: add d's plain estimate of y to every component's mean.
-        rounded: the latent's posterior is a `UniformBox`, its conditional prior a `RoundedLogistic`; else
+        rounded: the latent's posterior is a `UnitUniform`, its conditional prior a `NoisyLogistic`; else
             both are Gaussian.
         coefficients: how earlier channels shift later ones (see `PixelMixture`).
     """
 
     def __init__(
         self,
-        format: Format,
+        spec: ImageSpec,
         transform: Transform,
         decoder: nn.Module,
         encoder: nn.Module | None = None,
         prior: nn.Module | None = None,
         *,
         consistent: bool = True,
-        anchored: bool = False,
+        residual_mean: bool = False,
         rounded: bool = False,
         coefficients: Literal["raw", "residual"] = "raw",
     ) -> None:
         super().__init__()
         if (encoder is None) != (prior is None):
             raise ValueError("a latent needs both an encoder and a prior; got one of them")
-        self.format, self.transform = format, transform
+        self.spec, self.transform = spec, transform
         self.encoder, self.prior_net, self.decoder = encoder, prior, decoder
-        self.consistent, self.anchored, self.coefficients = consistent, anchored, coefficients
+        self.consistent, self.residual_mean, self.coefficients = consistent, residual_mean, coefficients
         self.rounded = rounded
 
     @property
@@ -67,7 +67,7 @@ class Level(nn.Module):
             return 1
         encoder: Any = self.encoder
         prior: Any = self.prior_net
-        return prior.multiple if isinstance(self.transform, Blank) else encoder.stride
+        return prior.multiple if isinstance(self.transform, Null) else encoder.stride
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Channels, height and width of z for y of a height and width in pixels."""
@@ -75,9 +75,9 @@ class Level(nn.Module):
         return encoder.latent, height // encoder.stride, width // encoder.stride
 
     @property
-    def keeps(self) -> Keep | None:
+    def keeps(self) -> Subsampling | None:
         """The transform, if y_up keeps pixels of y, so that the level models the others, block by block."""
-        return self.transform if self.consistent and isinstance(self.transform, Keep) else None
+        return self.transform if self.consistent and isinstance(self.transform, Subsampling) else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,21 +89,21 @@ class Level(nn.Module):
         if y_up.shape[1] == 0:
             return y_up.to(self.dtype)
         if self.keeps:
-            y_up = self.keeps.fold(y_up)
+            y_up = self.keeps.stack_kept(y_up)
         else:
-            y_up = self.transform.estimate(y_up.to(self.dtype), self.format)
-        return to_unit(y_up, self.format.levels, self.dtype)
+            y_up = self.transform.estimate(y_up.to(self.dtype), self.spec)
+        return to_unit(y_up, self.spec.num_values, self.dtype)
 
     def encode(self, y: Tensor) -> Tensor:
         """Parameters of q(z | y) for y uint8 (B, C, H, W), as `q` takes them."""
         assert self.encoder is not None
-        params: Tensor = self.encoder(to_unit(y, self.format.levels, self.dtype))
+        params: Tensor = self.encoder(to_unit(y, self.spec.num_values, self.dtype))
         return params
 
     @property
     def q(self) -> Callable[[Tensor], Posterior]:
         """q(z | y) from its parameters."""
-        return UniformBox.from_params if self.rounded else DiagonalNormal.from_params
+        return UnitUniform.from_params if self.rounded else DiagonalNormal.from_params
 
     def posterior(self, y: Tensor) -> Posterior:
         """q(z | y) for y uint8 (B, C, H, W)."""
@@ -115,14 +115,14 @@ class Level(nn.Module):
         if y_up.shape[1] == 0:
             top: LatentDistribution = self.prior_net(y_up.to(self.dtype), z_up)
             return top
-        up = self.transform.format(self.format)
-        params = self.prior_net(to_unit(y_up, up.levels, self.dtype), z_up)
-        return RoundedLogistic.from_params(params) if self.rounded else DiagonalNormal.from_params(params)
+        up = self.transform.output_spec(self.spec)
+        params = self.prior_net(to_unit(y_up, up.num_values, self.dtype), z_up)
+        return NoisyLogistic.from_params(params) if self.rounded else DiagonalNormal.from_params(params)
 
     def likelihood(self, y_up: Tensor, z: Tensor | None, core: Core | None = None) -> PixelMixture:
         """p(y | y_up, z); with `core`, rows and columns of y_up, of y's part there alone."""
         params = self.decoder(self.context(y_up), z)
-        guess = self.transform.estimate(y_up.to(self.dtype), self.format) if self.anchored else None
+        guess = self.transform.estimate(y_up.to(self.dtype), self.spec) if self.residual_mean else None
         if core is not None:
             rows, cols = self.transform.scale
             high, wide = self.keeps.block if self.keeps else (1, 1)
@@ -131,15 +131,17 @@ class Level(nn.Module):
                 guess = guess[..., _times(core[0], rows), _times(core[1], cols)]
             y_up = y_up[..., core[0], core[1]]
         if self.keeps:
-            weights = self.keeps.weights(self.format) if self.anchored else 0
+            weights = self.keeps.weights(self.spec) if self.residual_mean else 0
             own = params.shape[1] - weights
-            support = self.keeps.support(y_up, self.format, params[:, own:] if weights else None)
+            support = self.keeps.support(y_up, self.spec, params[:, own:] if weights else None)
             params = params[:, :own].unflatten(1, (support.groups, own // support.groups))
         else:
-            support = (self.transform.support if self.consistent else Support)(y_up, self.format)
-            params = support.phases(params)
-        anchor = None if guess is None else support.split(guess)
-        return PixelMixture(params, support, self.format, anchor=anchor, coefficients=self.coefficients)
+            support = (self.transform.support if self.consistent else Support)(y_up, self.spec)
+            params = support.space_to_depth(params)
+        prediction = None if guess is None else support.split(guess)
+        return PixelMixture(
+            params, support, self.spec, prediction=prediction, coefficients=self.coefficients
+        )
 
 
 def _times(part: slice, n: int, over: int = 1) -> slice:

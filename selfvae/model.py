@@ -20,18 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfvae.layers import data_dependent_init
 from selfvae.level import Level, Posterior
-from selfvae.objective import Terms
-from selfvae.transforms import Blank, Format
+from selfvae.nn.layers import data_dependent_init
+from selfvae.terms import Terms
+from selfvae.transforms import ImageSpec, Null
 
 __all__ = ["SelfVAE"]
 
-Pick = Callable[[str, Any], Tensor]
+Provider = Callable[[str, Any], Tensor]
 
 
 class SelfVAE(nn.Module):
-    """A self-supervised VAE with levels 0 (the image) to K (the top, whose transform is `Blank`).
+    """A self-supervised VAE with levels 0 (the image) to K (the top, whose transform is `Null`).
 
     `model(x)` gives the `Terms` of the bound for x uint8 (B, C, H, W). `config` is what
     `presets.build` made the model from, kept for saving.
@@ -40,15 +40,15 @@ class SelfVAE(nn.Module):
     def __init__(self, levels: Iterable[Level], config: Any = None) -> None:
         super().__init__()
         self.levels: Any = nn.ModuleList(levels)
-        if not len(self.levels) or not isinstance(self.levels[-1].transform, Blank):
+        if not len(self.levels) or not isinstance(self.levels[-1].transform, Null):
             raise ValueError("a model has at least one level, and the top level's transform is Blank()")
         self.config = config
 
     @property
-    def format(self) -> Format:
-        """The format of x."""
-        format: Format = self.levels[0].format
-        return format
+    def spec(self) -> ImageSpec:
+        """The spec of x."""
+        spec: ImageSpec = self.levels[0].spec
+        return spec
 
     @property
     def has_latents(self) -> bool:
@@ -57,7 +57,7 @@ class SelfVAE(nn.Module):
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
         """[x, y_1, ..., y_K], uint8."""
-        self.format.check(x)
+        self.spec.check(x)
         ys = [x]
         for level in self.levels[:-1]:
             ys.append(level.transform(ys[-1]))
@@ -94,7 +94,7 @@ class SelfVAE(nn.Module):
         """Of the networks."""
         return next(self.parameters()).dtype
 
-    def walk(self, pick: Pick, blank: Tensor) -> Tensor:
+    def walk(self, pick: Provider, blank: Tensor) -> Tensor:
         """From the top to the image: pick(name, distribution) says where each variable comes from.
 
         Names are "z0".."zK" and "y0".."yK"; returns what was picked for y0 = x.

@@ -11,25 +11,25 @@ from typing import Any, Literal
 
 from torch import nn
 
-from selfvae.layers import BACKBONES
+from selfvae.distributions.pixels import param_count
+from selfvae.distributions.priors import TOP_PRIORS, FlowPrior
 from selfvae.level import Level
 from selfvae.model import SelfVAE
-from selfvae.networks import Branch, Constant, Decoder, Encoder, PriorNet, Shared
-from selfvae.pixels import param_count
-from selfvae.priors import TOP_PRIORS, FlowPrior
+from selfvae.nn.layers import BACKBONES
+from selfvae.nn.networks import Branch, Constant, Decoder, Encoder, PriorNet, Shared
 from selfvae.transforms import (
     BicubicDownscale,
     BitDepth,
-    Blank,
     Chain,
     Checkerboard,
-    Format,
     GaussianBlur,
     Greyscale,
-    Keep,
+    ImageSpec,
     MeanDownscale,
+    Null,
     Sketch,
     Subsample,
+    Subsampling,
     Transform,
 )
 
@@ -68,6 +68,10 @@ def _choose(name: str, table: Mapping[str, Any], kind: str) -> Any:
     raise ValueError(f"unknown {kind} {name!r}{hint} (known: {', '.join(table)})")
 
 
+# names that fields had in model folders and checkpoints of format 1
+FORMER_FIELDS = {"levels": "num_values", "anchored": "residual_mean"}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """All that determines a model's structure; JSON-able.
@@ -76,7 +80,7 @@ class ModelConfig:
         name: preset it came from.
         image_shape: channels, height, width in pixels. The networks take any height and width that the
             strides divide; this size settles how often the encoders halve and how long a chain is.
-        levels: grey levels a channel of x.
+        num_values: values per channel of x, 256 for 8 bits.
         transforms: names of d_1..d_K (see `TRANSFORMS`); "halve" alone is the chain of alternating
             "columns" and "rows" down to 4 x 4; "quincunx" that of "checkerboard" and "staggered" down to
             2 x 2 (to 4 x 4 or so with latents, or from odd sides), the longer side halved first where it is
@@ -97,14 +101,14 @@ class ModelConfig:
 
     name: str = "vae"
     image_shape: tuple[int, int, int] = (3, 32, 32)
-    levels: int = 256
+    num_values: int = 256
     transforms: tuple[str, ...] = ()
     prior: Literal["normal", "mog", "flow", "logistic"] = "flow"
     posterior: Literal["normal", "uniform"] = "normal"
     latents: Literal["all", "top", "none"] = "all"
     latent_channels: int = 16
     consistent: bool = False
-    anchored: bool = False
+    residual_mean: bool = False
     coefficients: Literal["raw", "residual"] = "raw"
     components: int = 10
     backbone: Literal["dense", "residual"] = "dense"
@@ -140,13 +144,13 @@ class ModelConfig:
             )
         for field, kinds in (
             ("width", (int, float)), ("depth", (int, float)), ("latent_channels", int), ("components", int),
-            ("levels", int),
+            ("num_values", int),
         ):  # fmt: skip
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
                 kind = "whole number" if kinds is int else "number"
                 raise ValueError(f"{field} must be a positive {kind}; got {value!r}")
-        for field in ("consistent", "anchored", "shared"):
+        for field in ("consistent", "residual_mean", "shared"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be true or false; got {getattr(self, field)!r}")
         if self.shared and (self.latents != "none" or self.backbone != "residual"):
@@ -161,14 +165,17 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of `to_dict`; an unknown key is an error."""
+        """The inverse of `to_dict`, former names of the fields included; an unknown key is an error."""
+        if not isinstance(config, Mapping):
+            raise TypeError(f"a model's configuration must map names to values; got {config!r}")
         known = {f.name: f for f in dataclasses.fields(cls)}
+        config = {FORMER_FIELDS.get(key, key): value for key, value in config.items()}
         for key in config:
             _choose(key, known, "model option")
         return cls(**config)
 
 
-_OURS: dict[str, Any] = {"consistent": True, "anchored": True, "coefficients": "residual"}
+_OURS: dict[str, Any] = {"consistent": True, "residual_mean": True, "coefficients": "residual"}
 _CHAIN: dict[str, Any] = {"latents": "none", "backbone": "residual", **_OURS}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -249,12 +256,12 @@ def _transforms(config: ModelConfig) -> list[Transform]:
 def from_config(config: ModelConfig) -> SelfVAE:
     """The model that a configuration describes."""
     c, h, w = config.image_shape
-    transforms = [*_transforms(config), Blank()]
-    formats, sizes = [Format(c, config.levels)], [(h, w)]
+    transforms = [*_transforms(config), Null()]
+    specs, sizes = [ImageSpec(c, config.num_values)], [(h, w)]
     for t in transforms:
-        formats.append(t.format(formats[-1]))
+        specs.append(t.output_spec(specs[-1]))
         sizes.append(t.size(*sizes[-1]))
-    plan = _Plan(config, transforms, formats, sizes)
+    plan = _Plan(config, transforms, specs, sizes)
     return SelfVAE([plan.level(k) for k in range(len(transforms))], config)
 
 
@@ -264,9 +271,9 @@ class _Plan:
 
     config: ModelConfig
     transforms: list[Transform]
-    formats: list[Format]
+    specs: list[ImageSpec]
     sizes: list[tuple[int, int]]
-    shared: dict[tuple[str, Format], Decoder] = dataclasses.field(default_factory=dict)
+    shared: dict[tuple[str, ImageSpec], Decoder] = dataclasses.field(default_factory=dict)
 
     @property
     def top(self) -> int:
@@ -284,10 +291,10 @@ class _Plan:
         keeps = self.keeps(k)
         return math.sqrt(math.prod(self.sizes[k]) / math.prod(keeps.block if keeps else (1, 1)))
 
-    def keeps(self, k: int) -> Keep | None:
+    def keeps(self, k: int) -> Subsampling | None:
         """Level k's transform, if the level models only what that drops."""
         t = self.transforms[k]
-        return t if self.config.consistent and isinstance(t, Keep) else None
+        return t if self.config.consistent and isinstance(t, Subsampling) else None
 
     def wide(self, channels: float) -> int:
         """The papers' number of channels, scaled: a multiple of 4, 4 at least."""
@@ -306,13 +313,13 @@ class _Plan:
         return Branch(self.wide(growth * self.share), steps, blocks, resize, stem, self.config.backbone)
 
     def level(self, k: int) -> Level:
-        config, format, up = self.config, self.formats[k], self.formats[k + 1]
+        config, spec, up = self.config, self.specs[k], self.specs[k + 1]
         t, alone, is_top = self.transforms[k], self.top == 0, k == self.top
         keeps = self.keeps(k)
         scale, kept = (keeps.block, len(keeps.kept)) if keeps else ((1, 1), 0)
-        params = param_count(format.channels, config.components) * (math.prod(scale) - kept)
-        if keeps and config.anchored:
-            params += keeps.weights(format)
+        params = param_count(spec.channels, config.components) * (math.prod(scale) - kept)
+        if keeps and config.residual_mean:
+            params += keeps.weights(spec)
         latent = config.latent_channels if self.has_latent(k) else 0
         downs = self.downs(k) if latent else 0
 
@@ -325,22 +332,22 @@ class _Plan:
             deep = 0.5 ** max(0, downs - usual)
             growth, steps = (16, 8) if alone else (64, 3) if is_top else (16, 4)
             encoder = Encoder(
-                format.channels, latent, self.branch(growth * deep, steps, downs, "down", stem=64)
+                spec.channels, latent, self.branch(growth * deep, steps, downs, "down", stem=64)
             )
             ups = downs - round(math.log2(min(scale)))
             growth, steps = (128, 6) if alone else (128, 4) if is_top else (64, 8)
             stem = 128 if is_top else 64
             z_branch = self.branch(growth * deep, steps, ups, "up", stem=stem)
             prior = self._prior(k, latent, downs)
-        context = 0 if is_top else up.channels * kept if keeps else format.channels
+        context = 0 if is_top else up.channels * kept if keeps else spec.channels
         decoder: nn.Module
         if is_top and not latent:
             decoder = Constant(params)
         elif config.shared and not is_top:
-            if (str(t), format) not in self.shared:
+            if (str(t), spec) not in self.shared:
                 joint = self.branch(256, 12, 1, stem=256)
-                self.shared[str(t), format] = Decoder(context + Shared.PLANES, 0, params, None, joint)
-            decoder = Shared(self.shared[str(t), format])
+                self.shared[str(t), spec] = Decoder(context + Shared.PLANES, 0, params, None, joint)
+            decoder = Shared(self.shared[str(t), spec])
         else:
             joint = None
             if not is_top and config.backbone == "residual":
@@ -351,8 +358,8 @@ class _Plan:
                 joint = self.branch(64, 5, 3, stem=0 if latent else 64)
             decoder = Decoder(context, latent, params, z_branch, joint)
         return Level(
-            format, t, decoder, encoder, prior,
-            consistent=config.consistent, anchored=config.anchored and not is_top,
+            spec, t, decoder, encoder, prior,
+            consistent=config.consistent, residual_mean=config.residual_mean and not is_top,
             rounded=config.posterior == "uniform", coefficients=config.coefficients,
         )  # fmt: skip
 
@@ -365,7 +372,7 @@ class _Plan:
         rows, cols = self.transforms[k].scale
         halvings = downs - round(math.log2(max(rows, cols)))
         return PriorNet(
-            self.formats[k + 1].channels,
+            self.specs[k + 1].channels,
             self.config.latent_channels if above else 0,
             latent,
             y=self.branch(32 * 0.5 ** max(0, halvings - 1), 5, halvings, "down", stem=32),

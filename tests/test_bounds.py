@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import selfvae
-from selfvae.bounds import bounds, iwae
-from selfvae.data import Images
-from selfvae.evaluate import evaluate
+from selfvae.data.sources import Images
+from selfvae.metrics.bounds import bounds, iwae
+from selfvae.metrics.likelihood import evaluate
 from selfvae.model import SelfVAE
 
 TINY = {"size": "tiny", "width": 0.06, "components": 2}
@@ -129,8 +129,8 @@ def toy(consistent: bool, levels: int = 3) -> SelfVAE:
     """2 x 2 pixels of 3 levels, y their rounded mean; latents of one number a position."""
     torch.manual_seed(4)
     model = selfvae.build(
-        "selfvae", "tiny", (1, 4, 4), levels=levels, latents="none", components=2, width=0.06,
-        consistent=consistent, transforms=("mean2", "mean2"), anchored=False,
+        "selfvae", "tiny", (1, 4, 4), num_values=levels, latents="none", components=2, width=0.06,
+        consistent=consistent, transforms=("mean2", "mean2"), residual_mean=False,
     )  # fmt: skip
     x = torch.randint(0, levels, (64, 1, 4, 4), dtype=torch.uint8)
     model.initialise(x)
@@ -163,7 +163,7 @@ def test_the_bound_with_a_latent_against_numerical_integration() -> None:
     """ln p(x) by a fine sum over z is above every bound, and the bounds come close; all p(x) sum to 1."""
     torch.manual_seed(1)
     model = selfvae.build(
-        "vae-normal", "tiny", (1, 4, 4), levels=2, latent_channels=1, components=2, width=0.06,
+        "vae-normal", "tiny", (1, 4, 4), num_values=2, latent_channels=1, components=2, width=0.06,
     )  # fmt: skip
     x = torch.randint(0, 2, (16, 1, 4, 4), dtype=torch.uint8)
     model.initialise(x)
@@ -227,8 +227,8 @@ def test_the_whole_bound_of_two_levels(consistent: bool) -> None:
     """All 256 images of 2 x 4 pixels and 2 levels, y the means of pairs; three latents, integrated."""
     torch.manual_seed(2)
     model = selfvae.build(
-        "selfvae", "tiny", (1, 4, 8), levels=2, transforms=("mean1x2",), prior="normal",
-        latent_channels=1, components=2, width=0.06, consistent=consistent, anchored=False,
+        "selfvae", "tiny", (1, 4, 8), num_values=2, transforms=("mean1x2",), prior="normal",
+        latent_channels=1, components=2, width=0.06, consistent=consistent, residual_mean=False,
     )  # fmt: skip
     model.initialise(torch.randint(0, 2, (16, 1, 4, 8), dtype=torch.uint8))
     for p in model.parameters():

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 
 import selfvae
-from selfvae import evaluate, pictures
 from selfvae.cli import main
-from selfvae.data import Images
-from selfvae.figures import figures
-from selfvae.tasks import infer
+from selfvae.data import pictures
+from selfvae.data.sources import Images
+from selfvae.metrics import likelihood
+from selfvae.operations import infer
+from selfvae.reports.figures import figures
 from selfvae.transforms import Greyscale, MeanDownscale
 
 NAMES = ("selfvae", "selfvae-grey", "selfvae-bits", "vae-normal", "selfvae-halve")
@@ -191,25 +192,27 @@ def test_figures_and_scores_by_command(
 
 def test_psnr_and_ssim() -> None:
     x = torch.randint(0, 200, (2, 3, 16, 16), dtype=torch.uint8)
-    assert torch.equal(evaluate.psnr(x, x), torch.full((2,), 100.0, dtype=torch.float64))
-    assert torch.allclose(evaluate.psnr(x, x + 10), torch.tensor(28.1308036, dtype=torch.float64))
-    assert torch.allclose(evaluate.ssim(x, x), torch.ones(2, dtype=torch.float64))
-    assert bool((evaluate.ssim(x, 255 - x) < 0.1).all())
+    assert torch.equal(likelihood.psnr(x, x), torch.full((2,), 100.0, dtype=torch.float64))
+    assert torch.allclose(likelihood.psnr(x, x + 10), torch.tensor(28.1308036, dtype=torch.float64))
+    assert torch.allclose(likelihood.ssim(x, x), torch.ones(2, dtype=torch.float64))
+    assert bool((likelihood.ssim(x, 255 - x) < 0.1).all())
     with pytest.raises(ValueError, match="11 x 11 pixels or more; got 8 x 16"):
-        evaluate.ssim(x[:, :, :8], x[:, :, :8])
+        likelihood.ssim(x[:, :, :8], x[:, :, :8])
 
 
 @pytest.mark.parametrize("name", ["selfvae", "selfvae-grey", "selfvae-bits", "selfvae-halve"])
 def test_enhancement_scores(name: str, runs: Path) -> None:
     model = selfvae.load(runs / name)
     x = torch.randint(0, 256, (3, 3, 24, 20), dtype=torch.uint8)
-    scores = evaluate.enhancement(model, Images(x.numpy()), draws=3, seed=0, batch_size=2)
-    assert scores == evaluate.enhancement(model, Images(x.numpy()), draws=3, seed=0, batch_size=2)
+    scores = likelihood.evaluate_enhancement(model, Images(x.numpy()), draws=3, seed=0, batch_size=2)
+    assert scores == likelihood.evaluate_enhancement(
+        model, Images(x.numpy()), draws=3, seed=0, batch_size=2
+    )
     assert scores["consistency_error_draw"] == 0
     assert scores["diversity_rmse"] > 1
     assert scores["psnr_mean"] > scores["psnr_draw"]  # errors average out
     y = infer(model, x[:, :, :24, :16], "y1")["y1"]
-    plain = evaluate.plain_enhancement(model, y)
+    plain = likelihood.baseline_enhancement(model, y)
     assert plain.shape == (3, 3, 24, 16)
     if name == "selfvae-grey":
         assert torch.equal(plain, y.expand(-1, 3, -1, -1)) and scores["consistency_error_plain"] == 0
@@ -218,15 +221,17 @@ def test_enhancement_scores(name: str, runs: Path) -> None:
     if name == "selfvae-bits":
         assert torch.equal(plain, (y << 5) + 16)
     with pytest.raises(ValueError, match="draws must be at least 2"):
-        evaluate.enhancement(model, Images(x.numpy()), draws=1)
+        likelihood.evaluate_enhancement(model, Images(x.numpy()), draws=1)
 
 
 def test_known_scores(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws that are 5 levels above and below x."""
     x = torch.randint(10, 240, (2, 3, 16, 16), dtype=torch.uint8)
     signs = iter([5, -5])
-    monkeypatch.setattr(evaluate, "enhance", lambda *args, **how: (x.int() + next(signs)).to(torch.uint8))
-    scores = evaluate.enhancement(selfvae.load(runs / "selfvae-grey"), Images(x.numpy()), draws=2)
+    monkeypatch.setattr(likelihood, "enhance", lambda *args, **how: (x.int() + next(signs)).to(torch.uint8))
+    scores = likelihood.evaluate_enhancement(
+        selfvae.load(runs / "selfvae-grey"), Images(x.numpy()), draws=2
+    )
     assert scores["psnr_draw"] == pytest.approx(34.1514, abs=1e-3)
     assert scores["psnr_mean"] == 100 and scores["ssim_mean"] == pytest.approx(1)
     assert scores["diversity_rmse"] == pytest.approx(10)
@@ -235,10 +240,10 @@ def test_known_scores(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_known_scores_of_few_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randint(0, 7, (2, 3, 16, 16), dtype=torch.uint8)
-    model = selfvae.build("selfvae", "tiny", (3, 16, 16), levels=8, width=0.06)
+    model = selfvae.build("selfvae", "tiny", (3, 16, 16), num_values=8, width=0.06)
     steps = iter([1, 0])
-    monkeypatch.setattr(evaluate, "enhance", lambda *args, **how: x + next(steps))
-    scores = evaluate.enhancement(model, Images(x.numpy()), draws=2)
+    monkeypatch.setattr(likelihood, "enhance", lambda *args, **how: x + next(steps))
+    scores = likelihood.evaluate_enhancement(model, Images(x.numpy()), draws=2)
     assert scores["diversity_rmse"] == pytest.approx(255 / 7)
     assert scores["psnr_draw"] == pytest.approx((100 + 20 * np.log10(7)) / 2)
 
@@ -246,10 +251,10 @@ def test_known_scores_of_few_levels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("transform", ["grey+mean2", "mean2+grey", "mean2+bits3", "bicubic2+grey"])
 def test_plain_enhancement_of_chains(transform: str, images: torch.Tensor) -> None:
     model = selfvae.build("selfvae", "tiny", (3, 16, 16), transforms=(transform,), width=0.06)
-    plain = evaluate.plain_enhancement(model, infer(model, images, "y1")["y1"])
+    plain = likelihood.baseline_enhancement(model, infer(model, images, "y1")["y1"])
     flat = images.double().mean((2, 3), keepdim=True)
     assert plain.shape == images.shape
-    assert evaluate.psnr(plain, images).mean() > evaluate.psnr(flat, images).mean() - 3
+    assert likelihood.psnr(plain, images).mean() > likelihood.psnr(flat, images).mean() - 3
 
 
 @pytest.mark.parametrize("name", ["selfvae", "selfvae-halve"])
@@ -294,7 +299,10 @@ def test_a_folder_s_outputs_are_all_different_and_no_input(
             "train --model vae --data photos --out x --options transforms=5",
             "transforms must be names",
         ),
-        ("train --model vae --data photos --out x --options levels=2.5", "levels must be a positive whole"),
+        (
+            "train --model vae --data photos --out x --options num_values=2.5",
+            "levels must be a positive whole",
+        ),
         ("train --model vae --data photos --out x --options width=.inf", "width must be a positive number"),
         ("train --model vaee --data photos --out x", "'vaee': did you mean 'vae'? (known: "),
         ("demo --train --out .", "selfvae-halve exists: remove it"),

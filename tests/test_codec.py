@@ -34,15 +34,15 @@ from selfvae.codec import (
     read_header,
     use,
 )
-from selfvae.codec.coder import Stack, _length, code
+from selfvae.codec.ans import Stack, _length, code
 from selfvae.codec.container import Header, Part, Reader, varint
-from selfvae.codec.latents import _BY_RATE, _ROUNDED, Dry, Gaussian, _Integers, _noise
-from selfvae.codec.lattice import ONE, Channel, Notes, cumulative
-from selfvae.distributions import DiagonalNormal
-from selfvae.flows import Coupling
-from selfvae.pixels import PixelMixture, param_count
-from selfvae.tasks import variables
-from selfvae.transforms import Format, Support
+from selfvae.codec.float64 import ONE, Channel, SideInformation, cumulative
+from selfvae.codec.latents import _BY_RATE, _ROUNDED, Gaussian, InsufficientBits, _Integers, _noise
+from selfvae.distributions.latents import DiagonalNormal
+from selfvae.distributions.pixels import PixelMixture, param_count
+from selfvae.nn.flows import Coupling
+from selfvae.operations import variables
+from selfvae.transforms import ImageSpec, Support
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -106,7 +106,7 @@ def test_the_normal_s_table() -> None:
 
 def test_the_ratios_table() -> None:
     nats = np.linspace(-5, 5, 1001)
-    found = lattice.ratios(nats, Notes(), 0) / 2.0**lattice.SHARES
+    found = lattice.ratios(nats, SideInformation(), 0) / 2.0**lattice.SHARES
     assert np.abs(np.log(found) - nats.clip(-4, 4)).max() < 1 / 128
     assert lattice._ratio_table().min() >= 2 and lattice._ratio_table().max() < 1 << 18
 
@@ -132,22 +132,22 @@ def test_lengths() -> None:
 
 def mixture(levels: int, components: int, n: int, seed: int = 0, spread: float = 2.0) -> PixelMixture:
     generator = torch.Generator().manual_seed(seed)
-    format = Format(3, levels)
+    format = ImageSpec(3, levels)
     params = spread * torch.randn(
         1, 1, param_count(3, components), 1, n, generator=generator, dtype=torch.float64
     )
     return PixelMixture(params, Support(torch.zeros(1, 3, 1, n), format), format)
 
 
-def through(p: PixelMixture, v: Tensor | None, coder: Stack, notes: Notes) -> Tensor:
+def through(p: PixelMixture, v: Tensor | None, coder: Stack, notes: SideInformation) -> Tensor:
     grid, found = (
-        lattice.Lattice(p, 0, notes),
+        lattice.QuantizedMixture(p, 0, notes),
         torch.zeros(1, 1, 3, 1, p.logits.shape[-1], dtype=torch.long),
     )
     weights = grid.weights()
     for c in range(3):
         known = None if v is None else v[0, 0, c, 0].numpy()
-        values, weights = code(coder, weights, grid.channel(found), p.format.levels, None, known)
+        values, weights = code(coder, weights, grid.channel(found), p.spec.num_values, None, known)
         found[0, 0, c, 0] = torch.from_numpy(values)
     return found
 
@@ -157,7 +157,7 @@ def test_code_length_is_the_likelihood(levels: int, components: int) -> None:
     p = mixture(levels, components, 20_000, spread=1.0)
     torch.manual_seed(0)
     x = p.sample()
-    encoder, notes = Stack(), Notes()
+    encoder, notes = Stack(), SideInformation()
     v = x[:, None].long()
     assert torch.equal(through(p, v, encoder, notes), v)
     encoder.push()
@@ -165,17 +165,17 @@ def test_code_length_is_the_likelihood(levels: int, components: int) -> None:
     ideal = -p.log_prob(x).item() / math.log(2)
     assert 32 * len(words) == pytest.approx(ideal, rel=2e-3, abs=100)
     decoder = Stack(words)
-    assert torch.equal(through(p, None, decoder, Notes(notes.tobytes())), v)
+    assert torch.equal(through(p, None, decoder, SideInformation(notes.tobytes())), v)
     assert decoder.left() == 0
 
 
 def test_values_far_from_every_mean_come_back() -> None:
     p = mixture(256, 2, 600, spread=30.0)  # sharp, far apart, some beyond the range
     for v in (torch.zeros(1, 1, 3, 1, 600).long(), torch.full((1, 1, 3, 1, 600), 255)):
-        encoder, notes = Stack(), Notes()
+        encoder, notes = Stack(), SideInformation()
         through(p, v, encoder, notes)
         encoder.push()
-        assert torch.equal(through(p, None, Stack(encoder.words()), Notes(notes.tobytes())), v)
+        assert torch.equal(through(p, None, Stack(encoder.words()), SideInformation(notes.tobytes())), v)
 
 
 def test_intervals() -> None:
@@ -200,25 +200,25 @@ def test_intervals() -> None:
 
 def test_rounding_near_a_border_follows_the_note(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.array([0.2, 0.5, 1.5 - 1e-9, -0.5 + 1e-9, 7.4999, 1e6 + 0.5])
-    notes = Notes()
-    whole = notes.snap(values)
+    notes = SideInformation()
+    whole = notes.quantize(values)
     assert whole.tolist() == [0, 1, 1, 0, 7, 1000001]
     for shift in (-1e-7, 1e-7):
-        assert Notes(notes.tobytes()).snap(values + shift).tolist() == whole.tolist()
-    assert Notes(b"").snap(values - 1e-7).tolist() != whole.tolist()
-    plain = Notes()
-    plain.snap(np.array([0.2, 0.3]))
+        assert SideInformation(notes.tobytes()).quantize(values + shift).tolist() == whole.tolist()
+    assert SideInformation(b"").quantize(values - 1e-7).tolist() != whole.tolist()
+    plain = SideInformation()
+    plain.quantize(np.array([0.2, 0.3]))
     assert plain.tobytes() == b""
-    again = Notes(notes.tobytes() + varint(2 * 90))
-    again.snap(values)
+    again = SideInformation(notes.tobytes() + varint(2 * 90))
+    again.quantize(values)
     with pytest.raises(CodecError, match="corrects a value that does not exist"):
         again.check_used()
     with pytest.raises(CodecError, match="corrects a value twice"):
-        Notes(varint(4) + varint(0))
+        SideInformation(varint(4) + varint(0))
     with pytest.raises(CodecError, match="corrects a value that needs none"):
-        Notes(varint(0)).snap(values)  # the first
+        SideInformation(varint(0)).quantize(values)  # the first
     with pytest.raises(CodecError, match="not finite"):
-        plain.snap(np.array([np.nan]))
+        plain.quantize(np.array([np.nan]))
 
 
 # --- pictures -----------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def test_round_trip_at_the_model_s_length(codec: Codec, picture: Tensor) -> None
     data = codec.compress(picture)
     assert torch.equal(codec.decompress(data), picture)
     header = read_header(data)
-    assert (header.channels, header.levels, header.height, header.width) == (3, 256, 24, 32)
+    assert (header.channels, header.num_values, header.height, header.width) == (3, 256, 24, 32)
     ideal = bits(fixed(), picture)
     assert 8 * (len(data) - header.size) == pytest.approx(ideal, rel=0.003, abs=100)
     assert codec.compress(picture, verify=False) == data
@@ -239,10 +239,11 @@ def test_round_trip_at_the_model_s_length(codec: Codec, picture: Tensor) -> None
     [
         {"transforms": ("bits3",)}, {"transforms": ("mean2",)}, {"transforms": ("grey",)},
         {"transforms": ("subsample3",)}, {"transforms": ("bicubic2",), "consistent": False},
-        {"transforms": ("sketch", "mean2")}, {"transforms": ("mean1x2",), "levels": 8},
-        {"transforms": ("mean3",), "anchored": False, "coefficients": "raw"}, {"transforms": ("blur",)},
+        {"transforms": ("sketch", "mean2")}, {"transforms": ("mean1x2",), "num_values": 8},
+        {"transforms": ("mean3",), "residual_mean": False, "coefficients": "raw"},
+        {"transforms": ("blur",)},
         {"image_shape": (1, 18, 18)}, {"image_shape": (4, 18, 18), "transforms": ("mean2",)},
-        {"transforms": ("halve",), "levels": 2, "image_shape": (3, 16, 16)},
+        {"transforms": ("halve",), "num_values": 2, "image_shape": (3, 16, 16)},
         {"transforms": ("quincunx",), "image_shape": (3, 16, 16)},
         {"transforms": ("quincunx",), "image_shape": (3, 16, 16), "shared": True},
         {"transforms": ("checkerboard", "grey")},
@@ -251,7 +252,7 @@ def test_round_trip_at_the_model_s_length(codec: Codec, picture: Tensor) -> None
 def test_every_transform(options: dict[str, Any], picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     how = {"backbone": "residual", "width": 0.03, "image_shape": (3, 18, 18), **options}
     model = fixed("selfvae", **how)
-    channels, levels = model.format.channels, model.format.levels
+    channels, levels = model.spec.channels, model.spec.num_values
     x = torch.cat([picture, picture[:, :1].flip(3)], 1)[:, :channels, :9, :13] // (256 // levels)
     codec = Codec(model)
     data = codec.compress(x, verify=False)
@@ -377,7 +378,7 @@ def test_which_latents_are_drawn(picture: Tensor, monkeypatch: pytest.MonkeyPatc
         def tried(q: Any, stack: Any, notes: Any, fine: float, dry: float = dry, seen: Any = seen) -> Any:
             seen.append(fine)
             if fine < dry:
-                raise Dry
+                raise InsufficientBits
             return draw(q, stack, notes, fine)
 
         with monkeypatch.context() as patch:
@@ -434,14 +435,14 @@ def test_a_flow_of_whole_numbers_is_one_to_one(grid: float) -> None:
     prior = level.prior(model.blank(2, 32, 32), None)
     v = torch.from_numpy(rng.integers(-500, 500, prior.shape))
     words = rng.integers(1, 2**31, 4000).astype(np.uint32)
-    stack, notes = Stack(words), Notes()
+    stack, notes = Stack(words), SideInformation()
     with torch.no_grad():
         noise = prior.flow.walk(v, _Integers(prior, grid, v.numel(), stack, notes).there)
         exact = prior.flow(v.double() * grid)
         assert (noise - exact[0] / grid).abs().max() < (100 if grid == 1 else 40)  # rounded ten times
         spent = 32 * (len(words) - len(stack.words()))
         assert spent == pytest.approx(exact[1].sum().item() / math.log(2), rel=0.1, abs=100)
-        again = Notes(notes.tobytes())
+        again = SideInformation(notes.tobytes())
         back = prior.flow.walk_back(noise, _Integers(prior, grid, v.numel(), stack, again).back)
     assert torch.equal(back, v) and np.array_equal(stack.words(), words)
 
@@ -451,14 +452,14 @@ def test_a_latent_is_drawn_as_its_posterior_says() -> None:
     mean = torch.linspace(-100, 100, 40_000).double().view(1, 1, 200, 200)
     q = DiagonalNormal(mean, torch.full_like(mean, -math.log(16)))  # a scale of 1/4
     words = np.random.default_rng(0).integers(1, 2**31, 40_000).astype(np.uint32)
-    stack, notes = Stack(words), Notes()
+    stack, notes = Stack(words), SideInformation()
     latent = Gaussian.draw(q, stack, notes)
     t = 4 * (latent.z - mean)
     assert latent.drawn and t.mean().abs() < 0.02 and (t.std() - 1).abs() < 0.02 and t.abs().max() < 6.1
-    Gaussian.give_back(q, stack, Notes(notes.tobytes()), latent)
+    Gaussian.give_back(q, stack, SideInformation(notes.tobytes()), latent)
     assert np.array_equal(stack.words(), words)
-    with pytest.raises(Dry):
-        Gaussian.draw(q, Stack(words[-100:]), Notes())
+    with pytest.raises(InsufficientBits):
+        Gaussian.draw(q, Stack(words[-100:]), SideInformation())
 
 
 @settings(max_examples=60, deadline=None)
@@ -589,9 +590,9 @@ def test_noise_in_the_networks_of_latents(
 def snapped(x: Tensor, latents: str = "none") -> np.ndarray:
     """All values that are rounded for x, by a model of the usual width, in grid steps."""
     seen: list[np.ndarray] = []
-    plain = Notes.snap
+    plain = SideInformation.quantize
 
-    def keep(self: Notes, value: np.ndarray, at: int | None = None) -> np.ndarray:
+    def keep(self: SideInformation, value: np.ndarray, at: int | None = None) -> np.ndarray:
         seen.append(np.broadcast_to(value, value.shape).ravel().copy())
         return plain(self, value, at)
 
@@ -600,7 +601,7 @@ def snapped(x: Tensor, latents: str = "none") -> np.ndarray:
     else:
         codec = Codec(gaussian(width=0.1, image_shape=(3, 32, 32), backbone="dense"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Notes, "snap", keep)
+        patch.setattr(SideInformation, "quantize", keep)
         codec.push(x, Stack())
     return np.concatenate(seen)
 
@@ -800,7 +801,7 @@ def _forged(codec: Codec, data: bytes, **changes: Any) -> bytes:
         ({"height": 2**31}, "more than"),
         ({"width": 0}, "makes no sense"),
         ({"channels": 5}, "makes no sense"),
-        ({"levels": 128}, "does not fit the model"),
+        ({"num_values": 128}, "does not fit the model"),
         ({"parts": ()}, "makes no sense"),
         ({"parts": (Part("y0", 0, 2**40, 0),) * 5}, "cut short"),
         ({"parts": (Part("y0", 0, 0, 0),) * 65}, "claims 65 parts"),
@@ -895,7 +896,7 @@ def test_wrong_input(codec: Codec, picture: Tensor) -> None:
     with pytest.raises(TypeError, match="uint8"):
         codec.compress(picture.float())
     with pytest.raises(ValueError, match="levels 0 to 7"):
-        Codec(fixed(levels=8)).compress(picture)
+        Codec(fixed(num_values=8)).compress(picture)
 
 
 def test_fingerprints() -> None:
@@ -1005,7 +1006,7 @@ def test_damaged_archives(codec: Codec, picture: Tensor) -> None:
         ({"pictures": 3}, "makes no sense"),
         ({"pictures": []}, "do not hold its pictures"),
         ({"blocks": [[1, -5, 0], [0, 5, 0]]}, "do not hold|bytes long"),
-        ({"levels": 8}, "does not fit the model"),
+        ({"num_values": 8}, "does not fit the model"),
         ({"levels": math.inf}, "makes no sense"),
         ({"pictures": [["x", 24, 32, 4, 0]]}, "does not fit the model"),
         ({"pictures": [["C:/x", 24, 32, 3, 0]]}, "path inside the archive"),
@@ -1042,7 +1043,7 @@ def test_archive_commands(picture: Tensor, tmp_path: Path, capsys: pytest.Captur
         if name != "small.jpg":
             target = tmp_path / "in" / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            selfvae.pictures.write(x[0], target)
+            selfvae.data.pictures.write(x[0], target)
     file = tmp_path / "all.svaes"
     assert main(["pack", str(tmp_path / "in"), str(file), *run]) == 0
     assert f"9 pictures in {file}: {file.stat().st_size} bytes" in capsys.readouterr().out

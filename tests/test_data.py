@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from selfvae import data
-from selfvae.baselines import lossless_bits_per_dim
+from selfvae.data import sources
+from selfvae.metrics.baselines import lossless_bits_per_dim
 
 
 def pictures(folder: Path, n: int, size: tuple[int, int] = (20, 14)) -> None:
@@ -19,24 +19,24 @@ def pictures(folder: Path, n: int, size: tuple[int, int] = (20, 14)) -> None:
 
 
 def test_photos_are_prepared_once_and_held_out_by_photograph() -> None:
-    first = data.load("photos", 16)
+    first = sources.load("photos", 16)
     assert isinstance(first.train.array, np.memmap) and first.train.array.dtype == np.uint8
     assert first.train.shape[1:] == first.test.shape[1:] == (3, 16, 16)
-    before = sorted((f, f.stat().st_mtime_ns) for f in data._cache().rglob("*"))
-    second = data.load("photos", 16)
+    before = sorted((f, f.stat().st_mtime_ns) for f in sources._cache().rglob("*"))
+    second = sources.load("photos", 16)
     assert torch.equal(first.train.take([0, 5]), second.train.take([0, 5]))
-    assert before == sorted((f, f.stat().st_mtime_ns) for f in data._cache().rglob("*"))
+    assert before == sorted((f, f.stat().st_mtime_ns) for f in sources._cache().rglob("*"))
     with pytest.raises(ValueError, match="smaller than size 999"):
-        data.load("photos", 999)
+        sources.load("photos", 999)
 
 
 def test_folder_of_images(tmp_path: Path) -> None:
     pictures(tmp_path / "mine", 20)
-    images = data.load(tmp_path / "mine", 8)
+    images = sources.load(tmp_path / "mine", 8)
     assert len(images.train) + len(images.validation) + len(images.test) == 20
     assert images.train.shape[1:] == (3, 8, 8)
     pictures(tmp_path / "mine", 21)  # a new file: prepared anew
-    again = data.load(tmp_path / "mine", 8)
+    again = sources.load(tmp_path / "mine", 8)
     assert len(again.train) + len(again.validation) + len(again.test) == 21
 
 
@@ -44,27 +44,27 @@ def test_folder_with_splits_keeps_them(tmp_path: Path) -> None:
     pictures(tmp_path / "train", 20)
     pictures(tmp_path / "val", 4)
     pictures(tmp_path / "test", 3)
-    images = data.load(tmp_path, 8)
+    images = sources.load(tmp_path, 8)
     assert [len(i) for i in (images.train, images.validation, images.test)] == [20, 4, 3]
 
 
 def test_resizing_takes_the_centre_square(tmp_path: Path) -> None:
     picture = Image.new("RGB", (24, 8), "red")
     picture.paste("blue", (8, 0, 16, 8))
-    assert data.square(picture, 8)[2].min() == 255
+    assert sources.square(picture, 8)[2].min() == 255
 
 
 def test_array_file_and_folder(tmp_path: Path) -> None:
     array = np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "all.npy", array)
-    images = data.load(tmp_path / "all.npy")
+    images = sources.load(tmp_path / "all.npy")
     parts = [images.train, images.validation, images.test]
     assert sum(map(len, parts)) == 40
     seen = np.concatenate([p.take(range(len(p))).numpy() for p in parts])
     assert {a.tobytes() for a in seen} == {a.tobytes() for a in array}
     np.save(tmp_path / "train.npy", array)
     np.save(tmp_path / "test.npy", array[:7])
-    images = data.load(tmp_path)
+    images = sources.load(tmp_path)
     assert [len(i) for i in (images.train, images.validation, images.test)] == [34, 6, 7]
 
 
@@ -80,44 +80,44 @@ def test_array_file_and_folder(tmp_path: Path) -> None:
 def test_wrong_arrays_are_named(tmp_path: Path, array: np.ndarray, message: str) -> None:
     np.save(tmp_path / "odd.npy", array)
     with pytest.raises(ValueError, match=message) as caught:
-        data.load(tmp_path / "odd.npy")
+        sources.load(tmp_path / "odd.npy")
     assert "odd.npy" in str(caught.value)
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere.*photos, cifar10"):
-        data.load(tmp_path / "nowhere")
+        sources.load(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no images"):
-        data.load(tmp_path / "empty")
+        sources.load(tmp_path / "empty")
     pictures(tmp_path / "broken", 5)
     (tmp_path / "broken" / "002.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match=r"002\.png cannot be read as an image"):
-        data.load(tmp_path / "broken")
-    assert not list(data._cache().glob(".folder*"))  # nothing half prepared is left
+        sources.load(tmp_path / "broken")
+    assert not list(sources._cache().glob(".folder*"))  # nothing half prepared is left
     (tmp_path / "a.npy").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"a\.npy cannot be read"):
-        data.load(tmp_path / "a.npy")
+        sources.load(tmp_path / "a.npy")
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ValueError, match=r"got a \.txt file"):
-        data.load(tmp_path / "a.txt")
+        sources.load(tmp_path / "a.txt")
     np.save(tmp_path / "b.npy", np.zeros((4, 3, 8, 8), np.uint8))
     with pytest.raises(ValueError, match=r"8 x 8 pixels; 16 x 16 was asked for"):
-        data.load(tmp_path / "b.npy", 16)
+        sources.load(tmp_path / "b.npy", 16)
     (tmp_path / "sixteen").mkdir()
     Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "sixteen" / "deep.tif")
     with pytest.raises(ValueError, match=r"deep\.tif has 32 bits a channel"):
-        data.load(tmp_path / "sixteen", 8)
+        sources.load(tmp_path / "sixteen", 8)
 
 
-@pytest.mark.parametrize("name", list(data.HUB))
+@pytest.mark.parametrize("name", list(sources.HUB))
 def test_hub_sources_on_a_local_data_set_of_the_same_schema(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     datasets = pytest.importorskip("datasets")
     import dataclasses
 
-    source = data.HUB[name]
+    source = sources.HUB[name]
     side = (178, 218) if name == "celeba" else (source.size, source.size)
     random = np.random.default_rng(0)
     (tmp_path / "data").mkdir()
@@ -130,8 +130,8 @@ def test_hub_sources_on_a_local_data_set_of_the_same_schema(
         table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
     local = dataclasses.replace(source, repo=str(tmp_path), config=None, revision=None)
-    monkeypatch.setitem(data.HUB, name, local)
-    images = data.load(name)
+    monkeypatch.setitem(sources.HUB, name, local)
+    images = sources.load(name)
     assert images.train.shape[1:] == (3, source.size, source.size)
     assert len(images.test) == 8
     assert len(images.train) + len(images.validation) == (16 if source.splits[1] else 8)
@@ -141,7 +141,7 @@ def test_hub_sources_on_a_local_data_set_of_the_same_schema(
 
 def test_hub_source_that_cannot_be_reached(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
-    source = data.HubSource(str(tmp_path / "none"), "image", ("train", None, "test"), 8)
+    source = sources.HubSource(str(tmp_path / "none"), "image", ("train", None, "test"), 8)
     with pytest.raises(OSError, match="could not be loaded"):
         source.read(8)
 
@@ -150,9 +150,9 @@ def test_crops_of_photographs(tmp_path: Path) -> None:
     """Whole pictures are held out; what is too small is left out; shrinking takes the means of blocks."""
     pictures(tmp_path / "mine" / "a", 20, (40, 32))
     pictures(tmp_path / "mine" / "small", 5, (12, 12))
-    counts = data.crop(tmp_path / "mine", tmp_path / "out", size=16, shrink=(1, 2, 9), n=200)
+    counts = sources.crop(tmp_path / "mine", tmp_path / "out", size=16, shrink=(1, 2, 9), n=200)
     assert counts == {"test": 2, "validation": 2, "train": 16}
-    images = data.load(tmp_path / "out")
+    images = sources.load(tmp_path / "out")
     assert [len(i) for i in (images.train, images.validation, images.test)] == [200, 10, 10]
     x = torch.cat([i.take(range(len(i))) for i in (images.train, images.validation, images.test)]).numpy()
     assert x.shape[1:] == (3, 16, 16)
@@ -160,7 +160,7 @@ def test_crops_of_photographs(tmp_path: Path) -> None:
     spread = x.reshape(220, -1).std(1)
     assert (spread[spread > 55].min()) > 60 and (spread[spread < 55]).max() < 45
     assert 0.3 < (spread > 55).mean() < 0.7
-    again = data.crop(tmp_path / "mine", tmp_path / "again", size=16, shrink=(1, 2, 9), n=200)
+    again = sources.crop(tmp_path / "mine", tmp_path / "again", size=16, shrink=(1, 2, 9), n=200)
     assert again == counts
     for split in ("train", "test"):
         one, other = (np.load(tmp_path / out / f"{split}.npy") for out in ("out", "again"))
@@ -187,36 +187,36 @@ def test_crops_that_cannot_be(
     how = {"source": "mine", "out": "out", "size": 8, "shrink": (1,), "n": 20, **changes}
     source, out = (tmp_path / str(how.pop(name)) for name in ("source", "out"))
     with pytest.raises(error, match=message):
-        data.crop(source, out, **how)  # type: ignore[arg-type]
+        sources.crop(source, out, **how)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
 def test_batches_visit_every_image_once_an_epoch() -> None:
-    steps = [data.batch_indices(10, 4, step, seed=3) for step in range(5)]
+    steps = [sources.batch_indices(10, 4, step, seed=3) for step in range(5)]
     epochs = np.concatenate(steps).reshape(2, 10)
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs.tolist())
     assert epochs[0].tolist() != epochs[1].tolist()
-    assert np.array_equal(steps[2], data.batch_indices(10, 4, 2, seed=3))
+    assert np.array_equal(steps[2], sources.batch_indices(10, 4, 2, seed=3))
 
 
 def test_augment_flips_and_shifts_whole_images() -> None:
     x = torch.arange(8, dtype=torch.uint8).expand(64, 3, 8, 8).contiguous()
-    out = data.augment(x, flip=True)
+    out = sources.augment(x, flip=True)
     mirrored = (out[:, 0, 0, 0] == 7).sum().item()
     assert 10 < mirrored < 54
     assert all(torch.equal(o, x[0]) or torch.equal(o, x[0].flip(2)) for o in out)
-    shifted = data.augment(x, translate=2)
+    shifted = sources.augment(x, translate=2)
     assert set(shifted[:, 0, 0, 3].tolist()) == {1, 2, 3, 4, 5}
-    assert torch.equal(data.augment(x), x)
+    assert torch.equal(sources.augment(x), x)
 
 
 def test_to_uint8() -> None:
     with pytest.raises(ValueError, match="nan"):
-        data.to_uint8(torch.tensor([float("nan"), 0.5]))
-    assert data.to_uint8(torch.empty(0, 3, 4, 4)).shape == (0, 3, 4, 4)
-    assert data.to_uint8(torch.tensor([0.0, 0.5, 1.0])).tolist() == [0, 128, 255]
+        sources.to_uint8(torch.tensor([float("nan"), 0.5]))
+    assert sources.to_uint8(torch.empty(0, 3, 4, 4)).shape == (0, 3, 4, 4)
+    assert sources.to_uint8(torch.tensor([0.0, 0.5, 1.0])).tolist() == [0, 128, 255]
     with pytest.raises(ValueError, match="floats in"):
-        data.to_uint8(torch.tensor([2.0]))
+        sources.to_uint8(torch.tensor([2.0]))
 
 
 def test_lossless_formats_count_the_payload() -> None:
@@ -230,4 +230,4 @@ def test_too_few_images_to_split(tmp_path: Path) -> None:
     pictures(tmp_path / "train", 2)
     for _ in range(2):  # nothing wrong is left in the cache
         with pytest.raises(ValueError, match="holds 2 image.* at least 3"):
-            data.load(str(tmp_path), 8)
+            sources.load(str(tmp_path), 8)

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from selfvae.cli import main
-from selfvae.data import photo
-from selfvae.layers import BACKBONES
+from selfvae.data.sources import photo
+from selfvae.distributions.priors import TOP_PRIORS
+from selfvae.nn.layers import BACKBONES
 from selfvae.presets import TRANSFORMS
-from selfvae.priors import TOP_PRIORS
 
 ROOT = Path(__file__).parents[1]
 

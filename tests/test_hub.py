@@ -181,7 +181,7 @@ def test_folders_and_shipped_models_need_no_hub(tmp_path: Path) -> None:
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
-    assert hub.find("selfvae-cifar10-small") == hub.shipped()["selfvae-cifar10-small"]
+    assert hub.find("selfvae-cifar10-small") == hub.bundled()["selfvae-cifar10-small"]
     model = selfvae.build("selfvae", "tiny", (3, 16, 16), width=0.06)
     for use in (lambda m: hub.save(m, tmp_path / "tiled"), Codec):
         with pytest.raises(ValueError, match="this one is tiled"):
@@ -192,7 +192,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     for text, message in (
         ("{", "is no JSON"),
         ('{"format": 1, "model": null}', "describes no model"),
-        ('{"format": 1, "model": {"levels": "x"}}', "describes no model: levels must be"),
+        ('{"format": 1, "model": {"levels": "x"}}', "describes no model: num_values must be"),
     ):
         (tmp_path / "run/config.json").write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -8,14 +8,14 @@ from safetensors.torch import load_file, save_file
 
 import selfvae
 from selfvae import hub
-from selfvae.bounds import iwae
-from selfvae.distributions import DiagonalNormal
+from selfvae.distributions.latents import DiagonalNormal
 from selfvae.level import Level
+from selfvae.metrics.bounds import iwae
 from selfvae.model import SelfVAE
-from selfvae.objective import Terms, bits_per_dim
+from selfvae.operations import complete, enhance, generate, reconstruct
 from selfvae.presets import PRESETS
-from selfvae.tasks import complete, enhance, generate, reconstruct
-from selfvae.transforms import Blank, Format
+from selfvae.terms import Terms, bits_per_dim
+from selfvae.transforms import ImageSpec, Null
 
 TINY = {"size": "tiny", "width": 0.06, "components": 2}
 
@@ -141,7 +141,9 @@ class _LinearGaussian(Level):
     """x = W z + noise, with the exact posterior: the bound is ln p(x) at every draw."""
 
     def __init__(self, weight: torch.Tensor, noise: float) -> None:
-        super().__init__(Format(1), Blank(), torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity())
+        super().__init__(
+            ImageSpec(1), Null(), torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity()
+        )
         self.weight, self.noise = torch.nn.Parameter(weight), noise
 
     def prior(self, y_up, z_up):  # type: ignore[no-untyped-def]

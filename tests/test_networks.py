@@ -6,9 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from selfvae.distributions import DiagonalNormal, GaussianMixture, RoundedLogistic, UniformBox, soft_limit
-from selfvae.flows import Coupling, RealNVP, squeeze, unsqueeze
-from selfvae.layers import (
+from selfvae.distributions.latents import (
+    DiagonalNormal,
+    GaussianMixture,
+    NoisyLogistic,
+    UnitUniform,
+    soft_limit,
+)
+from selfvae.distributions.priors import TOP_PRIORS
+from selfvae.nn.flows import Coupling, RealNVP, squeeze, unsqueeze
+from selfvae.nn.layers import (
     BACKBONES,
     ChannelAttention,
     Conv,
@@ -17,8 +24,7 @@ from selfvae.layers import (
     Up,
     data_dependent_init,
 )
-from selfvae.networks import Branch, Constant, Decoder, Encoder
-from selfvae.priors import TOP_PRIORS
+from selfvae.nn.networks import Branch, Constant, Decoder, Encoder
 
 
 def test_a_kept_weight_is_never_an_old_one() -> None:
@@ -268,9 +274,9 @@ def test_soft_limit() -> None:
 def test_whole_numbers_of_a_rounded_logistic() -> None:
     """The density at whole numbers are the probabilities that draws round to them."""
     n = 40_000
-    p = RoundedLogistic(torch.full((n, 1, 1, 1), 0.3), torch.full((n, 1, 1, 1), 0.5))
+    p = NoisyLogistic(torch.full((n, 1, 1, 1), 0.3), torch.full((n, 1, 1, 1), 0.5))
     at = torch.arange(-60.0, 61.0)
-    one = RoundedLogistic(torch.full((121, 1, 1, 1), 0.3), torch.full((121, 1, 1, 1), 0.5))
+    one = NoisyLogistic(torch.full((121, 1, 1, 1), 0.3), torch.full((121, 1, 1, 1), 0.5))
     mass = torch.exp(one.log_prob(at.view(-1, 1, 1, 1)))
     assert mass.sum() == pytest.approx(1, abs=1e-5)
     draws = p.sample().flatten()
@@ -279,12 +285,12 @@ def test_whole_numbers_of_a_rounded_logistic() -> None:
         expected = mass[at == value].item()
         assert (draws == value).float().mean() == pytest.approx(expected, abs=5 * (expected / n) ** 0.5)
     assert p.mode().unique().tolist() == [0.0]
-    sharp = RoundedLogistic.from_params(torch.tensor([0.4, -50.0]).view(1, 2, 1, 1))
+    sharp = NoisyLogistic.from_params(torch.tensor([0.4, -50.0]).view(1, 2, 1, 1))
     assert sharp.log_prob(torch.zeros(1, 1, 1, 1)).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_uniform_box() -> None:
-    q = UniformBox.from_params(torch.randn(50, 4, 3, 3) * 9)
+    q = UnitUniform.from_params(torch.randn(50, 4, 3, 3) * 9)
     assert q.mean.shape == (50, 2, 3, 3) and q.repeat(2).mean.shape == (100, 2, 3, 3)
     z = q.sample()
     assert (z - q.mean).abs().max() <= 0.5 and (z - q.mean).abs().max() > 0.45

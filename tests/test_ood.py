@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import selfvae
-from selfvae.baselines import lossless_bits
 from selfvae.cli import main
-from selfvae.data import Images
-from selfvae.ood import ALTERED, auroc, ood, scores
-from selfvae.processes import spread
+from selfvae.data.sources import Images
+from selfvae.distributed import spread
+from selfvae.metrics.baselines import lossless_bits
+from selfvae.metrics.ood import ALTERED, auroc, ood, scores
 
 
 def build(name: str, images: torch.Tensor) -> selfvae.SelfVAE:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from selfvae.cli import main, training
-from selfvae.optim import Muon, _orthogonalised
-from selfvae.train import TrainConfig
+from selfvae.training.loop import TrainConfig
+from selfvae.training.optim import Muon, _orthogonalised
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from selfvae.pictures import Picture, read, save, show, to_format, write
-from selfvae.transforms import Format
+from selfvae.data.pictures import Picture, read, save, show, to_spec, write
+from selfvae.transforms import ImageSpec
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
@@ -63,14 +63,14 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
 def test_to_format() -> None:
     colour = Picture(torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1))
     grey = Picture(torch.tensor([100], dtype=torch.uint8).view(1, 1, 1, 1), torch.zeros(1, 1, 1, 1).byte())
-    assert to_format(colour, Format(1)).flatten().tolist() == [76]
-    assert to_format(grey, Format(3)).flatten().tolist() == [100] * 3
-    assert to_format(colour, Format(4)).flatten().tolist() == [255, 0, 0, 255]
-    assert to_format(grey, Format(2)).flatten().tolist() == [100, 0]
-    assert to_format(colour, Format(3, 8)).flatten().tolist() == [7, 0, 0]
+    assert to_spec(colour, ImageSpec(1)).flatten().tolist() == [76]
+    assert to_spec(grey, ImageSpec(3)).flatten().tolist() == [100] * 3
+    assert to_spec(colour, ImageSpec(4)).flatten().tolist() == [255, 0, 0, 255]
+    assert to_spec(grey, ImageSpec(2)).flatten().tolist() == [100, 0]
+    assert to_spec(colour, ImageSpec(3, 8)).flatten().tolist() == [7, 0, 0]
     x = torch.arange(8, dtype=torch.uint8).view(1, 1, 1, 8)
-    assert show(x, Format(1, 8)).flatten().tolist() == [0, 36, 72, 109, 145, 182, 218, 255]
-    assert torch.equal(to_format(Picture(show(x, Format(1, 8))), Format(1, 8)), x)  # and back
+    assert show(x, ImageSpec(1, 8)).flatten().tolist() == [0, 36, 72, 109, 145, 182, 218, 255]
+    assert torch.equal(to_spec(Picture(show(x, ImageSpec(1, 8))), ImageSpec(1, 8)), x)  # and back
 
 
 @pytest.mark.parametrize("ending", [".png", ".webp", ".tiff"])
@@ -79,7 +79,7 @@ def test_lossless_files_hold_every_byte(channels: int, ending: str, tmp_path: Pa
     x = torch.randint(0, 256, (channels, 9, 6), dtype=torch.uint8)
     file = tmp_path / f"new/a{ending}"
     write(x, file)
-    assert torch.equal(to_format(read(file), Format(channels))[0], x)
+    assert torch.equal(to_spec(read(file), ImageSpec(channels))[0], x)
     assert [f.name for f in file.parent.iterdir()] == [file.name]
 
 

@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-from selfvae.pixels import PixelMixture, param_count, to_unit
+from selfvae.distributions.pixels import PixelMixture, param_count, to_unit
 from selfvae.presets import transform
-from selfvae.transforms import Blank, Format, Support
+from selfvae.transforms import ImageSpec, Null, Support
 
 CASES = ["blank", "mean2", "mean1x2", "mean3", "bits1", "bits3", "grey", "columns", "rows", "subsample2"]
 
@@ -18,14 +18,14 @@ def make(
     torch.manual_seed(seed)
     size = 6 if name != "mean3" else 9
     x = torch.randint(0, levels, (3, channels, size, size), dtype=torch.uint8)
-    d = Blank() if name == "blank" else transform(name)
-    format = Format(channels, levels)
-    support = d.support(d(x), format)
+    d = Null() if name == "blank" else transform(name)
+    spec = ImageSpec(channels, levels)
+    support = d.support(d(x), spec)
     b, g, _, h, w = support.split(x).shape
-    if options.pop("anchored", False):
-        options["anchor"] = support.split(d.estimate(d(x), format))
+    if options.pop("residual_mean", False):
+        options["prediction"] = support.split(d.estimate(d(x), spec))
     params = scale * torch.randn(b, g, param_count(channels, 4), h, w)
-    return PixelMixture(params, support, format, **options), x  # type: ignore[arg-type]
+    return PixelMixture(params, support, spec, **options), x  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0, 100.0])
@@ -45,12 +45,12 @@ def test_probabilities_sum_to_one(name: str, scale: float) -> None:
 @pytest.mark.parametrize("name", ["blank", "mean2", "bits3"])
 def test_sum_to_one_at_extreme_parameters(name: str, mean: float, log_scale: float) -> None:
     x = torch.randint(0, 256, (2, 1, 4, 4), dtype=torch.uint8)
-    d = Blank() if name == "blank" else transform(name)
-    support = d.support(d(x), Format(1))
+    d = Null() if name == "blank" else transform(name)
+    support = d.support(d(x), ImageSpec(1))
     v = support.split(x).long()
     params = torch.zeros(2, v.shape[1], 3, *v.shape[3:])
     params[:, :, 1], params[:, :, 2] = mean, log_scale
-    p = PixelMixture(params, support, Format(1))
+    p = PixelMixture(params, support, ImageSpec(1))
     for group in range(v.shape[1]):
         assert (p.log_pmf(v, group, 0).exp().sum(-1) - 1).abs().max() < 1e-5
     assert not p.log_prob(x).isnan().any()
@@ -67,11 +67,11 @@ def test_any_channels_and_levels(channels: int, levels: int) -> None:
     assert p.sample().max().item() < levels
 
 
-@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("residual_mean", [False, True])
 @pytest.mark.parametrize("coefficients", ["raw", "residual"])
 @pytest.mark.parametrize("name", CASES)
-def test_log_prob_is_the_chain_rule_of_log_pmf(name: str, coefficients: str, anchored: bool) -> None:
-    p, x = make(name, coefficients=coefficients, anchored=anchored)
+def test_log_prob_is_the_chain_rule_of_log_pmf(name: str, coefficients: str, residual_mean: bool) -> None:
+    p, x = make(name, coefficients=coefficients, residual_mean=residual_mean)
     v = p.support.split(x).long()
     total = torch.zeros(len(x))
     for group, channel in itertools.product(range(v.shape[1]), range(v.shape[2])):
@@ -99,7 +99,7 @@ def test_samples_follow_the_probabilities() -> None:
     n, d = 20_000, transform("bits3")
     y = torch.full((n, 1, 1, 1), 3, dtype=torch.uint8)
     params = torch.tensor([0.3, -0.2, -0.3, 0.1, -3.0, -2.0]).view(1, 1, 6, 1, 1).expand(n, -1, -1, -1, -1)
-    p = PixelMixture(params, d.support(y, Format(1)), Format(1))
+    p = PixelMixture(params, d.support(y, ImageSpec(1)), ImageSpec(1))
     drawn = p.sample().flatten().long()
     expected = p.log_pmf(torch.zeros(n, 1, 1, 1, 1, dtype=torch.long), 0, 0)[0, 0, 0].exp()
     seen = torch.bincount(drawn, minlength=256) / n
@@ -123,7 +123,7 @@ def test_what_y_tells_costs_nothing() -> None:
     d = transform("grey")
     white = 255 - x
     params = 5 * torch.randn(1, 1, param_count(3, 4), 4, 4)
-    p = PixelMixture(params, d.support(d(white), Format(3)), Format(3))
+    p = PixelMixture(params, d.support(d(white), ImageSpec(3)), ImageSpec(3))
     v = p.support.split(white).long()
     assert p.log_pmf(v, 0, 1)[..., :254].eq(-torch.inf).all()  # red is 254 or 255
     p, x = make("columns")
@@ -133,7 +133,7 @@ def test_what_y_tells_costs_nothing() -> None:
 def test_a_value_alone_in_its_interval_is_certain() -> None:
     d = transform("mean1x2")
     x = torch.full((1, 1, 1, 2), 255, dtype=torch.uint8)
-    p = PixelMixture(50 * torch.randn(1, 2, 3, 1, 1), d.support(d(x), Format(1)), Format(1))
+    p = PixelMixture(50 * torch.randn(1, 2, 3, 1, 1), d.support(d(x), ImageSpec(1)), ImageSpec(1))
     v = p.support.split(x).long()
     lo, hi = p.support.bounds(v)
     assert (lo == hi).flatten().tolist() == [False, False]  # 254 and 255 round up to 255
@@ -155,14 +155,14 @@ def test_gradients_are_finite(name: str, scale: float) -> None:
     params = (
         scale * torch.randn(*p.offsets.shape[:2], param_count(3, 4), *p.offsets.shape[4:])
     ).requires_grad_()
-    PixelMixture(params, p.support, p.format, coefficients="residual").log_prob(x).sum().backward()
+    PixelMixture(params, p.support, p.spec, coefficients="residual").log_prob(x).sum().backward()
     assert params.grad is not None and params.grad.isfinite().all()
 
 
 def test_wrong_number_of_parameters() -> None:
-    support = Support(torch.zeros(1, 0, 2, 2), Format(3))
+    support = Support(torch.zeros(1, 0, 2, 2), ImageSpec(3))
     with pytest.raises(ValueError, match="multiple of 10 channels for 3-channel pixels; got 11"):
-        PixelMixture(torch.zeros(1, 1, 11, 2, 2), support, Format(3))
+        PixelMixture(torch.zeros(1, 1, 11, 2, 2), support, ImageSpec(3))
 
 
 def test_to_unit() -> None:

@@ -13,22 +13,23 @@ import pytest
 import torch
 
 import selfvae
-from selfvae import hub, pictures
+from selfvae import hub
 from selfvae.codec import Codec, pack
-from selfvae.data import Images
-from selfvae.evaluate import evaluate
-from selfvae.figures import figures
-from selfvae.ood import ood
-from selfvae.processes import alone, launch, rank, spread
-from selfvae.quality import quality
-from selfvae.report import Settings, report
+from selfvae.data import pictures
+from selfvae.data.sources import Images
+from selfvae.distributed import alone, launch, rank, spread
+from selfvae.metrics.fid import quality
+from selfvae.metrics.likelihood import evaluate
+from selfvae.metrics.ood import ood
+from selfvae.reports.figures import figures
+from selfvae.reports.report import Settings, report
 
 WORK = """
 import atexit, json, sys
 from pathlib import Path
 import torch.distributed as dist
 from tests.test_processes import work
-from selfvae.processes import launch, rank, spread
+from selfvae.distributed import launch, rank, spread
 
 atexit.register(lambda: print("together at the end:", dist.is_initialized()))  # the last of those called
 launch(2)

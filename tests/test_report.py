@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import selfvae
-from selfvae import report as module
 from selfvae.cli import main
-from selfvae.data import Images
-from selfvae.report import PAPERS, Settings, report
+from selfvae.data.sources import Images
+from selfvae.reports import report as module
+from selfvae.reports.report import PAPERS, Settings, report
 
 SMALL = Settings(
     limit=5, iw=3, iw_limit=4, enhance_limit=3, draws=2, ood_limit=4, quality_n=6, figures=2

@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 
 import selfvae
-from selfvae import data, hub
-from selfvae.baselines import lossless_bits
+from selfvae import hub
 from selfvae.cli import main
 from selfvae.codec import fingerprint
+from selfvae.data import sources
 from selfvae.demo import demo
-from selfvae.evaluate import evaluate
+from selfvae.metrics.baselines import lossless_bits
+from selfvae.metrics.likelihood import evaluate
 from selfvae.transforms import MeanDownscale
 
 NAMES = (
@@ -25,11 +26,11 @@ NAMES = (
 @pytest.fixture(scope="module")
 def photo() -> torch.Tensor:
     """A part of a photograph that is in no training set, uint8 (1, 3, 80, 96)."""
-    return torch.from_numpy(data.photo("coffee", 2)[None, :, 60:140, 90:186])
+    return torch.from_numpy(sources.photo("coffee", 2)[None, :, 60:140, 90:186])
 
 
 def test_all_are_there_and_small() -> None:
-    assert tuple(hub.shipped()) == NAMES
+    assert tuple(hub.bundled()) == NAMES
     root = Path(__file__).parent.parent
     weights = [*root.glob("selfvae/models/*/*.safetensors"), *root.glob("results/models/*/*.safetensors")]
     assert sum(file.stat().st_size for file in weights) < 16e6
@@ -39,7 +40,7 @@ def test_all_are_there_and_small() -> None:
 def test_loads_and_has_a_card(name: str) -> None:
     model = selfvae.load(name)
     assert all(p.isfinite().all() for p in model.parameters()) and not model.training
-    card = (hub.shipped()[name] / "README.md").read_text()
+    card = (hub.bundled()[name] / "README.md").read_text()
     for part in ("## Data", "## Recipe", "## Numbers", "## Limits", fingerprint(model).hex()):
         assert part in card
     assert selfvae.generate(model, 2, 32, 32, seed=0).shape == (2, 3, 32, 32)
@@ -62,7 +63,7 @@ def test_photographs_are_smaller_than_as_webp(photo: torch.Tensor, tmp_path: Pat
 def test_photographs_are_enlarged_as_well_as_by_interpolation(photo: torch.Tensor, tmp_path: Path) -> None:
     model = selfvae.load("selfvae-photos-x2")
     small = MeanDownscale(2)(photo)
-    plain = model.levels[0].transform.estimate(small, model.format).round().clamp(0, 255)
+    plain = model.levels[0].transform.estimate(small, model.spec).round().clamp(0, 255)
     ours = selfvae.enhance(model, small, decode="mode")
     assert torch.equal(MeanDownscale(2)(ours), small)
 
@@ -84,6 +85,6 @@ def test_demo(tmp_path: Path) -> None:
 
 def test_small_images_are_likelier_than_webp_thinks() -> None:
     """Crops of photographs are not CIFAR-10, but near enough."""
-    crops = data.load("photos", 32).test.take(range(64))
-    found = evaluate(selfvae.load("selfvae-cifar10-small"), data.Images(crops.numpy()))
+    crops = sources.load("photos", 32).test.take(range(64))
+    found = evaluate(selfvae.load("selfvae-cifar10-small"), sources.Images(crops.numpy()))
     assert found["bits_per_dim"] < 0.95 * lossless_bits(crops, "WebP").sum().item() / crops.numel()

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import selfvae
-from selfvae import tasks
+from selfvae import operations
 from selfvae.model import SelfVAE
+from selfvae.operations import complete, enhance, generate, infer, interpolate, names, reconstruct, vary
 from selfvae.presets import PRESETS, TRANSFORMS
-from selfvae.tasks import complete, enhance, generate, infer, interpolate, names, reconstruct, vary
-from selfvae.tiles import tiled
+from selfvae.tiling import tiled
 
 TINY = {"size": "tiny", "width": 0.06, "components": 2, "image_shape": (3, 16, 16)}
 CHAINS = ("selfvae-halve", "selfvae-quincunx")
@@ -71,12 +71,14 @@ def test_one_pixel_with_every_transform(transform: str, images: torch.Tensor) ->
     assert reconstruct(model, dot).shape == dot.shape
     assert generate(model, 1, 1, 1).shape == (1, 3, 1, 1)
     level = model.levels[0]
-    y = torch.randint(0, level.transform.format(level.format).levels, (2, 3, 1, 1), dtype=torch.uint8)
-    y = y[:, : level.transform.format(level.format).channels]
+    y = torch.randint(
+        0, level.transform.output_spec(level.spec).num_values, (2, 3, 1, 1), dtype=torch.uint8
+    )
+    y = y[:, : level.transform.output_spec(level.spec).channels]
     for how in ({}, {"temperature": 0.3}, {"decode": "mode"}):
         x = enhance(model, y, **how)
         assert x.shape[2:] == level.transform.scale
-        if level.transform.support(y, level.format).restricts:
+        if level.transform.support(y, level.spec).restricts:
             rows = level.transform.block[0] // level.transform.scale[0]  # a checkerboard takes two
             assert torch.equal(level.transform(x.repeat_interleave(rows, 2))[:, :, :1], y)
 
@@ -87,7 +89,7 @@ def test_one_pixel_with_every_transform(transform: str, images: torch.Tensor) ->
 def test_odd_sizes_where_strides_differ(transform: str, side: int) -> None:
     x = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
     model = build("selfvae", x, transforms=(transform,), prior="mog", image_shape=(3, side, side))
-    (rows, cols), channels = model.scale(1), model.levels[1].format.channels
+    (rows, cols), channels = model.scale(1), model.levels[1].spec.channels
     for n in (1, 5, 9):
         y = torch.randint(0, 256, (2, channels, n, n), dtype=torch.uint8)
         assert enhance(model, y).shape == (2, 3, n * rows, n * cols)
@@ -111,7 +113,7 @@ def test_variations_belong_to_their_images(images: torch.Tensor) -> None:
 
 def test_names_and_aliases(images: torch.Tensor) -> None:
     three = build("selfvae-3", images)
-    assert tasks.variables(three) == ["z2", "y2", "z1", "y1", "z0", "y0"]
+    assert operations.variables(three) == ["z2", "y2", "z1", "y1", "z0", "y0"]
     for given, expected in {
         "generation": [],
         "": [],
@@ -149,7 +151,7 @@ def test_an_image_brings_what_it_determines(images: torch.Tensor) -> None:
     model = build("selfvae-3", images)
     assert set(infer(model, images, "CR")) == {"z2", "y2", "z1", "y1", "z0"}
     assert set(infer(model, images, "RS2")) == {"z2", "z1"}
-    assert set(infer(model, images)) == set(tasks.variables(model))
+    assert set(infer(model, images)) == set(operations.variables(model))
     values = infer(model, images, "y1")
     assert torch.equal(values["y2"], model.pyramid(images)[2])
 
@@ -208,8 +210,8 @@ def test_interpolations_end_at_both_images(images: torch.Tensor) -> None:
     still = interpolate(model, a, a, 3, seed=1)
     assert torch.equal(still[:, 0], still[:, 1])  # the same noise at every step
     a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    assert torch.allclose(tasks._slerp(a, b, 0.5), torch.tensor([[math.sqrt(0.5)] * 2]))
-    assert torch.equal(tasks._slerp(a, a, 0.5), a)
+    assert torch.allclose(operations._slerp(a, b, 0.5), torch.tensor([[math.sqrt(0.5)] * 2]))
+    assert torch.equal(operations._slerp(a, a, 0.5), a)
     with pytest.raises(ValueError, match="only latents are interpolated"):
         interpolate(build("selfvae", images), images, images, 3, "CR")
     with pytest.raises(ValueError, match="one shape"):
@@ -278,7 +280,7 @@ def test_progress_is_shown_over_variables_and_steps(images: torch.Tensor) -> Non
 
     complete(model, {}, (1, 16, 16), track=track)
     interpolate(model, images[:1], images[1:2], 3, track=track)
-    assert seen == [("variables", name) for name in tasks.variables(model)] + [
+    assert seen == [("variables", name) for name in operations.variables(model)] + [
         ("steps", i) for i in range(3)
     ]
 
@@ -307,7 +309,7 @@ def test_images_of_fewer_levels_are_checked(images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="y1 must hold values of 0 to 7; got"):
         selfvae.enhance(model, images)
     with pytest.raises(ValueError, match="x must hold values of 0 to 7; got"):
-        selfvae.build("vae", "tiny", (3, 16, 16), levels=8, width=0.06)(images)
+        selfvae.build("vae", "tiny", (3, 16, 16), num_values=8, width=0.06)(images)
     with pytest.raises(ValueError, match="at least one image and pixel"):
         selfvae.iwae(model, images[:0])
 

@@ -19,11 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import selfvae
-from selfvae import data, hub, presets
+from selfvae import hub, presets
 from selfvae.cli import main
+from selfvae.data import sources
 from selfvae.files import write_atomic, write_tensors
-from selfvae.precision import resolve
-from selfvae.train import Guard, TrainConfig, _loss, prepare, train
+from selfvae.nn.precision import resolve
+from selfvae.training.loop import Guard, TrainConfig, _loss, prepare, train
 
 CONFIG = selfvae.ModelConfig(
     name="selfvae", image_shape=(3, 8, 8), transforms=("mean2",), prior="mog", consistent=True,
@@ -33,11 +34,11 @@ SHARED = presets.configure("selfvae-quincunx", "tiny", (3, 8, 8), width=0.05, co
 
 
 @pytest.fixture
-def images(tmp_path: Path) -> data.Dataset:
+def images(tmp_path: Path) -> sources.Dataset:
     coarse = torch.rand(60, 3, 2, 2)
     smooth = torch.nn.functional.interpolate(coarse, 8, mode="bilinear")
     np.save(tmp_path / "smooth.npy", (255 * smooth).to(torch.uint8).numpy())
-    return data.load(tmp_path / "smooth.npy")
+    return sources.load(tmp_path / "smooth.npy")
 
 
 def settings(**changes: object) -> TrainConfig:
@@ -51,7 +52,7 @@ def same_weights(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_training_lowers_the_bound_and_writes_everything(tmp_path: Path, images: data.Dataset) -> None:
+def test_training_lowers_the_bound_and_writes_everything(tmp_path: Path, images: sources.Dataset) -> None:
     out = tmp_path / "run"
     model = train(CONFIG, images, out, settings(steps=60, lr=0.01), quiet=True)
     rows = list(csv.DictReader((out / "log.csv").open()))
@@ -73,7 +74,7 @@ def test_training_lowers_the_bound_and_writes_everything(tmp_path: Path, images:
     ("optimizer", "config"), [("adamax", CONFIG), ("adamw", CONFIG), ("muon", CONFIG), ("muon", SHARED)]
 )
 def test_resuming_makes_the_same_steps(
-    tmp_path: Path, images: data.Dataset, optimizer: str, config: selfvae.ModelConfig
+    tmp_path: Path, images: sources.Dataset, optimizer: str, config: selfvae.ModelConfig
 ) -> None:
     eight, four = (settings(steps=n, optimizer=optimizer) for n in (8, 4))
     train(config, images, tmp_path / "straight", eight, quiet=True)
@@ -117,7 +118,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path: Path) -> None:
     assert steps == ["50", "100"]
 
 
-def test_interrupt_saves(tmp_path: Path, images: data.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_saves(tmp_path: Path, images: sources.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Guard.__call__
     calls = []
 
@@ -137,7 +138,7 @@ def test_interrupt_saves(tmp_path: Path, images: data.Dataset, monkeypatch: pyte
 
 
 def test_a_nan_gradient_changes_little_and_is_counted(
-    tmp_path: Path, images: data.Dataset, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, images: sources.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = Guard.__call__
     calls = []
@@ -174,7 +175,7 @@ def test_the_guard_cannot_lock_up() -> None:
 
 
 def test_hopeless_runs_end_with_a_message(
-    tmp_path: Path, images: data.Dataset, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, images: sources.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def hopeless(self, grads):  # type: ignore[no-untyped-def]
         self.dropped_in_a_row.fill_(1000)
@@ -186,7 +187,7 @@ def test_hopeless_runs_end_with_a_message(
     assert (tmp_path / "a" / "checkpoint.safetensors").exists()
 
 
-def test_accumulation_gives_the_whole_batchs_gradient(tmp_path: Path, images: data.Dataset) -> None:
+def test_accumulation_gives_the_whole_batchs_gradient(tmp_path: Path, images: sources.Dataset) -> None:
     halve = presets.build("selfvae-halve", "tiny", (3, 8, 8), width=0.05).config  # no noise in it
     for parts in (1, 4):
         config = settings(accumulate=parts, steps=3, flip=False, translate=0, optimizer="adamw")
@@ -197,7 +198,7 @@ def test_accumulation_gives_the_whole_batchs_gradient(tmp_path: Path, images: da
 
 @pytest.mark.parametrize("backbone", ["dense", "residual"])
 def test_activation_checkpointing_makes_the_same_steps_with_less_memory(
-    tmp_path: Path, images: data.Dataset, backbone: str
+    tmp_path: Path, images: sources.Dataset, backbone: str
 ) -> None:
     model = replace(CONFIG, backbone=backbone, depth=1.0)  # type: ignore[arg-type]
     runs = [settings(activation_checkpointing=on, steps=3) for on in (False, True)]
@@ -237,7 +238,7 @@ def test_two_processes_make_the_steps_of_one(tmp_path: Path, optimizer: str, mod
 
 
 def test_patience_and_the_clock_end_a_run(
-    tmp_path: Path, images: data.Dataset, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, images: sources.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     still = settings(steps=400, lr=1e-9, lr_floor=1e-9, eval_every=1, patience=2)
     train(CONFIG, images, tmp_path / "a", still, quiet=True)
@@ -245,7 +246,7 @@ def test_patience_and_the_clock_end_a_run(
     train(CONFIG, images, tmp_path / "b", settings(steps=10**6, max_seconds=0.5), quiet=True)
     assert _state(tmp_path / "b")["seconds"] >= 0.5
     ticks = itertools.count()  # a processor on which a step takes a second
-    monkeypatch.setattr("selfvae.train.time.process_time", lambda: next(ticks))
+    monkeypatch.setattr("selfvae.training.loop.time.process_time", lambda: next(ticks))
     how = {"steps": 10**6, "max_seconds": 5, "schedule": "cosine", "warmup": 0}
     train(CONFIG, images, tmp_path / "c", settings(**how, clock="cpu"), quiet=True)
     assert _state(tmp_path / "c")["step"] == 5
@@ -325,7 +326,7 @@ def test_old_checkpoints_go_on(run: str, tmp_path: Path) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
 
 
-def test_later_checkpoints_are_refused(tmp_path: Path, images: data.Dataset) -> None:
+def test_later_checkpoints_are_refused(tmp_path: Path, images: sources.Dataset) -> None:
     train(CONFIG, images, tmp_path, settings(steps=1), quiet=True)
     tensors = load_file(tmp_path / "checkpoint.safetensors")
     with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
@@ -358,7 +359,7 @@ def test_files_are_written_by_several_at_once(tmp_path: Path) -> None:
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
 
 
-def test_commands(tmp_path: Path, images: data.Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands(tmp_path: Path, images: sources.Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(tmp_path / "run")
     flags = [
         "--steps",
@@ -391,7 +392,7 @@ def test_commands(tmp_path: Path, images: data.Dataset, capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out)["transforms"] == ["bicubic2"]
 
 
-def test_yaml_settings_and_flags_over_them(tmp_path: Path, images: data.Dataset) -> None:
+def test_yaml_settings_and_flags_over_them(tmp_path: Path, images: sources.Dataset) -> None:
     (tmp_path / "run.yaml").write_text(
         f"model: vae-normal\nsize: tiny\ndata: {tmp_path / 'smooth.npy'}\nsteps: 50\nbatch_size: 4\n"
         "options: [width=0.05]\neval_images: 2\nflip: false\n"
@@ -402,21 +403,21 @@ def test_yaml_settings_and_flags_over_them(tmp_path: Path, images: data.Dataset)
     assert "flip: false" in (out / "train.yaml").read_text()
 
 
-def test_another_model_is_not_resumed(tmp_path: Path, images: data.Dataset) -> None:
+def test_another_model_is_not_resumed(tmp_path: Path, images: sources.Dataset) -> None:
     train(CONFIG, images, tmp_path / "a", settings(steps=2), quiet=True)
     other = presets.build("selfvae", "tiny", (3, 8, 8)).config
     with pytest.raises(ValueError, match="of another model"):
         train(other, images, tmp_path / "a", settings(steps=4), resume=True, quiet=True)
 
 
-def test_a_run_starts_from_a_trained_model(tmp_path: Path, images: data.Dataset) -> None:
+def test_a_run_starts_from_a_trained_model(tmp_path: Path, images: sources.Dataset) -> None:
     """Its weights and settings; what it was trained with stays behind, and --resume needs it no more."""
     before, after, source = tmp_path / "before", tmp_path / "after", tmp_path / "smooth.npy"
     train(CONFIG, images, before, settings(steps=8), quiet=True)
-    weights = {k: v.clone() for k, v in hub.own_state(selfvae.load(before)).items()}
+    weights = {k: v.clone() for k, v in hub.unique_state_dict(selfvae.load(before)).items()}
     steps = ["--out", str(after), "--ema", "0", "--lr", "1e-12", "--eval-images", "2"]
     assert main(["train", "--start", str(before), "--data", str(source), *steps, "--steps", "1"]) == 0
-    same = hub.own_state(selfvae.load(after))
+    same = hub.unique_state_dict(selfvae.load(after))
     assert all(torch.allclose(v, same[k], atol=1e-6) for k, v in weights.items())
     assert selfvae.load(after).config == CONFIG
     shutil.rmtree(before)
@@ -425,7 +426,7 @@ def test_a_run_starts_from_a_trained_model(tmp_path: Path, images: data.Dataset)
 
 
 def test_weights_to_start_from_must_fit(
-    tmp_path: Path, images: data.Dataset, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, images: sources.Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = presets.build("selfvae", "tiny", (3, 8, 8))
     with pytest.raises(ValueError, match=r"do not fit.*'width'"):
@@ -436,7 +437,7 @@ def test_weights_to_start_from_must_fit(
     assert "leave out --model" in capsys.readouterr().err
 
 
-def test_resume_finds_its_settings_however_out_is_written(tmp_path: Path, images: data.Dataset) -> None:
+def test_resume_finds_its_settings_however_out_is_written(tmp_path: Path, images: sources.Dataset) -> None:
     out, source = tmp_path / "run", tmp_path / "smooth.npy"
     assert main(["train", f"--out={out}", "--model=vae-normal", "--size=tiny", f"--data={source}",
                  "--options", "width=0.05", "--steps=1", "--eval-images=2"]) == 0  # fmt: skip
@@ -452,11 +453,11 @@ def test_resume_finds_its_settings_however_out_is_written(tmp_path: Path, images
         ("name=x", "KEY=VALUE"),
         ("consistent", "KEY=VALUE"),
         ("consistent=1", "consistent must be true or false"),
-        ("levels=16", "the model has 16 levels"),
+        ("num_values=16", "the model has 16 levels"),
     ],
 )
 def test_wrong_model_options(
-    option: str, message: str, tmp_path: Path, images: data.Dataset, capsys: pytest.CaptureFixture[str]
+    option: str, message: str, tmp_path: Path, images: sources.Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--out", str(tmp_path / "x"), "--data", str(tmp_path / "smooth.npy"), "--options", option]
     assert main(["train", "--size", "tiny", *flags]) == 2

@@ -11,20 +11,20 @@ from selfvae.presets import TRANSFORMS, transform
 from selfvae.transforms import (
     BicubicDownscale,
     BitDepth,
-    Blank,
     Chain,
     Checkerboard,
-    Format,
     GaussianBlur,
     Greyscale,
+    ImageSpec,
     MeanDownscale,
+    Null,
     Sketch,
     Subsample,
     Support,
     check_image,
 )
 
-RGB = Format(3)
+RGB = ImageSpec(3)
 NAMES = [*TRANSFORMS, "grey+mean2", "mean2+bits3"]
 RESTRICTING = [n for n in TRANSFORMS if n.startswith(("mean", "subsample", "bits"))]
 RESTRICTING += ["grey", "rows", "columns", "checkerboard", "staggered"]
@@ -39,9 +39,9 @@ def test_same_bytes_for_any_batch_size(name: str) -> None:
     d, x = transform(name), noise()
     y = d(x)
     assert y.dtype == torch.uint8
-    assert y.shape == (5, d.format(RGB).channels, *d.size(12, 24))
+    assert y.shape == (5, d.output_spec(RGB).channels, *d.size(12, 24))
     assert torch.equal(y, torch.cat([d(one[None]) for one in x]))
-    assert y.max().item() < d.format(RGB).levels
+    assert y.max().item() < d.output_spec(RGB).num_values
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,7 +103,7 @@ def test_bounds_are_tight() -> None:
     d = MeanDownscale(2)
     for y in range(levels):
         possible = every[d(x).flatten() == y]
-        support = d.support(torch.tensor([[[[y]]]], dtype=torch.uint8), Format(1, levels))
+        support = d.support(torch.tensor([[[[y]]]], dtype=torch.uint8), ImageSpec(1, levels))
         for prefix in {tuple(row[:3].tolist()) for row in possible}:
             v = torch.tensor([*prefix, 0]).view(1, 4, 1, 1, 1)
             lo, hi = (edge.flatten()[3].item() for edge in support.bounds(v))
@@ -150,7 +150,7 @@ def test_checkerboard_then_staggered_is_every_second_row_and_column() -> None:
 def test_a_checkerboard_corrects_by_the_corners() -> None:
     """One wrong guess at an upper right pixel moves the lower left ones around it by their weights."""
     d, x = Checkerboard(), noise(b=1, c=2, h=8, w=8)
-    format = Format(2)
+    format = ImageSpec(2)
     weights = torch.randn(1, d.weights(format), 4, 4)
     support = d.support(d(x), format, weights)
     known = support.split(x).float()
@@ -201,7 +201,7 @@ def test_values() -> None:
     red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1)
     assert Greyscale()(red).item() == 76
     assert Chain(Greyscale(), MeanDownscale(2))(white).shape == (1, 1, 4, 4)
-    assert Blank()(white).shape == (1, 0, 8, 8)
+    assert Null()(white).shape == (1, 0, 8, 8)
 
 
 def test_blur_is_a_gaussian_and_keeps_the_mean() -> None:
@@ -220,7 +220,7 @@ def test_mean_of_any_block_and_levels(rows: int, cols: int, levels: int, seed: i
     random = torch.Generator().manual_seed(seed)
     x = torch.randint(0, levels, (2, 1, rows * 2, cols * 3), generator=random).to(torch.uint8)
     d = MeanDownscale(rows, cols)
-    support = d.support(d(x), Format(1, levels))
+    support = d.support(d(x), ImageSpec(1, levels))
     assert bool(support.allows(x).all())
 
 
@@ -230,12 +230,12 @@ def test_errors_say_what_came() -> None:
     with pytest.raises(ValueError, match=r"divisible by 2 .* got 7 x 8"):
         MeanDownscale(2)(noise(h=7, w=8))
     with pytest.raises(ValueError, match="3 channels"):
-        Greyscale().format(Format(1))
+        Greyscale().output_spec(ImageSpec(1))
     with pytest.raises(ValueError, match="did you mean 'mean2'"):
         transform("maen2")
     for d in (BitDepth(2), BicubicDownscale(2), GaussianBlur(), Sketch()):
         with pytest.raises(ValueError, match="256 levels"):
-            d.format(Format(3, 8))
+            d.output_spec(ImageSpec(3, 8))
     for wrong in (lambda: MeanDownscale(1, 1), lambda: BitDepth(8), lambda: GaussianBlur(0), Chain):
         with pytest.raises(ValueError, match="got"):
             wrong()

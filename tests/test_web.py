@@ -23,8 +23,8 @@ from PIL import Image
 
 import selfvae
 from selfvae.codec import Codec
-from selfvae.data import photo
-from selfvae.pictures import encode, to_image
+from selfvae.data.pictures import encode, to_image
+from selfvae.data.sources import photo
 from selfvae.transforms import Greyscale, MeanDownscale
 from selfvae.web import work
 from selfvae.web.jobs import Jobs, StoppedError
@@ -65,7 +65,7 @@ def test_every_gap_is_filled_consistently(models: Models, x: torch.Tensor) -> No
         assert a.tobytes() != b.tobytes()
         drawn = pixels(a)
         d = gap.model.levels[0].transform
-        expected = {1: Greyscale()(x), 3: x}[d.format(gap.model.format).channels]
+        expected = {1: Greyscale()(x), 3: x}[d.output_spec(gap.model.spec).channels]
         assert torch.equal(d(drawn), expected >> 5 if "bands" in str(gap) else expected)
 
 
@@ -131,7 +131,7 @@ def test_a_model_of_one_s_own(tmp_path: Path, x: torch.Tensor) -> None:
     assert len(models.gaps) == 6 and models.latent is None
     assert str(models.gaps[0]) == "size: it becomes 2 x as wide, 1 x as high"
     assert len(work.enhance(models.gaps[1], png(x), PIXELS)) == 4
-    selfvae.save(selfvae.build("selfvae", "tiny", width=0.05, levels=16), tmp_path / "few")
+    selfvae.save(selfvae.build("selfvae", "tiny", width=0.05, num_values=16), tmp_path / "few")
     assert Models.load(tmp_path / "few").codec is None
 
 

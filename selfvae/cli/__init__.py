@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from selfvae import demo as first_run
-from selfvae import hub, processes
+from selfvae import distributed, hub
 from selfvae.cli.codec import bench, compress, decompress, describe, pack, unpack
 from selfvae.cli.common import show
 from selfvae.cli.drawing import enhance, figures, generate, interpolate, reconstruct, vary
@@ -42,9 +42,9 @@ def info(
     if presets or model is None:
         sizes = {name: [count(build(name, size)) for size in SIZES] for name in PRESETS}
         if json:
-            show({"sizes": list(SIZES), "presets": sizes, "shipped": list(hub.shipped())}, json)
+            show({"sizes": list(SIZES), "presets": sizes, "bundled": list(hub.bundled())}, json)
         else:
-            show({"size": list(SIZES), **sizes, "comes along": list(hub.shipped())}, json)
+            show({"size": list(SIZES), **sizes, "comes along": list(hub.bundled())}, json)
         return
     if model.is_file():
         describe(model, json)
@@ -53,7 +53,7 @@ def info(
     config = net.config.to_dict()
     config["levels_of_grey"] = config.pop("levels")
     levels = [
-        f"y{k}: {level.format.channels} channels, {level.format.levels} levels"
+        f"y{k}: {level.spec.channels} channels, {level.spec.num_values} levels"
         + (f", z{k}" if level.has_latent else "")
         + f", up by {level.transform}"
         for k, level in enumerate(net.levels)
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
             description="Self-supervised variational auto-encoders.",
         )
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        who = f"selfvae (process {processes.rank()})" if processes.rank() else "selfvae"
+        who = f"selfvae (process {distributed.rank()})" if distributed.rank() else "selfvae"
         print(f"{who}: {error}", file=sys.stderr)
         return 2
     return status or 0

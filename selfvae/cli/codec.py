@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from selfvae import codec as coding
-from selfvae import pictures, processes
+from selfvae import distributed
 from selfvae.cli.common import In, Out, each, load_model, positive, progress, show, targets
 from selfvae.codec import bench as race
+from selfvae.data import pictures
 from selfvae.files import below, write_atomic
 
 PHOTOS = Path("selfvae-photos")  # the shipped model that compresses photographs
@@ -21,8 +22,8 @@ _LOSSLESS = (".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 def _codec(model: Path, devices: int = 1) -> coding.Codec:
     codec = coding.Codec(load_model(model, devices))
-    if codec.model.format.levels != 256:
-        raise ValueError(f"picture files have 256 levels; this model has {codec.model.format.levels}")
+    if codec.model.spec.num_values != 256:
+        raise ValueError(f"picture files have 256 levels; this model has {codec.model.spec.num_values}")
     return codec
 
 
@@ -68,8 +69,8 @@ def decompress(
     def work(file: Path, target: Path) -> None:
         pictures.check_ending(target)
         x = packer.decompress(file.read_bytes(), upto, partial=partial, track=progress)
-        format = packer.model.levels[int(upto[1:])].format
-        pictures.write(pictures.show(x[0], format), target)
+        spec = packer.model.levels[int(upto[1:])].spec
+        pictures.write(pictures.show(x[0], spec), target)
 
     return each(source, out, work, (_ENDING,))
 
@@ -97,7 +98,7 @@ def pack(
     named = [(file.relative_to(source).as_posix(), pictures.read_exactly(file)) for file in files]
     packer = _codec(model, devices)
     data = coding.pack(packer, named, block=block, verify=verify, track=progress)
-    processes.alone(lambda: write_atomic(out, data))
+    distributed.alone(lambda: write_atomic(out, data))
     subpixels = sum(x.numel() for _, x in named)
     rate = 8 * len(data) / subpixels
     print(f"{len(named)} pictures in {out}: {len(data)} bytes, {rate:.3f} bits a sub-pixel")
@@ -131,7 +132,7 @@ def unpack(source: In, out: Out, model: Path = PHOTOS, only: str | None = None, 
         return count
 
     blocks = range(len(archive.blocks)) if only is None else range(1)
-    count = sum(processes.spread(write, blocks, progress, "decompressing"))
+    count = sum(distributed.spread(write, blocks, progress, "decompressing"))
     print(f"{count} of {len(names)} pictures in {out}")
 
 
@@ -191,7 +192,7 @@ def describe(file: Path, json: bool) -> None:
         "height": header.height,
         "width": header.width,
         "channels": header.channels,
-        "levels": header.levels,
+        "levels": header.num_values,
         "bits_per_subpixel": 8 * len(data) / (header.height * header.width * header.channels),
         "model": header.fingerprint.hex(),
         "header_bytes": header.size,

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.progress import track
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from selfvae import data as sources
-from selfvae import hub, pictures, processes, tasks
+from selfvae import distributed, hub, operations
+from selfvae.data import pictures, sources
 from selfvae.files import below
 from selfvae.model import SelfVAE
-from selfvae.transforms import Format
+from selfvae.transforms import ImageSpec
 
 Run = Annotated[Positional[Path], arg(metavar="DIR")]
 
@@ -71,7 +71,7 @@ class Drawing:
             raise ValueError(
                 f"--temperature takes a number, or NAME=NUMBER,...; got {self.temperature!r}"
             ) from None
-        tasks.temperatures(net, heat, self.decode)
+        operations.temperatures(net, heat, self.decode)
         return {"temperature": heat, "decode": self.decode, "seed": self.seed}
 
 
@@ -90,7 +90,7 @@ def load_images(net: SelfVAE, data: str, split: str = "test") -> sources.Images:
 
 def load_model(folder: Path, devices: int = 1) -> SelfVAE:
     """The model in a folder, where it is to score and draw; starts as many processes as `devices`."""
-    return hub.load(folder).to(processes.launch(devices))
+    return hub.load(folder).to(distributed.launch(devices))
 
 
 def _resizable(data: str) -> bool:
@@ -107,7 +107,7 @@ def positive(flag: str, n: int) -> None:
 def progress(sequence: Sequence[Any], description: str) -> Iterable[Any]:
     """A progress bar, on standard error; nothing where that is no terminal."""
     console = Console(stderr=True)
-    hidden = processes.rank() > 0 or not console.is_terminal
+    hidden = distributed.rank() > 0 or not console.is_terminal
     return track(sequence, description, console=console, transient=True, disable=hidden)
 
 
@@ -116,9 +116,9 @@ def check_free(source: Path, out: Path) -> None:
         raise ValueError(f"{out} is the input itself: write to another file")
 
 
-def alpha_of(picture: pictures.Picture, format: Format) -> torch.Tensor | None:
+def alpha_of(picture: pictures.Picture, spec: ImageSpec) -> torch.Tensor | None:
     """The picture's alpha, unless the model itself has drawn one."""
-    return None if picture.alpha is None or format.channels in (2, 4) else picture.alpha[0, 0]
+    return None if picture.alpha is None or spec.channels in (2, 4) else picture.alpha[0, 0]
 
 
 def targets(names: Sequence[str], out: Path, ending: str, keep: Collection[str] = ()) -> list[Path]:
@@ -157,7 +157,7 @@ def each(
     if source.is_file():
         out = out / f"{source.stem}{ending}" if out.is_dir() else out
         check_free(source, out)
-        processes.alone(lambda: work(source, out))
+        distributed.alone(lambda: work(source, out))
         print(f"{out}")
         return 0
     if out.exists() and not out.is_dir():
@@ -180,9 +180,9 @@ def each(
             return f"{file}: {error}"
         return ""
 
-    failed = list(filter(None, processes.spread(do, files)))
+    failed = list(filter(None, distributed.spread(do, files)))
     print(f"{len(files) - len(failed)} of {len(files)} files in {out}")
-    if not processes.rank():
+    if not distributed.rank():
         for line in failed:
             print(f"selfvae: {line}", file=sys.stderr)
     return 1 if failed else 0

@@ -8,8 +8,7 @@ from typing import Annotated
 import torch
 from tyro.conf import Positional, arg
 
-from selfvae import figures as sheets
-from selfvae import pictures, plots, tasks
+from selfvae import operations
 from selfvae.cli.common import (
     DRAWING,
     DrawingFlags,
@@ -24,7 +23,9 @@ from selfvae.cli.common import (
     positive,
     progress,
 )
-from selfvae.tiles import WHOLE, fitted
+from selfvae.data import pictures, sheets
+from selfvae.reports.figures import figures as draw_figures
+from selfvae.tiling import WHOLE, fitted
 
 
 def generate(
@@ -56,11 +57,11 @@ def generate(
     how = drawing.how(net)
     fitting, chunk = fitted(net, height * width, progress), max(1, WHOLE // (height * width))
     parts = [
-        tasks.generate(fitting, min(chunk, n - i), height, width, **{**how, "seed": how["seed"] + i})
+        operations.generate(fitting, min(chunk, n - i), height, width, **{**how, "seed": how["seed"] + i})
         for i in range(0, n, chunk)
     ]
     images = torch.cat(parts)
-    plots.save_grid(pictures.show(images, net.format), out, zoom=zoom)
+    sheets.save_grid(pictures.show(images, net.spec), out, zoom=zoom)
     print(f"{n} images in {out}")
 
 
@@ -89,23 +90,25 @@ def enhance(
 
     net = load_model(model, devices)
     how = drawing.how(net)
-    tasks.check_computed(net, level)
+    operations.check_computed(net, level)
     positive("n", n)
     rows, cols = net.scale(level)
 
     def work(picture: pictures.Picture, file: Path) -> None:
-        y = pictures.to_format(picture, net.levels[level].format)
+        y = pictures.to_spec(picture, net.levels[level].spec)
         fitting = fitted(net, y.shape[2] * rows * y.shape[3] * cols, progress)
-        draws = [tasks.enhance(fitting, y, level, **{**how, "seed": how["seed"] + i})[0] for i in range(n)]
-        shown = [pictures.show(x, net.format) for x in draws]
+        draws = [
+            operations.enhance(fitting, y, level, **{**how, "seed": how["seed"] + i})[0] for i in range(n)
+        ]
+        shown = [pictures.show(x, net.spec) for x in draws]
         if n == 1:
-            pictures.write(shown[0], file, alpha_of(picture, net.format))
+            pictures.write(shown[0], file, alpha_of(picture, net.spec))
         else:
-            given = plots.magnify(pictures.show(y, net.levels[level].format), rows, cols)
-            sheet = [plots.to_rgb(x) for x in (given, *(x[None] for x in shown))]
-            plots.save_grid(torch.cat([x.cpu() for x in sheet]), file, zoom=1)
+            given = sheets.magnify(pictures.show(y, net.levels[level].spec), rows, cols)
+            sheet = [sheets.to_rgb(x) for x in (given, *(x[None] for x in shown))]
+            sheets.save_grid(torch.cat([x.cpu() for x in sheet]), file, zoom=1)
 
-    return each_picture(source, out, work, alpha=n == 1 and net.format.channels in (1, 3))
+    return each_picture(source, out, work, alpha=n == 1 and net.spec.channels in (1, 3))
 
 
 def reconstruct(
@@ -127,14 +130,14 @@ def reconstruct(
     """
 
     net = load_model(model, devices)
-    how, given_names = drawing.how(net), tasks.names(net, given)
+    how, given_names = drawing.how(net), operations.names(net, given)
 
     def work(picture: pictures.Picture, file: Path) -> None:
-        x = pictures.to_format(picture, net.format)
-        drawn = tasks.reconstruct(fitted(net, x[0, 0].numel(), progress), x, given_names, **how)
-        pictures.write(pictures.show(drawn[0], net.format), file, alpha_of(picture, net.format))
+        x = pictures.to_spec(picture, net.spec)
+        drawn = operations.reconstruct(fitted(net, x[0, 0].numel(), progress), x, given_names, **how)
+        pictures.write(pictures.show(drawn[0], net.spec), file, alpha_of(picture, net.spec))
 
-    return each_picture(source, out, work, alpha=net.format.channels in (1, 3))
+    return each_picture(source, out, work, alpha=net.spec.channels in (1, 3))
 
 
 def vary(
@@ -156,13 +159,15 @@ def vary(
     """
 
     net = load_model(model)
-    how, given_names = drawing.how(net), tasks.names(net, given)
+    how, given_names = drawing.how(net), operations.names(net, given)
     positive("n", n)
 
     def work(picture: pictures.Picture, file: Path) -> None:
-        x = pictures.to_format(picture, net.format)
-        drawn = tasks.vary(fitted(net, n * x[0, 0].numel(), progress), x, n, given_names, **how)[0].cpu()
-        plots.save_grid(pictures.show(torch.cat([x, drawn]), net.format), file, zoom=1)
+        x = pictures.to_spec(picture, net.spec)
+        drawn = operations.vary(fitted(net, n * x[0, 0].numel(), progress), x, n, given_names, **how)[
+            0
+        ].cpu()
+        sheets.save_grid(pictures.show(torch.cat([x, drawn]), net.spec), file, zoom=1)
 
     return each_picture(source, out, work)
 
@@ -196,16 +201,16 @@ def interpolate(
     pictures.check_ending(out)
     for file in (a, b):
         check_free(file, out)
-    ends = [pictures.to_format(pictures.read(file), net.format) for file in (a, b)]
+    ends = [pictures.to_spec(pictures.read(file), net.spec) for file in (a, b)]
     fitting = fitted(net, ends[0][0, 0].numel(), progress)
-    frames = tasks.interpolate(
+    frames = operations.interpolate(
         fitting, ends[0], ends[1], steps, given, spherical=spherical, **drawing.how(net)
     )
-    frames = pictures.show(frames[0], net.format)
+    frames = pictures.show(frames[0], net.spec)
     if out.suffix.lower() in (".gif", ".webp"):
-        plots.save_animation(frames, out, milliseconds)
+        sheets.save_animation(frames, out, milliseconds)
     else:
-        plots.save_grid(frames, out, columns=steps, zoom=1)
+        sheets.save_grid(frames, out, columns=steps, zoom=1)
     print(f"{steps} steps in {out}")
 
 
@@ -230,5 +235,5 @@ def figures(
     net = load_model(model, devices)
     images = load_images(net, data)
     out = out or (model if model.is_dir() else Path()) / "figures"
-    files = sheets.figures(net, images.take(range(min(n, len(images)))), out, **drawing.how(net))
+    files = draw_figures(net, images.take(range(min(n, len(images)))), out, **drawing.how(net))
     print(f"See {files[-1]}")

@@ -11,12 +11,7 @@ from typing import Annotated, Literal
 import torch
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from selfvae import data as sources
-from selfvae import evaluate as scoring
-from selfvae import ood as outliers
-from selfvae import processes
-from selfvae import quality as samples
-from selfvae import report as whole
+from selfvae import distributed
 from selfvae.cli.common import (
     DRAWING,
     Drawing,
@@ -28,8 +23,13 @@ from selfvae.cli.common import (
     progress,
     show,
 )
+from selfvae.data import sources
+from selfvae.metrics import fid as samples
+from selfvae.metrics import likelihood as scoring
+from selfvae.metrics import ood as outliers
 from selfvae.model import SelfVAE
-from selfvae.precision import Resolved
+from selfvae.nn.precision import Resolved
+from selfvae.reports import report as whole
 
 
 def evaluate(
@@ -69,7 +69,7 @@ def evaluate(
     net = load_model(model, devices)
     images = load_images(net, data, split)
     if enhance:
-        result = scoring.enhancement(
+        result = scoring.evaluate_enhancement(
             net, images, level, draws=draws, limit=limit, batch_size=batch_size, **drawing.how(net)
         )
     else:
@@ -210,6 +210,6 @@ def report(
         device=first.device,
         features=None if features is None else (features, _network(features, first.device)),
         command="selfvae " + " ".join(Path(word).name if "/" in word else word for word in sys.argv[1:]),
-        progress=lambda text: print(text, file=sys.stderr) if not processes.rank() else None,
+        progress=lambda text: print(text, file=sys.stderr) if not distributed.rank() else None,
     )  # fmt: skip
     print(f"See {path}")

@@ -11,14 +11,14 @@ import yaml
 from lightning_fabric import Fabric
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from selfvae import data as sources
 from selfvae import hub
-from selfvae import train as loop
 from selfvae.cli.common import In, Out, Run, progress
+from selfvae.data import sources
 from selfvae.files import write_atomic
-from selfvae.precision import resolve
+from selfvae.nn.precision import resolve
 from selfvae.presets import ModelConfig, configure
-from selfvae.train import TrainConfig
+from selfvae.training import loop
+from selfvae.training.loop import TrainConfig
 
 _SETTINGS = "train.yaml"
 

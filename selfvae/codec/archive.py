@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfvae.codec.coder import Stack
+from selfvae.codec.ans import Stack
 from selfvae.codec.container import CHANGED, PADDED, CodecError, Reader, check_size, check_start, varint
 from selfvae.codec.progressive import Codec
-from selfvae.processes import spread
-from selfvae.progress import Track, silent
+from selfvae.distributed import spread
+from selfvae.progress import Track, no_progress
 
 __all__ = ["Archive", "Entry", "pack"]
 
@@ -100,7 +100,7 @@ def pack(
     *,
     block: int = 64,
     verify: bool = True,
-    track: Track = silent,
+    track: Track = no_progress,
 ) -> bytes:
     """An archive of pictures.
 
@@ -139,7 +139,7 @@ def pack(
 
     blocks = spread(packed_block, starts, track, "compressing")
     index = {
-        "levels": codec.model.format.levels,
+        "levels": codec.model.spec.num_values,
         "pictures": entries,
         "blocks": [
             _Block(len(entries[start : start + block]), len(data), zlib.crc32(data))
@@ -183,9 +183,9 @@ class Archive:
     def __init__(self, codec: Codec, data: bytes) -> None:
         self.codec = codec
         self._padded = check_start(data, MAGIC, VERSION, ".svaes archive") <= PADDED
-        self.entries, self.blocks, levels, at = _read_index(codec, data)
-        format = codec.model.format
-        if levels != format.levels or any(e.channels not in (1, format.channels) for e in self.entries):
+        self.entries, self.blocks, num_values, at = _read_index(codec, data)
+        spec = codec.model.spec
+        if num_values != spec.num_values or any(e.channels not in (1, spec.channels) for e in self.entries):
             raise CodecError("the index does not fit the model that it names: the file is damaged")
         for entry in self.entries:
             check_size(*codec.padded(entry.height, entry.width))

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from selfvae.codec.container import read_header
 from selfvae.codec.progressive import Codec
-from selfvae.evaluate import psnr
+from selfvae.data.pictures import from_image, to_image
 from selfvae.files import write_atomic
-from selfvae.pictures import from_image, to_image
-from selfvae.progress import Track, silent
+from selfvae.metrics.likelihood import psnr
+from selfvae.progress import Track, no_progress
 
 __all__ = ["LOSSLESS", "LOSSY", "bench", "lossless_sizes", "markdown", "plot"]
 
@@ -85,7 +85,7 @@ def bench(
     pictures: Sequence[Tensor],
     *,
     prefixes: bool = True,
-    track: Track = silent,
+    track: Track = no_progress,
 ) -> dict[str, Any]:
     """Sizes and speeds over pictures, uint8 (1, C, H, W) each; every lossless file is decoded and compared.
 

@@ -3,7 +3,7 @@
 Format 2 (1 coded what lies beyond the picture's borders as well):
 
     magic "SVAE", version (1 byte), fingerprint of the model (8 bytes)
-    channels, levels - 1, height, width of the picture, number of parts, which of them are latents (a bit
+    channels, num_values - 1, height, width, number of parts, which of them are latents (a bit
         each): varints
     for every part: bytes of notes, words of code (varints), CRC-32 of the image or latent (4 bytes)
     CRC-32 of all that follows the header (4 bytes), CRC-32 of the header (4 bytes)
@@ -93,7 +93,7 @@ class Header:
 
     fingerprint: bytes
     channels: int
-    levels: int
+    num_values: int
     height: int
     width: int
     parts: tuple[Part, ...]
@@ -112,7 +112,7 @@ class Header:
         """The header of that payload."""
         out = bytearray(MAGIC + bytes([self.version]) + self.fingerprint)
         latents = sum(1 << i for i, part in enumerate(self.parts) if part.name[0] == "z")
-        for n in (self.channels, self.levels - 1, self.height, self.width, len(self.parts), latents):
+        for n in (self.channels, self.num_values - 1, self.height, self.width, len(self.parts), latents):
             out += varint(n)
         for part in self.parts:
             out += varint(part.notes) + varint(part.words) + struct.pack("<I", part.crc)
@@ -206,7 +206,7 @@ def read_header(data: bytes) -> Header:
         raise CodecError("the file is damaged: its header's checksum does not fit")
     if not (height and width and 1 <= channels <= 4 and 1 <= top <= 255 and parts):
         raise CodecError(
-            f"the header makes no sense: {channels} channels of {top + 1} levels, {height} x {width} "
+            f"the header makes no sense: {channels} channels of {top + 1} num_values, {height} x {width} "
             f"pixels, {count} parts"
         )
     return Header(fingerprint, channels, top + 1, height, width, parts, reader.at, crc, version)

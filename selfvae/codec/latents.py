@@ -1,6 +1,6 @@
 """How a latent z is written: as whole numbers.
 
-- `Rounded`: the posterior is a `UniformBox`; its nearest whole number is coded, which costs the KL.
+- `Rounded`: the posterior is a `UnitUniform`; its nearest whole number is coded, which costs the KL.
 - `Gaussian`: a value is drawn from the posterior with bits that are on the stack already, and the decoder,
   which can tell the posterior once it has the image, puts them back: the cost is the KL ("bits-back").
   Sources: Hinton and van Camp 1993; Townsend et al. 2019; for the order of pops and pushes, which lets few
@@ -26,14 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfvae.codec.coder import Stack, code
+from selfvae.codec.ans import Stack, code
 from selfvae.codec.container import CodecError
-from selfvae.codec.lattice import NOT_FINITE, SHARES, Ints, Notes, ratios, values, weights
-from selfvae.distributions import DiagonalNormal, GaussianMixture, RoundedLogistic, UniformBox
-from selfvae.flows import Coupling
-from selfvae.priors import FlowDistribution
+from selfvae.codec.float64 import NOT_FINITE, SHARES, Ints, SideInformation, ratios, values, weights
+from selfvae.distributions.latents import DiagonalNormal, GaussianMixture, NoisyLogistic, UnitUniform
+from selfvae.distributions.priors import FlowDistribution
+from selfvae.nn.flows import Coupling
 
-__all__ = ["FINE", "Dry", "Gaussian", "Latent", "Rounded", "typical"]
+__all__ = ["FINE", "Gaussian", "InsufficientBits", "Latent", "Rounded", "typical"]
 
 # all of these are part of the format
 _LEVELS = 256  # whole numbers of a latent that is rounded or chosen by rate
@@ -56,7 +56,7 @@ _LATER = 1 << 40  # numbers of a posterior's values in the notes: the decoder me
 FINE = (0.25, 0.5, 1.0)
 
 
-class Dry(Exception):  # noqa: N818 (no error: the caller has another way)
+class InsufficientBits(Exception):  # noqa: N818 (no error: the caller has another way)
     """The stack holds too little to draw a latent, or a flow takes it out of what can be coded."""
 
 
@@ -100,9 +100,15 @@ class _Normals(NamedTuple):
         return _Normals(self.log_weights, (self.mean - shift) / step, self.log2_scale - octaves)
 
     def code(
-        self, levels: int, stack: Stack, notes: Notes, known: np.ndarray | None, *, drawn: bool = False
+        self,
+        num_values: int,
+        stack: Stack,
+        notes: SideInformation,
+        known: np.ndarray | None,
+        *,
+        drawn: bool = False,
     ) -> Ints:
-        """Whole numbers (B, C, h, w), -levels / 2 and on; `known` are pushed, else they are popped.
+        """Whole numbers (B, C, h, w), -num_values / 2 and on; `known` are pushed, else they are popped.
 
         drawn: as by a posterior: none far out, where the tables end and all would be alike likely; its
             values have other numbers in the notes.
@@ -110,35 +116,35 @@ class _Normals(NamedTuple):
         known = None if known is None else known.astype(np.int64)
         shape, n = self.mean.shape[1:], self.mean[0, :, 0].numel()
         if len(self.mean) == 1:  # all channels at once
-            flat = None if known is None else known.reshape(-1) + levels // 2
+            flat = None if known is None else known.reshape(-1) + num_values // 2
             channel = values(
-                self.mean.reshape(1, -1).numpy(), self.log2_scale.reshape(1, -1).numpy(), levels,
+                self.mean.reshape(1, -1).numpy(), self.log2_scale.reshape(1, -1).numpy(), num_values,
                 "normal", notes, _LATER if drawn else None,
             )  # fmt: skip
-            bounds = channel.within(_WIDTH, levels) if drawn else None
-            found, _ = code(stack, np.full_like(channel.mean, 1 << 20), channel, levels, bounds, flat)
-            return found.reshape(shape) - levels // 2
+            bounds = channel.within(_WIDTH, num_values) if drawn else None
+            found, _ = code(stack, np.full_like(channel.mean, 1 << 20), channel, num_values, bounds, flat)
+            return found.reshape(shape) - num_values // 2
         w = weights(self.log_weights.numpy()[:, None].repeat(n, 1), notes)
         out = np.zeros(shape, np.int64)
         for c in range(shape[1]):
             mean, log2_scale = (x[:, :, c].flatten(1).numpy() for x in (self.mean, self.log2_scale))
-            channel = values(mean, log2_scale, levels, "normal", notes)
-            flat = None if known is None else known[:, c].reshape(-1) + levels // 2
-            found, w = code(stack, w, channel, levels, None, flat)
-            out[:, c] = found.reshape(out[:, c].shape) - levels // 2
+            channel = values(mean, log2_scale, num_values, "normal", notes)
+            flat = None if known is None else known[:, c].reshape(-1) + num_values // 2
+            found, w = code(stack, w, channel, num_values, None, flat)
+            out[:, c] = found.reshape(out[:, c].shape) - num_values // 2
         return out
 
 
 class Rounded:
-    """Latents with a `UniformBox` posterior and a `RoundedLogistic` prior, as whole numbers."""
+    """Latents with a `UnitUniform` posterior and a `NoisyLogistic` prior, as whole numbers."""
 
     @staticmethod
-    def choose(posterior: UniformBox) -> Latent:
+    def choose(posterior: UnitUniform) -> Latent:
         z = posterior.mode().double().cpu()
         return Latent(z.numpy().astype(np.int8), z, _ROUNDED)
 
     @staticmethod
-    def code(prior: RoundedLogistic, stack: Stack, notes: Notes, known: Latent | None) -> Latent:
+    def code(prior: NoisyLogistic, stack: Stack, notes: SideInformation, known: Latent | None) -> Latent:
         mean, octaves = prior.mean.flatten(), prior.log_scale.flatten() / math.log(2)
         channel = values(
             mean.double().cpu().numpy()[None],
@@ -188,7 +194,9 @@ class Gaussian:
     """Latents with a Gaussian posterior: drawn on a grid, or chosen by rate."""
 
     @staticmethod
-    def draw(posterior: DiagonalNormal, stack: Stack, notes: Notes, fine: float = FINE[0]) -> Latent:
+    def draw(
+        posterior: DiagonalNormal, stack: Stack, notes: SideInformation, fine: float = FINE[0]
+    ) -> Latent:
         """Pop a latent by its posterior, from the grid's range at most.
 
         Raises Dry if the stack does not hold enough, and spoils it.
@@ -197,11 +205,11 @@ class Gaussian:
         grid = _Normals.of(posterior).scaled(0.0, _GRIDS[kind])
         numbers = grid.code(_MANY, stack, notes, None, drawn=True)
         if stack.left() == 0:
-            raise Dry
+            raise InsufficientBits
         return _on_grid(numbers, kind)
 
     @staticmethod
-    def give_back(posterior: DiagonalNormal, stack: Stack, notes: Notes, known: Latent) -> None:
+    def give_back(posterior: DiagonalNormal, stack: Stack, notes: SideInformation, known: Latent) -> None:
         """Push what drawing a latent popped."""
         grid = _Normals.of(posterior).scaled(0.0, _GRIDS[known.kind])
         grid.code(_MANY, stack, notes, known.numbers, drawn=True)
@@ -223,7 +231,7 @@ class Gaussian:
         prior: Callable[[bool], Any],
         shape: tuple[int, int, int, int],
         stack: Stack,
-        notes: Notes,
+        notes: SideInformation,
         known: Latent | None,
     ) -> Latent:
         """Push a `known` latent, or pop it. Raises Dry as `draw` does, and leaves the stack in between.
@@ -274,7 +282,7 @@ def _on_grid(numbers: Ints, kind: int) -> Latent:
 
 
 def _code_by_rate(
-    prior: Any, shape: tuple[int, int, int, int], stack: Stack, notes: Notes, known: Latent | None
+    prior: Any, shape: tuple[int, int, int, int], stack: Stack, notes: SideInformation, known: Latent | None
 ) -> Latent:
     if known is not None:
         _push_kind(stack, known)
@@ -311,7 +319,7 @@ def _code_by_flow(
     prior: FlowDistribution,
     shape: tuple[int, int, int, int],
     stack: Stack,
-    notes: Notes,
+    notes: SideInformation,
     known: Latent | None,
     kind: int,
 ) -> Latent:
@@ -325,7 +333,7 @@ def _code_by_flow(
             v += stack.uniform(low).reshape(shape)
         noise = prior.flow.walk(torch.from_numpy(v), couple.there).numpy()
         if np.abs(noise).max() >= _MANY // 2 or stack.left() == 0:
-            raise Dry
+            raise InsufficientBits
         _push_kind(stack, known)
     found = _standard(torch.zeros(shape)).scaled(0.0, couple.grid).code(_MANY, stack, notes, noise)
     if known is not None:
@@ -397,7 +405,9 @@ class _Integers:
     a remainder for it: the bits that this costs or yields are the log-determinant.
     """
 
-    def __init__(self, prior: FlowDistribution, grid: float, n: int, stack: Stack, notes: Notes) -> None:
+    def __init__(
+        self, prior: FlowDistribution, grid: float, n: int, stack: Stack, notes: SideInformation
+    ) -> None:
         flow, self.grid = prior.flow, grid
         couplings = [*flow.checker, *flow.channel, *flow.final]
         first = notes.reserve(2 * n * len(couplings))  # they come in reverse in the decoder
@@ -412,7 +422,7 @@ class _Integers:
         )
         at = self.at[coupling]
         ratio = ratios(log_scale, self.notes, at)
-        return moved, ratio, self.notes.snap(np.clip(shift / self.grid, -_FAR, _FAR), at + self.n)
+        return moved, ratio, self.notes.quantize(np.clip(shift / self.grid, -_FAR, _FAR), at + self.n)
 
     def there(self, coupling: Coupling, v: Tensor) -> Tensor:
         moved, ratio, shift = self._parameters(coupling, v)
@@ -420,7 +430,7 @@ class _Integers:
         for some in _batches(len(values)):
             filled = values[some] * ratio[some] + self.stack.uniform(ratio[some])
             if self.stack.left() == 0 or np.abs(filled).max() > _WILD:
-                raise Dry
+                raise InsufficientBits
             values[some] = filled >> SHARES
             rest = filled & (1 << SHARES) - 1
             self.stack.uniform(np.full_like(rest, 1 << SHARES), rest)

@@ -14,8 +14,8 @@ from PIL import Image, ImageFile
 
 from selfvae.codec.container import MAGIC, CodecError, read_header
 from selfvae.codec.progressive import Codec
+from selfvae.data.pictures import from_image, to_image
 from selfvae.model import SelfVAE
-from selfvae.pictures import from_image, to_image
 
 __all__ = ["use"]
 
@@ -41,8 +41,8 @@ class SvaeImageFile(ImageFile.ImageFile):
         assert self.fp is not None
         self._data = self.fp.read()
         header = read_header(self._data)
-        if header.levels != 256:
-            raise CodecError(f"Pillow shows pictures of 256 levels; this one has {header.levels}")
+        if header.num_values != 256:
+            raise CodecError(f"Pillow shows pictures of 256 levels; this one has {header.num_values}")
         if header.channels not in (1, 3):
             raise CodecError(f"Pillow shows pictures of 1 or 3 channels; this one has {header.channels}")
         self._size = header.width, header.height

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from selfvae.codec import container
-from selfvae.codec.coder import MOST, Stack, code
+from selfvae.codec.ans import MOST, Stack, code
 from selfvae.codec.container import CHANGED, PADDED, CodecError, Header, Part, check_size
-from selfvae.codec.latents import FINE, Dry, Gaussian, Latent, Rounded, typical
-from selfvae.codec.lattice import Lattice, Notes
+from selfvae.codec.float64 import QuantizedMixture, SideInformation
+from selfvae.codec.latents import FINE, Gaussian, InsufficientBits, Latent, Rounded, typical
 from selfvae.hub import fingerprint
 from selfvae.level import Level
 from selfvae.model import SelfVAE
-from selfvae.progress import Track, silent
-from selfvae.tasks import Drawing, complete, infer, variables
-from selfvae.tiles import split, tiled
+from selfvae.operations import Drawing, complete, infer, variables
+from selfvae.progress import Track, no_progress
+from selfvae.tiling import split, tiled
 from selfvae.transforms import check_image
 
 __all__ = ["Codec"]
@@ -64,7 +64,7 @@ def _mask(y: Tensor, inside: tuple[int, int] | None) -> Tensor:
 
 def _trimmed(level: Level, y_up: Tensor, y: Tensor, inside: tuple[int, int]) -> Tensor:
     """y with what is dropped beyond the picture replaced by what the decoder puts there."""
-    support: Any = level.transform.support(y_up, level.format)
+    support: Any = level.transform.support(y_up, level.spec)
     return support.merge(torch.where(support.split(_mask(y, inside)), support.split(y), support.nearest()))
 
 
@@ -110,7 +110,7 @@ class Codec:
         self._draws = _draws(self.names) if self.gaussian else {}
 
     @torch.no_grad()
-    def compress(self, x: Tensor, *, verify: bool = True, track: Track = silent) -> bytes:
+    def compress(self, x: Tensor, *, verify: bool = True, track: Track = no_progress) -> bytes:
         """The file of a picture.
 
         Arguments:
@@ -131,7 +131,7 @@ class Codec:
             Part(name, len(noted), len(own), written[name].crc)
             for name, noted, own in zip(self.names, notes, words, strict=True)
         )
-        levels = self.model.format.levels
+        levels = self.model.spec.num_values
         header = Header(self.fingerprint, x.shape[1], levels, x.shape[2], x.shape[3], parts)
         data = container.write(header, notes, words)
         if verify and not torch.equal(self.decompress(data, track=track), x.cpu()):
@@ -145,7 +145,7 @@ class Codec:
         upto: str = "y0",
         *,
         partial: bool = False,
-        track: Track = silent,
+        track: Track = no_progress,
         **how: Unpack[Drawing],
     ) -> Tensor:
         """The picture in a file, uint8 (1, C, H, W), bit for bit.
@@ -197,7 +197,7 @@ class Codec:
             values[name] = value
         return values
 
-    def push(self, x: Tensor, stack: Stack, track: Track = silent) -> dict[str, Written]:
+    def push(self, x: Tensor, stack: Stack, track: Track = no_progress) -> dict[str, Written]:
         """Put pictures x, uint8 (B, C, H, W), on a stack, all levels of all of them.
 
         Gaussian latents are drawn with what the stack holds, as far as that goes.
@@ -205,12 +205,12 @@ class Codec:
         before = stack.copy()
         try:
             return self._push(x, stack, track, draw=True)
-        except Dry:
+        except InsufficientBits:
             stack.become(before)
             return self._push(x, stack, track, draw=False)
 
     def _push(self, x: Tensor, stack: Stack, track: Track, draw: bool) -> dict[str, Written]:
-        x = x.expand(-1, self.model.format.channels, -1, -1)
+        x = x.expand(-1, self.model.spec.channels, -1, -1)
         images = [name for name in self.names if name[0] == "y"]
         known: dict[str, Value] = {name: y.cpu() for name, y in infer(self.model, x, images).items()}
         size = x.shape[2], x.shape[3]
@@ -224,7 +224,7 @@ class Codec:
                     known[name] = Rounded.choose(self._posterior(name, known))
         written: dict[str, Written] = {}
         for name in reversed(self.names):  # a stack: what is decoded last is coded first
-            stack.low, notes = stack.left(), Notes()
+            stack.low, notes = stack.left(), SideInformation()
             if name in self._draws:
                 known[self._draws[name]], notes = self._draw(self._draws[name], known, stack, draw)
             self._code(name, known, size, stack, notes, track, known[name])
@@ -236,16 +236,20 @@ class Codec:
             written[name] = written[name]._replace(start=least)
         return written
 
-    def _draw(self, name: str, known: dict[str, Value], stack: Stack, draw: bool) -> tuple[Latent, Notes]:
+    def _draw(
+        self, name: str, known: dict[str, Value], stack: Stack, draw: bool
+    ) -> tuple[Latent, SideInformation]:
         """A Gaussian latent, drawn if that can be; and the notes of this."""
         posterior, before = self._posterior(name, known), stack.copy()
         for fine in FINE if draw else ():
-            notes = Notes()
+            notes = SideInformation()
             try:
                 return Gaussian.draw(posterior, stack, notes, fine), notes
-            except Dry:
+            except InsufficientBits:
                 stack.become(before)
-        return Gaussian.choose(self._prior(name, known, drawn=False), posterior, not draw), Notes()
+        return Gaussian.choose(
+            self._prior(name, known, drawn=False), posterior, not draw
+        ), SideInformation()
 
     def pop(
         self, n: int, size: tuple[int, int], stack: Stack, notes: list[bytes], *, padded: bool = False
@@ -254,7 +258,7 @@ class Codec:
 
         padded: what lies beyond the pictures' borders was coded with them.
         """
-        *_, (_, x) = self._variables(n, size, stack, notes, silent, padded)
+        *_, (_, x) = self._variables(n, size, stack, notes, no_progress, padded)
         return _tensor(x)[:, :, : size[0], : size[1]]
 
     def _variables(
@@ -272,7 +276,7 @@ class Codec:
         }
         coded = self.padded(*size) if padded else size
         for name, noted in zip(self.names, notes, strict=False):
-            found = Notes(noted)
+            found = SideInformation(noted)
             known[name] = self._code(name, known, coded, stack, found, track)
             latent = self._draws.get(name)
             if latent and known[latent].drawn:
@@ -308,7 +312,7 @@ class Codec:
         known: dict[str, Value],
         size: tuple[int, int],
         stack: Stack,
-        notes: Notes,
+        notes: SideInformation,
         track: Track,
         value: Value | None = None,
     ) -> Value:
@@ -332,7 +336,7 @@ class Codec:
         z: Tensor | None,
         inside: tuple[int, int] | None,
         stack: Stack,
-        notes: Notes,
+        notes: SideInformation,
         track: Track,
         name: str,
         known: Tensor | None,
@@ -343,7 +347,7 @@ class Codec:
         # a tile holds whole blocks, and whole positions of the latent
         least = level.multiple if z is not None else 1
         units = [math.lcm(s, b, least) // s for s, b in zip(scale, level.transform.block, strict=True)]
-        y = torch.zeros(n, level.format.channels, height * scale[0], width * scale[1], dtype=torch.uint8)
+        y = torch.zeros(n, level.spec.channels, height * scale[0], width * scale[1], dtype=torch.uint8)
         coded = _mask(y, inside)
         tiles = [
             (r, c)
@@ -367,7 +371,7 @@ class Codec:
         return y
 
     def _mixture(
-        self, mixture: Any, stack: Stack, notes: Notes, coded: Tensor, known: Tensor | None
+        self, mixture: Any, stack: Stack, notes: SideInformation, coded: Tensor, known: Tensor | None
     ) -> Tensor:
         """Code the pixels that a mixture describes, where `coded` says so; returns them, uint8."""
         support = mixture.support
@@ -378,7 +382,7 @@ class Codec:
             v = torch.where(mask, v, support.nearest().long())
         entries = None if known is None else support.split(known.to(v.device)).long()
         for group in range(groups):
-            lattice = Lattice(mixture, group, notes)
+            lattice = QuantizedMixture(mixture, group, notes)
             weights = lattice.weights()
             for channel in range(channels):
 
@@ -391,7 +395,7 @@ class Codec:
                 here = slice(None) if whole else at(mask)
                 found = at(v).copy()
                 found[here], weights[:, here] = code(
-                    stack, weights[:, here], logistics.part(here), mixture.format.levels,
+                    stack, weights[:, here], logistics.part(here), mixture.spec.num_values,
                     None if lo is None or hi is None else (at(lo)[here], at(hi)[here]),
                     None if entries is None else at(entries)[here],
                 )  # fmt: skip
@@ -411,16 +415,18 @@ class Codec:
 
     def check(self, x: Tensor) -> None:
         """Raise TypeError or ValueError if a picture does not fit the model."""
-        format = self.model.format
-        check_image(x, x.shape[1] if x.ndim == 4 else format.channels)
-        if x.shape[0] != 1 or 0 in x.shape or x.shape[1] not in {1, format.channels}:
+        spec = self.model.spec
+        check_image(x, x.shape[1] if x.ndim == 4 else spec.channels)
+        if x.shape[0] != 1 or 0 in x.shape or x.shape[1] not in {1, spec.channels}:
             raise ValueError(
-                f"expected one picture uint8 (1, {format.channels}, H, W), or of 1 channel; "
+                f"expected one picture uint8 (1, {spec.channels}, H, W), or of 1 channel; "
                 f"got {tuple(x.shape)}"
             )
         check_size(*self.padded(x.shape[2], x.shape[3]))
-        if int(x.max()) > format.top:
-            raise ValueError(f"the model has levels 0 to {format.top}; the picture holds {int(x.max())}")
+        if int(x.max()) > spec.max_value:
+            raise ValueError(
+                f"the model has levels 0 to {spec.max_value}; the picture holds {int(x.max())}"
+            )
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
         """The size that is computed for a picture: what the model's levels divide, in pixels."""
@@ -437,11 +443,11 @@ class Codec:
 
     def _check_header(self, header: Header) -> None:
         self.check_model(header.fingerprint)
-        format = self.model.format
+        spec = self.model.spec
         check_size(*self.padded(header.height, header.width))
         if (
-            header.channels not in (1, format.channels)
-            or header.levels != format.levels
+            header.channels not in (1, spec.channels)
+            or header.num_values != spec.num_values
             or [part.name for part in header.parts] != self.names
         ):
             raise CodecError("the header does not fit the model that it names: the file is damaged")

@@ -26,7 +26,11 @@ class Jobs:
 
     @contextlib.contextmanager
     def run(
-        self, session: str, show: Callable[[float, str], Any], shares: Mapping[str, float], *phases: str
+        self,
+        session: str,
+        show: Callable[[float, str], Any],
+        shares: Mapping[str, float],
+        *space_to_depth: str,
     ) -> Iterator[Track]:
         """A job, as the hook that it reports its steps to; they raise StoppedError once it is stopped.
 
@@ -48,7 +52,7 @@ class Jobs:
                 if sign.is_set():
                     raise StoppedError
                 part = min(done, 0.999)
-                show(part, phases[int(part * len(phases))] if phases else text)
+                show(part, space_to_depth[int(part * len(space_to_depth))] if space_to_depth else text)
                 yield step
                 done += shares.get(text, 0.0) / len(steps)
 

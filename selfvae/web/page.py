@@ -19,8 +19,7 @@ from urllib.parse import urlsplit
 import torch
 from PIL import Image
 
-from selfvae import data as sources
-from selfvae import pictures
+from selfvae.data import pictures, sources
 from selfvae.progress import Track
 from selfvae.web import work
 from selfvae.web.jobs import Jobs, StoppedError
@@ -220,10 +219,15 @@ class Page:
         if request.session_hash:
             self.jobs.stop(request.session_hash)
 
-    def _run(self, request: gr.Request, progress: Any, shares: Mapping[str, float], *phases: str) -> Any:
+    def _run(
+        self, request: gr.Request, progress: Any, shares: Mapping[str, float], *space_to_depth: str
+    ) -> Any:
         """A visitor's job (`Jobs.run`), shown in the browser."""
         return self.jobs.run(
-            request.session_hash or "", lambda part, text: progress(part, desc=text), shares, *phases
+            request.session_hash or "",
+            lambda part, text: progress(part, desc=text),
+            shares,
+            *space_to_depth,
         )
 
     def _go(self, label: str) -> gr.Button:
@@ -341,8 +345,8 @@ class Page:
         ) -> Any:  # fmt: skip
             # writing and reading it back take alike, the other formats less
             steps = {name: share / 3 for name, share in coding.items()} | {"other formats": 1 / 3}
-            phases = "compressing", "reading it back, to be sure", "other formats, to compare"
-            with self._run(request, progress, steps, *phases) as track:
+            space_to_depth = "compressing", "reading it back, to be sure", "other formats, to compare"
+            with self._run(request, progress, steps, *space_to_depth) as track:
                 name, data = _required(file)
                 found = work.compress(codec, data, self.pixels, track)
                 return everything(found, self._file(found.data, f"{name}.svae"), track)

@@ -13,16 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from selfvae import hub, pictures, tasks
+from selfvae import hub, operations
 from selfvae.codec import Codec, read_header
 from selfvae.codec.bench import lossless_sizes
-from selfvae.data import square
-from selfvae.evaluate import plain_enhancement, psnr
+from selfvae.data import pictures
+from selfvae.data.pictures import Picture, show, to_image, to_spec
+from selfvae.data.sheets import figure, magnify, to_rgb
+from selfvae.data.sources import square
+from selfvae.metrics.likelihood import baseline_enhancement, psnr
 from selfvae.model import SelfVAE
-from selfvae.pictures import Picture, show, to_format, to_image
-from selfvae.plots import figure, magnify, to_rgb
-from selfvae.progress import Track, silent
-from selfvae.tiles import fitted
+from selfvae.progress import Track, no_progress
+from selfvae.tiling import fitted
 
 __all__ = [
     "Gap", "Models", "Packed", "compress", "enhance", "generate",
@@ -43,14 +44,14 @@ class Gap:
 
     def __str__(self) -> str:
         rows, cols = self.model.scale(self.k)
-        given, whole = self.model.levels[self.k].format, self.model.format
+        given, whole = self.model.levels[self.k].spec, self.model.spec
         words = []
         if rows * cols > 1:
             words.append(f"size: it becomes {cols} x as wide, {rows} x as high")
         if given.channels < whole.channels:
             words.append("colour: it is grey")
-        if given.levels < whole.levels:
-            words.append(f"levels: it has {given.levels} a channel, in bands")
+        if given.num_values < whole.num_values:
+            words.append(f"levels: it has {given.num_values} a channel, in bands")
         return "; ".join(words) or f"what y{self.k} does not hold"
 
 
@@ -67,13 +68,13 @@ class Models:
     def load(cls, path: Path | None = None) -> Models:
         """One trained model for everything that it can do; None: those that come with the package."""
         if path is None:
-            shipped = {name: hub.load(name) for name in (*_GAPS, _CODEC, _SMALL, _LATENT)}
-            gaps = tuple(Gap(shipped[name], 1) for name in _GAPS)
-            generators = {n: shipped[n] for n in (_SMALL, _LATENT, _CODEC)}
-            return cls(gaps, Codec(shipped[_CODEC]), generators, shipped[_LATENT])
+            bundled = {name: hub.load(name) for name in (*_GAPS, _CODEC, _SMALL, _LATENT)}
+            gaps = tuple(Gap(bundled[name], 1) for name in _GAPS)
+            generators = {n: bundled[n] for n in (_SMALL, _LATENT, _CODEC)}
+            return cls(gaps, Codec(bundled[_CODEC]), generators, bundled[_LATENT])
         model = hub.load(path)
         gaps = tuple(Gap(model, k) for k in range(1, len(model.levels)))
-        codec = Codec(model) if model.format.levels == 256 and model.format.channels in (1, 3) else None
+        codec = Codec(model) if model.spec.num_values == 256 and model.spec.channels in (1, 3) else None
         return cls(gaps, codec, {path.name: model}, model if model.has_latents else None)
 
 
@@ -116,8 +117,8 @@ def enhance(
     *,
     computed: bool = False,
     n: int = 2,
-    track: Track = silent,
-    **how: Unpack[tasks.Drawing],
+    track: Track = no_progress,
+    **how: Unpack[operations.Drawing],
 ) -> list[tuple[str, Image.Image]]:
     """What is given, the plain enhancement, and n draws of what the picture lacks, with captions.
 
@@ -127,29 +128,29 @@ def enhance(
     picture, (rows, cols) = read(data, pixels, multiples=model.multiples[k]), model.scale(k)
     x: Tensor | None = None
     if computed:
-        x = to_format(picture, model.format)
+        x = to_spec(picture, model.spec)
         height, width = x.shape[2] // rows, x.shape[3] // cols
         if not height or not width:
             raise ValueError(f"the picture must have at least {cols} x {rows} pixels to be made smaller")
         x = x[:, :, : height * rows, : width * cols]
-        y = tasks.infer(fitted(model, x[0, 0].numel()), x, f"y{k}")[f"y{k}"][:, :, :height, :width]
+        y = operations.infer(fitted(model, x[0, 0].numel()), x, f"y{k}")[f"y{k}"][:, :, :height, :width]
     else:
-        y = to_format(picture, model.levels[k].format)
+        y = to_spec(picture, model.levels[k].spec)
     _check_pixels(y.shape[2] * rows, y.shape[3] * cols, pixels, model.multiples[0], "the result would have")
     large = fitted(model, y.shape[2] * rows * y.shape[3] * cols, track)
     seed = how.get("seed") or 0
-    drawn = {"without a model": plain_enhancement(model, y, k)}
+    drawn = {"without a model": baseline_enhancement(model, y, k)}
     for i in track(range(n), "versions"):
         how["seed"] = seed + i
-        drawn[f"version {i + 1}"] = tasks.enhance(large, y, k, **how)
-    out = [("given", magnify(show(y, model.levels[k].format), rows, cols))]
+        drawn[f"version {i + 1}"] = operations.enhance(large, y, k, **how)
+    out = [("given", magnify(show(y, model.levels[k].spec), rows, cols))]
     for name, value in drawn.items():
-        shown = show(value, model.format)
+        shown = show(value, model.spec)
         if x is not None:
-            name = f"{name}: {psnr(shown, show(x, model.format)).item():.1f} dB"
+            name = f"{name}: {psnr(shown, show(x, model.spec)).item():.1f} dB"
         out.append((name, shown))
     if x is not None:
-        out.append(("the picture itself", show(x, model.format)))
+        out.append(("the picture itself", show(x, model.spec)))
     return [(name, _image(value)) for name, value in out]
 
 
@@ -194,7 +195,7 @@ def shares(model: SelfVAE) -> dict[str, float]:
     return {name: part / sum(own.values()) for name, part in own.items()}
 
 
-def compress(codec: Codec, data: bytes, pixels: int, track: Track = silent) -> Packed:
+def compress(codec: Codec, data: bytes, pixels: int, track: Track = no_progress) -> Packed:
     """The file of a picture, decoded again and compared, beside the others' sizes."""
     x = read(data, pixels, exact=True, multiples=codec.model.multiples[0]).pixels
     packed = codec.compress(x, track=track)
@@ -210,7 +211,7 @@ def open_packed(codec: Codec, data: bytes, pixels: int) -> Packed:
     return Packed(data)
 
 
-def prefix(codec: Codec, file: Packed, part: float, track: Track = silent) -> tuple[Image.Image, str]:
+def prefix(codec: Codec, file: Packed, part: float, track: Track = no_progress) -> tuple[Image.Image, str]:
     """What the first part (0 to 1) of a file's bytes gives, and words for it."""
     header = read_header(file.data)
     ends = header.ends()
@@ -241,15 +242,17 @@ def prefix(codec: Codec, file: Packed, part: float, track: Track = silent) -> tu
 # --- generate, interpolate ----------------------------------------------------------------------------
 
 
-def generate(model: SelfVAE, n: int, track: Track = silent, **how: Unpack[tasks.Drawing]) -> Image.Image:
+def generate(
+    model: SelfVAE, n: int, track: Track = no_progress, **how: Unpack[operations.Drawing]
+) -> Image.Image:
     """n images from nothing, and below them the levels that they were drawn from, as one picture."""
     height, width = model.config.image_shape[1:]
-    drawn = tasks.complete(model, {}, (n, height, width), track=track, **how)
+    drawn = operations.complete(model, {}, (n, height, width), track=track, **how)
     top, rows = len(model.levels) - 1, []
     for k in torch.linspace(0, top, min(top + 1, _LEVELS)).round().int().tolist():
         y = drawn[f"y{k}"]
         title = f"y{k}: {y.shape[3]} x {y.shape[2]}" if k else f"the images: {width} x {height} pixels"
-        whole = magnify(to_rgb(show(y, model.levels[k].format)), *model.scale(k))
+        whole = magnify(to_rgb(show(y, model.levels[k].spec)), *model.scale(k))
         rows.append((title, whole[:, :, :height, :width]))
     return figure(rows)
 
@@ -260,15 +263,15 @@ def interpolate(
     pixels: int,
     steps: int,
     given: str,
-    track: Track = silent,
-    **how: Unpack[tasks.Drawing],
+    track: Track = no_progress,
+    **how: Unpack[operations.Drawing],
 ) -> list[Image.Image]:
     """From the first picture to the second through the latents; both are cut to the model's own size."""
 
     def small(data: bytes) -> Tensor:
         picture = square(to_image(read(data, pixels).pixels[0]), model.config.image_shape[1])
-        return to_format(Picture(torch.tensor(picture)[None]), model.format)
+        return to_spec(Picture(torch.tensor(picture)[None]), model.spec)
 
     a, b = map(small, ends)
-    frames = show(tasks.interpolate(model, a, b, steps, given, track=track, **how)[0], model.format)
+    frames = show(operations.interpolate(model, a, b, steps, given, track=track, **how)[0], model.spec)
     return [_image(frame[None]) for frame in frames]

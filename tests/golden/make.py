@@ -21,7 +21,7 @@ if __name__ == "__main__":  # pytest looks into every module for examples
     )
 
     from selfvae.codec import fingerprint, pack
-    from selfvae.codec.coder import Stack
+    from selfvae.codec.ans import Stack
     from selfvae.codec.container import VERSION
 
     folder = GOLDEN / str(VERSION)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from selfvae.layers import Conv, ResidualBlock
+from selfvae.nn.layers import Conv, ResidualBlock
 
 __all__ = ["Coupling", "RealNVP", "squeeze", "unsqueeze"]
 

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from selfvae.files import below, replacing
-from selfvae.pictures import ENDINGS, open_picture, picture_size
-from selfvae.progress import Track, silent
+from selfvae.data.pictures import ENDINGS, open_picture, picture_size
+from selfvae.files import atomic_path, below
+from selfvae.progress import Track, no_progress
 
 __all__ = [
     "Dataset",
@@ -397,7 +397,7 @@ def _cache() -> Path:
 
 def _write_folder(folder: Path, splits: Splits) -> None:
     """Write FOLDER/train.npy, ...: all of them or nothing."""
-    with replacing(folder) as temporary:
+    with atomic_path(folder) as temporary:
         temporary.mkdir()
         for split, images in splits.items():
             np.save(temporary / f"{split}.npy", images)
@@ -423,7 +423,7 @@ def crop(
     shrink: Sequence[int] = (2, 3, 4),
     n: int = 20_000,
     seed: int = 0,
-    track: Track = silent,
+    track: Track = no_progress,
 ) -> dict[str, int]:
     """Random crops of the photographs in a folder, as a data set to train on: OUT/train.npy, ....
 

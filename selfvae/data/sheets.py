@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from selfvae.pictures import save
+from selfvae.data.pictures import save
 
 __all__ = ["figure", "grid", "magnify", "save_animation", "save_figure", "save_grid", "to_rgb"]
 

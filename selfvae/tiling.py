@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from selfvae.level import Level, Posterior
 from selfvae.model import SelfVAE
-from selfvae.progress import Track, silent
-from selfvae.transforms import Blank
+from selfvae.progress import Track, no_progress
+from selfvae.transforms import Null
 
 __all__ = ["WHOLE", "Tile", "fitted", "split", "tiled"]
 
@@ -90,7 +90,7 @@ class TiledLevel(nn.Module):
         self.level, self.k, self.unit, self.track = level, k, unit, track
         self.tile = tuple(max(1, tile // n) for n in unit)
         self.margin = tuple(-(-margin // n) for n in unit)
-        self.format, self.transform = level.format, level.transform
+        self.spec, self.transform = level.spec, level.transform
         self.has_latent, self.multiple = level.has_latent, level.multiple
         self.latent_shape = level.latent_shape
 
@@ -125,7 +125,7 @@ class TiledLevel(nn.Module):
 
     def prior(self, y_up: Tensor, z_up: Tensor | None) -> Any:
         """p(z | y_up, z_up), as `Level.prior`; the top one is small and stays whole."""
-        if isinstance(self.transform, Blank):
+        if isinstance(self.transform, Null):
             return self.level.prior(y_up, z_up)
         if z_up is None:
             return _TiledDistribution(self, "z", lambda y: self.level.prior(y, None), [y_up])
@@ -138,7 +138,7 @@ class TiledLevel(nn.Module):
         return _TiledDistribution(self, "y", self.level.likelihood, [y_up, z])
 
 
-def tiled(model: SelfVAE, tile: int = _SIDE, margin: int = 32, track: Track = silent) -> SelfVAE:
+def tiled(model: SelfVAE, tile: int = _SIDE, margin: int = 32, track: Track = no_progress) -> SelfVAE:
     """The same model for pictures of any size: every operation of `tasks`, in bounded memory.
 
     Arguments:
@@ -156,6 +156,6 @@ def tiled(model: SelfVAE, tile: int = _SIDE, margin: int = 32, track: Track = si
     return SelfVAE(levels, model.config)  # type: ignore[arg-type]
 
 
-def fitted(model: SelfVAE, pixels: int, track: Track = silent) -> SelfVAE:
+def fitted(model: SelfVAE, pixels: int, track: Track = no_progress) -> SelfVAE:
     """The model, for pictures of so many pixels that are drawn together: in tiles if these are many."""
     return model if pixels <= WHOLE else tiled(model, track=track)

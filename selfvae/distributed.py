@@ -21,7 +21,7 @@ import torch.distributed as dist
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
 
-from selfvae.progress import Track, silent
+from selfvae.progress import Track, no_progress
 
 __all__ = ["alone", "launch", "launch_fabric", "rank", "spread", "world_size"]
 
@@ -64,7 +64,7 @@ def launch_fabric(fabric: Fabric) -> None:
 
 
 def spread(
-    task: Callable[[Item], Result], items: Sequence[Item], track: Track = silent, text: str = ""
+    task: Callable[[Item], Result], items: Sequence[Item], track: Track = no_progress, text: str = ""
 ) -> list[Result]:
     """[task(item) for item in items], in every process, each having done its share of it.
 

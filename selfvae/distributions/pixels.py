@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfvae.transforms import Format, Support, at_least_float32
+from selfvae.transforms import ImageSpec, Support, at_least_float32
 
 __all__ = ["PixelMixture", "log1mexp", "param_count", "rand_like", "to_unit"]
 
@@ -23,8 +23,8 @@ _LOG_SCALE_FLOOR = -7.0  # on the [-1, 1] scale: a bin may hold 0.973 of the mas
 _LOG_SCALE_TOP = 7.0  # beyond it a logistic is flat for every purpose
 # what a network's zero output stands for, and how far an output of one moves a mean: around an anchor
 # the residuals are small
-_LOG_SCALE_START, _LOG_SCALE_START_ANCHORED = -1.5, -3.5
-_REACH, _REACH_ANCHORED = 1.0, 0.1
+_LOG_SCALE_START, _LOG_SCALE_START_RESIDUAL = -1.5, -3.5
+_REACH, _REACH_RESIDUAL = 1.0, 0.1
 
 
 def rand_like(x: Tensor) -> Tensor:
@@ -32,9 +32,9 @@ def rand_like(x: Tensor) -> Tensor:
     return torch.rand_like(x, memory_format=torch.contiguous_format)
 
 
-def to_unit(x: Tensor, levels: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Values 0..levels-1 (uint8 or float) -> [-1, 1], what the networks see."""
-    return x.to(dtype) * (2.0 / (levels - 1)) - 1.0
+def to_unit(x: Tensor, num_values: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values 0..num_values-1 (uint8 or float) -> [-1, 1], what the networks see."""
+    return x.to(dtype) * (2.0 / (num_values - 1)) - 1.0
 
 
 def param_count(channels: int, components: int) -> int:
@@ -59,7 +59,7 @@ class _Logistics:
 
     mean: Tensor
     inverse_scale: Tensor
-    top: int
+    max_value: int
 
     def log_mass(self, v: Tensor, bounds: tuple[Tensor, Tensor] | None) -> Tensor:
         """ln P(v), nats, for v that broadcasts with mean; truncated to bounds = (lo, hi) if given.
@@ -67,7 +67,7 @@ class _Logistics:
         With bin edges a < b, P = sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^(a-b)); the
         lowest and the highest level reach to infinity. Each factor is divided by the interval's.
         """
-        inv, top, inf = self.inverse_scale, self.top, torch.inf
+        inv, top, inf = self.inverse_scale, self.max_value, torch.inf
         at_bottom, at_top = v <= 0, v >= top
         offset = v - self.mean  # exact where v is near the mean
         b = torch.where(at_top, inf, (offset + 0.5) * inv)
@@ -91,7 +91,7 @@ class _Logistics:
         # mirrored so that the interval lies in the lower tail, where ln sigmoid keeps its digits
         flip = torch.where((lo + hi) / 2 > self.mean, -1.0, 1.0)
         low = torch.where(lo <= 0, -torch.inf, (lo - 0.5 - self.mean) * inv)
-        high = torch.where(hi >= self.top, torch.inf, (hi + 0.5 - self.mean) * inv)
+        high = torch.where(hi >= self.max_value, torch.inf, (hi + 0.5 - self.mean) * inv)
         low, high = torch.where(flip < 0, -high, low), torch.where(flip < 0, -low, high)
         u = rand_like(self.mean).clamp(1e-7, 1 - 1e-7)
         log_u = torch.logaddexp(
@@ -105,8 +105,8 @@ class PixelMixture:
     """p(x | y, z): discretized logistic mixtures over the entries that y leaves open.
 
     `params` is a network's output (B, G, P, h, w) with P = `param_count`; `support` lays out x and gives
-    the intervals; `anchor` (B, G, C, h, w), in levels, refined by the support as entries become known, is
-    added to every component's mean. Coefficients act on the earlier channels' values ("raw", as in
+    the intervals; `prediction` (B, G, C, h, w), in pixel values, refined by the support as entries become
+    known, is added to every component's mean. Coefficients act on the earlier channels' values ("raw", as in
     PixelCNN++) or on their distance from the component's own mean ("residual").
 
     Source: Salimans et al. 2017 (PixelCNN++), section 2.1; SPEC section 2 for the truncation.
@@ -116,12 +116,12 @@ class PixelMixture:
         self,
         params: Tensor,
         support: Support,
-        format: Format,
+        spec: ImageSpec,
         *,
-        anchor: Tensor | None = None,
+        prediction: Tensor | None = None,
         coefficients: Literal["raw", "residual"] = "raw",
     ) -> None:
-        c = format.channels
+        c = spec.channels
         b, g, p, h, w = params.shape
         m = p // param_count(c, 1)
         if p != param_count(c, m) or m < 1:
@@ -129,20 +129,20 @@ class PixelMixture:
                 f"params must have a multiple of {param_count(c, 1)} channels for {c}-channel "
                 f"pixels; got {p}"
             )
-        self.support, self.format = support, format
+        self.support, self.spec = support, spec
         self.coefficients = coefficients
         logits, means, scales, coefs = (
             at_least_float32(params).view(b, g, p // m, m, h, w).split([1, c, c, c * (c - 1) // 2], 2)
         )
-        half = format.top / 2
+        half = spec.max_value / 2
         self.logits = torch.log_softmax(logits[:, :, 0], 2)  # B, G, M, h, w
-        self.anchor = anchor
-        if anchor is None:
+        self.prediction = prediction
+        if prediction is None:
             self.offsets = (means * _REACH + 1.0) * half
             scales = scales + _LOG_SCALE_START
         else:
-            self.offsets = means * (_REACH_ANCHORED * half)
-            scales = scales + _LOG_SCALE_START_ANCHORED
+            self.offsets = means * (_REACH_RESIDUAL * half)
+            scales = scales + _LOG_SCALE_START_RESIDUAL
         log_scale = _LOG_SCALE_FLOOR + F.softplus(scales - _LOG_SCALE_FLOOR)
         self.inverse_scales = torch.exp(-log_scale.clamp(max=_LOG_SCALE_TOP)) / half
         self.coefs = torch.tanh(coefs)
@@ -152,9 +152,9 @@ class PixelMixture:
 
     def means(self, v: Tensor) -> Tensor:
         """The components' means before the channels' coefficients: (B, G, C, M, h, w), levels."""
-        if self.anchor is None:
+        if self.prediction is None:
             return self.offsets
-        return self.offsets + self.support.refine(self.anchor, v)[:, :, :, None]
+        return self.offsets + self.support.refine(self.prediction, v)[:, :, :, None]
 
     def _channel(self, c: int, v: Tensor, means: Tensor) -> _Logistics:
         """The logistics of channel c given `means` and the entries v of the channels before it."""
@@ -164,9 +164,9 @@ class PixelMixture:
             if self.coefficients == "residual":
                 known = known - means[:, :, j]
             else:
-                known = known - self.format.top / 2  # PixelCNN++ works on [-1, 1]
+                known = known - self.spec.max_value / 2  # PixelCNN++ works on [-1, 1]
             mean = mean + self.coefs[:, :, first + j] * known
-        return _Logistics(mean, self.inverse_scales[:, :, c], self.format.top)
+        return _Logistics(mean, self.inverse_scales[:, :, c], self.spec.max_value)
 
     def _component_masses(self, v: Tensor, channels: int) -> Tensor:
         """ln of every component's weight times its mass of the first channels: (B, G, M, h, w)."""
@@ -197,9 +197,9 @@ class PixelMixture:
         logistics = self._channel(channel, v, self.means(v))
         logistics = _Logistics(
             logistics.mean[:, one, ..., None], logistics.inverse_scale[:, one, ..., None],
-            self.format.top,
+            self.spec.max_value,
         )  # fmt: skip
-        levels = torch.arange(self.format.levels, device=v.device, dtype=weight.dtype)
+        levels = torch.arange(self.spec.num_values, device=v.device, dtype=weight.dtype)
         bounds = self._bounds(v)
         if bounds is None:
             at = None
@@ -228,10 +228,10 @@ class PixelMixture:
                 one = _Logistics(
                     every.mean.gather(2, pick)[:, group, 0],
                     every.inverse_scale.gather(2, pick)[:, group, 0],
-                    self.format.top,
+                    self.spec.max_value,
                 )
                 if temperature is None:
-                    value = torch.round(one.mean.clamp(0, self.format.top)).long().clamp(lo, hi)
+                    value = torch.round(one.mean.clamp(0, self.spec.max_value)).long().clamp(lo, hi)
                 else:
                     value = one.sample((lo, hi), temperature)
                 v[:, group, channel] = value

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selfvae.distributions import DiagonalNormal
+from selfvae.distributions.latents import DiagonalNormal
 from selfvae.level import Posterior
 from selfvae.model import SelfVAE
 

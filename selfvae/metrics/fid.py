@@ -14,12 +14,12 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from selfvae.data import Images, ranges
+from selfvae.data.pictures import show
+from selfvae.data.sources import Images, ranges
+from selfvae.distributed import spread
 from selfvae.model import SelfVAE
-from selfvae.pictures import show
-from selfvae.processes import spread
-from selfvae.progress import Track, silent
-from selfvae.tasks import Drawing, generate
+from selfvae.operations import Drawing, generate
+from selfvae.progress import Track, no_progress
 
 __all__ = ["features", "frechet_distance", "kernel_distance", "load_network", "precision_recall", "quality"]
 
@@ -181,7 +181,7 @@ def quality(
     n: int = 10_000,
     *,
     batch_size: int = 100,
-    track: Track = silent,
+    track: Track = no_progress,
     **how: Unpack[Drawing],
 ) -> dict[str, Any]:
     """`report` for all images against n drawn ones of the same size.
@@ -197,7 +197,7 @@ def quality(
     seed = how.get("seed")
 
     def known(chunk: range) -> Tensor:
-        return features(network, show(images.take(chunk).to(model.device), model.format))
+        return features(network, show(images.take(chunk).to(model.device), model.spec))
 
     size = known(range(1)).shape[1]
     _check_numbers(len(images), n, size + 1, f"a covariance of {size} features")  # before hours of drawing
@@ -206,7 +206,7 @@ def quality(
         if seed is not None:
             how["seed"] = seed + chunk.start
         x = generate(model, len(chunk), *images.shape[2:], **how)
-        return features(network, show(x, model.format))
+        return features(network, show(x, model.spec))
 
     real = spread(known, ranges(len(images), batch_size), track, "real images")
     fake = spread(drawn, ranges(n, batch_size), track, "generated images")

@@ -8,31 +8,31 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import html
 import json
 import math
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import selfvae
-from selfvae import pages
-from selfvae.bounds import Bounds, bounds
-from selfvae.data import Images, ranges
-from selfvae.evaluate import enhancement, evaluate, summary, timing
-from selfvae.figures import figures
+from selfvae.data.sources import Images, ranges
+from selfvae.distributed import alone, spread
 from selfvae.files import write_atomic
 from selfvae.hub import fingerprint, load
-from selfvae.ood import ALTERED, ood
-from selfvae.precision import Resolved, autocast
-from selfvae.processes import alone, spread
-from selfvae.quality import Network, quality
-from selfvae.tasks import seeded
+from selfvae.metrics.bounds import Bounds, bounds
+from selfvae.metrics.fid import Network, quality
+from selfvae.metrics.likelihood import evaluate, evaluate_enhancement, summary, timing
+from selfvae.metrics.ood import ALTERED, ood
+from selfvae.nn.precision import Resolved, autocast
+from selfvae.operations import seeded
+from selfvae.reports import html
+from selfvae.reports.figures import figures
 
 __all__ = ["PAPERS", "Settings", "report"]
 
@@ -149,11 +149,11 @@ def report(
     notes = [note for note in notes if note]
     text = _markdown(notes, tables, pictures)
     alone(lambda: write_atomic(out / "report.md", text.encode()))
-    sections = [f"<p>{html.escape(note)}</p>" for note in notes]
+    sections = [f"<p>{escape(note)}</p>" for note in notes]
     for caption, columns, lines in tables:
-        sections += [f"<h2>{html.escape(caption)}</h2>", pages.table(columns, lines)]
-    sections += [pages.figure(file, caption) for caption, file in pictures]
-    alone(lambda: write_atomic(out / "report.html", pages.page("selfvae report", sections)))
+        sections += [f"<h2>{escape(caption)}</h2>", html.table(columns, lines)]
+    sections += [html.figure(file, caption) for caption, file in pictures]
+    alone(lambda: write_atomic(out / "report.html", html.page("selfvae report", sections)))
     return out / "report.md"
 
 
@@ -219,7 +219,7 @@ class _Work:
         if len(model.levels) > 1:
             parts["enhance"] = self.kept(
                 "enhance", [s.enhance_limit, s.draws],
-                lambda: enhancement(model, images, draws=s.draws, limit=s.enhance_limit, **how),
+                lambda: evaluate_enhancement(model, images, draws=s.draws, limit=s.enhance_limit, **how),
             )  # fmt: skip
         if self.features is not None:
             name, network = self.features

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from selfvae.files import write_atomic
-from selfvae.transforms import Format, Greyscale
+from selfvae.transforms import Greyscale, ImageSpec
 
 __all__ = [
     "ENDINGS",
@@ -32,8 +32,8 @@ __all__ = [
     "read_exactly",
     "save",
     "show",
-    "to_format",
     "to_image",
+    "to_spec",
     "write",
 ]
 
@@ -176,26 +176,26 @@ def _maximum(args: object) -> object:
     return args[1] if isinstance(args, tuple) and len(args) > 1 else 255
 
 
-def to_format(picture: Picture, format: Format) -> Tensor:
+def to_spec(picture: Picture, spec: ImageSpec) -> Tensor:
     """The picture as an image of that format, uint8 (1, C, H, W).
 
     Grey is repeated for colour, colour becomes integer luma for grey, alpha (opaque where there is none)
     is the last of 2 or 4 channels, and fewer levels keep the high bits.
     """
-    x, colours = picture.pixels, 1 if format.channels < 3 else 3
+    x, colours = picture.pixels, 1 if spec.channels < 3 else 3
     if x.shape[1] < colours:
         x = x.expand(-1, 3, -1, -1)
     elif x.shape[1] > colours:
         x = Greyscale()(x)
-    if format.channels in (2, 4):
+    if spec.channels in (2, 4):
         alpha = torch.full_like(x[:, :1], 255) if picture.alpha is None else picture.alpha
         x = torch.cat([x, alpha], 1)
-    return (x.int() * format.levels // 256).to(torch.uint8)
+    return (x.int() * spec.num_values // 256).to(torch.uint8)
 
 
-def show(x: Tensor, format: Format) -> Tensor:
+def show(x: Tensor, spec: ImageSpec) -> Tensor:
     """An image of that format for the eye: its levels spread over 0..255; uint8 of the same shape."""
-    return (x.int() * 255 // format.top).to(torch.uint8)
+    return (x.int() * 255 // spec.max_value).to(torch.uint8)
 
 
 def write(x: Tensor, path: str | Path, alpha: Tensor | None = None) -> None:

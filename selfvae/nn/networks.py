@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfvae.layers import BACKBONES, Conv, Down, Up
+from selfvae.nn.layers import BACKBONES, Conv, Down, Up
 
 __all__ = ["Branch", "Constant", "Decoder", "Encoder", "PriorNet", "Shared"]
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from selfvae.model import SelfVAE
-from selfvae.progress import Track, silent
+from selfvae.progress import Track, no_progress
 
 __all__ = [
     "ALIASES",
@@ -193,7 +193,7 @@ def infer(
     """
     if not 0 <= k < len(model.levels):
         raise ValueError(f"k must be 0 to {len(model.levels) - 1} for this model; got {k}")
-    model.levels[k].format.check(image, f"y{k}")
+    model.levels[k].spec.check(image, f"y{k}")
     wanted = set(variables(model) if given is None else names(model, given))
     images = [int(name[1:]) for name in wanted if name[0] == "y"]
     if images:  # an image brings all above it
@@ -221,7 +221,7 @@ def complete(
     temperature: float | Mapping[str, float] = 1.0,
     decode: Literal["sample", "mode"] = "sample",
     seed: int | None = None,
-    track: Track = silent,
+    track: Track = no_progress,
 ) -> dict[str, Tensor]:
     """One walk down the model: variables in `given` are taken, all others drawn.
 
@@ -239,7 +239,7 @@ def complete(
     given = {variable: value for name, value in given.items() for variable in _one(model, name)}
     for name, value in given.items():
         if name[0] == "y":
-            model.levels[int(name[1:])].format.check(value, name)
+            model.levels[int(name[1:])].spec.check(value, name)
     n, height, width = shape or _shape(model, given)
     if min(n, height, width) < 1:
         raise ValueError(f"shape must be at least one image of 1 x 1 pixel; got {n, height, width}")
@@ -369,7 +369,7 @@ def interpolate(
     given: str | Iterable[str] = "u",
     *,
     spherical: bool = False,
-    track: Track = silent,
+    track: Track = no_progress,
     **how: Unpack[Drawing],
 ) -> Tensor:
     """From a to b, uint8 (B, C, H, W) each, through the latents named in `given`.

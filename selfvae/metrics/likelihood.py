@@ -13,20 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfvae.bounds import Bounds, bounds
-from selfvae.data import Images, ranges
+from selfvae.data.sources import Images, ranges
+from selfvae.distributed import spread
+from selfvae.metrics.bounds import Bounds, bounds
 from selfvae.model import SelfVAE
-from selfvae.objective import Terms, bits_per_dim, gather
-from selfvae.precision import Resolved, autocast
-from selfvae.processes import spread
-from selfvae.tasks import Drawing, check_computed, enhance, generate, infer, reconstruct
-from selfvae.transforms import Chain, Format, MeanDownscale, Transform
+from selfvae.nn.precision import Resolved, autocast
+from selfvae.operations import Drawing, check_computed, enhance, generate, infer, reconstruct
+from selfvae.terms import Terms, bits_per_dim, gather
+from selfvae.transforms import Chain, ImageSpec, MeanDownscale, Transform
 
 __all__ = [
-    "check_levels",
-    "enhancement",
+    "baseline_enhancement",
+    "check_values",
     "evaluate",
-    "plain_enhancement",
+    "evaluate_enhancement",
     "psnr",
     "ssim",
     "summary",
@@ -34,15 +34,15 @@ __all__ = [
 ]
 
 
-def check_levels(model: SelfVAE, images: Images) -> None:
+def check_values(model: SelfVAE, images: Images) -> None:
     """Raise ValueError if images hold values that the model gives no probability to."""
-    if model.format.levels == 256:
+    if model.spec.num_values == 256:
         return
     top = max(int(images.take(batch).max()) for batch in ranges(len(images), 1024))
-    if top > model.format.top:
+    if top > model.spec.max_value:
         raise ValueError(
-            f"the images hold values up to {top}; the model has {model.format.levels} levels "
-            f"(0 to {model.format.top}): build it with levels=256, or reduce the images"
+            f"the images hold values up to {top}; the model has {model.spec.num_values} levels "
+            f"(0 to {model.spec.max_value}): build it with levels=256, or reduce the images"
         )
 
 
@@ -51,7 +51,7 @@ def _batches(model: SelfVAE, images: Images, limit: int | None, batch_size: int)
     n = len(images) if limit is None else min(limit, len(images))
     if n < 1 or batch_size < 1:
         raise ValueError(f"limit and batch_size must be at least 1; got {n} and {batch_size}")
-    check_levels(model, images)
+    check_values(model, images)
     return n, ranges(n, batch_size)
 
 
@@ -142,32 +142,32 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return torch.from_numpy(np.array(values))
 
 
-def plain_enhancement(model: SelfVAE, y: Tensor, k: int = 1) -> Tensor:
+def baseline_enhancement(model: SelfVAE, y: Tensor, k: int = 1) -> Tensor:
     """What one would show without a model, given y[k] (B, c, h, w): uint8 (B, C, H, W).
 
     The transforms' own guesses: bicubic upscaling (from every n-th pixel: linear interpolation), the grey
     image in every channel, the middle of each step of a bit depth, the blurred image as it is.
     """
     for level in reversed(model.levels[:k]):
-        guess = _guess(level.transform, y, level.format)
-        y = guess.round().clamp(0, level.format.top).to(torch.uint8)
+        guess = _guess(level.transform, y, level.spec)
+        y = guess.round().clamp(0, level.spec.max_value).to(torch.uint8)
     return y
 
 
-def _guess(d: Transform, y: Tensor, format: Format) -> Tensor:
+def _guess(d: Transform, y: Tensor, spec: ImageSpec) -> Tensor:
     if isinstance(d, Chain):
-        for step, taken in reversed(d.steps(format)):
+        for step, taken in reversed(d.steps(spec)):
             y = _guess(step, y, taken)
         return y.float()
     if isinstance(d, MeanDownscale):  # its own guess, the models' anchor, is bilinear
         return F.interpolate(
             y.float(), scale_factor=tuple(map(float, d.scale)), mode="bicubic", align_corners=False
         )
-    return d.estimate(y, format)
+    return d.estimate(y, spec)
 
 
 @torch.no_grad()
-def enhancement(
+def evaluate_enhancement(
     model: SelfVAE,
     images: Images,
     k: int = 1,
@@ -179,7 +179,7 @@ def enhancement(
 ) -> dict[str, Any]:
     """How near the images drawn given y[k] alone come to x, and how they differ among themselves.
 
-    For single draws, for the mean of `draws` of them and for `plain_enhancement`: PSNR (dB) and SSIM
+    For single draws, for the mean of `draws` of them and for `baseline_enhancement`: PSNR (dB) and SSIM
     against x, means over images, and the consistency error, the mean distance of d(result) to y[k] in
     levels of y[k]. diversity_rmse: the root mean square distance between two draws, in grey levels, mean
     over pairs and images. All on the scale 0..255. Images are cropped to a size that the model's networks
@@ -189,7 +189,7 @@ def enhancement(
     if draws < 2:
         raise ValueError(f"draws must be at least 2, to tell how they differ; got {draws}")
     n, batches = _batches(model, images, limit, batch_size)
-    seed, unit = how.get("seed"), 255 / model.format.top
+    seed, unit = how.get("seed"), 255 / model.spec.max_value
     height, width = (size - size % m for size, m in zip(images.shape[2:], model.multiples[0], strict=True))
 
     def compare(kind: str, x: Tensor, result: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -220,7 +220,7 @@ def enhancement(
         scores = {
             **{name: torch.stack([scores[name] for scores in each]).mean(0) for name in each[0]},
             **compare("mean", x, stack.mean(0), y),
-            **compare("plain", x, plain_enhancement(model, y, k), y),
+            **compare("plain", x, baseline_enhancement(model, y, k), y),
             "diversity_rmse": torch.stack(apart).mean(0) * unit,
         }
         return {name: values.cpu() for name, values in scores.items()}

@@ -11,13 +11,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from selfvae.distributions import (
+from selfvae.distributions.latents import (
     DiagonalNormal,
     GaussianMixture,
-    RoundedLogistic,
+    NoisyLogistic,
     soft_limit,
 )
-from selfvae.flows import RealNVP
+from selfvae.nn.flows import RealNVP
 from selfvae.transforms import at_least_float32
 
 __all__ = [
@@ -82,7 +82,7 @@ class MixturePrior(_TopPrior):
 
 
 class LogisticPrior(_TopPrior):
-    """A learnt logistic for every channel, for latents whose posterior is a `UniformBox`."""
+    """A learnt logistic for every channel, for latents whose posterior is a `UnitUniform`."""
 
     def __init__(self, latent: int, stride: int) -> None:
         super().__init__(latent, stride)
@@ -94,7 +94,7 @@ class LogisticPrior(_TopPrior):
         mean, log_scale = (
             p.view(1, -1, 1, 1).expand(shape) for p in (self.mean, soft_limit(self.raw_log_scale))
         )
-        return RoundedLogistic(mean, log_scale)
+        return NoisyLogistic(mean, log_scale)
 
 
 class FlowDistribution:

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 
 from selfvae.codec.container import CodecError, Reader, varint
-from selfvae.pixels import PixelMixture
+from selfvae.distributions.pixels import PixelMixture
 
 __all__ = [
     "MARGIN",
     "NOT_FINITE",
     "Channel",
-    "Lattice",
-    "Notes",
+    "QuantizedMixture",
+    "SideInformation",
     "cumulative",
     "ratios",
     "values",
@@ -104,9 +104,9 @@ def _ratio_table() -> Ints:
     return _exactly("ratio", 2 * _STEEPEST + 1)
 
 
-def level_bits(levels: int) -> int:
+def level_bits(num_values: int) -> int:
     """Bits of a level's width, in the steps of the means."""
-    return MEAN - (levels - 1).bit_length()
+    return MEAN - (num_values - 1).bit_length()
 
 
 def cumulative(point: Ints, channel: Channel) -> Ints:
@@ -119,10 +119,10 @@ def cumulative(point: Ints, channel: Channel) -> Ints:
     return np.where(t < 0, lower, (1 << ONE) - lower)
 
 
-class Notes:
+class SideInformation:
     """How values near a border were rounded: written by the encoder, obeyed by the decoder.
 
-    The values of all `snap`s are counted; a note is the distance to the last one, and whether up.
+    The values of all `quantize`s are counted; a note is the distance to the last one, and whether up.
     """
 
     def __init__(self, data: bytes | None = None) -> None:
@@ -143,7 +143,7 @@ class Notes:
         self._seen += n
         return self._seen - n
 
-    def snap(self, value: np.ndarray, at: int | None = None) -> Ints:
+    def quantize(self, value: np.ndarray, at: int | None = None) -> Ints:
         """Round values, float64 of any shape, in grid steps; half up. at: their number, if reserved."""
         if not np.isfinite(value).all():
             raise CodecError(NOT_FINITE)
@@ -189,21 +189,21 @@ class Channel(NamedTuple):
     bits: int  # of a value's width, in units of the means
     shape: Shape = "logistic"
 
-    def within(self, width: int, levels: int) -> tuple[Ints, Ints]:
+    def within(self, width: int, num_values: int) -> tuple[Ints, Ints]:
         """The least and largest values that lie so many scales around the mean of one component."""
         reach = (width << _UNIT + _INVERSE) // self.inverse[0]
         low, high = ((self.mean[0] + side) >> self.bits for side in (-reach, reach + (1 << self.bits)))
-        return np.clip(low, 0, levels - 1), np.clip(high, 0, levels - 1)
+        return np.clip(low, 0, num_values - 1), np.clip(high, 0, num_values - 1)
 
     def part(self, at: slice | np.ndarray) -> Channel:
         """Some of the values."""
         return self._replace(mean=self.mean[:, at], inverse=self.inverse[:, at])
 
 
-def weights(log_weights: np.ndarray, notes: Notes) -> Ints:
+def weights(log_weights: np.ndarray, notes: SideInformation) -> Ints:
     """The components' weights, up to 2^20, from their logarithms, float64 (M, n) nats."""
     steps = (log_weights - log_weights.max(0)) * _WEIGHT
-    return _weight_table()[-notes.snap(np.maximum(steps, _LEAST))]
+    return _weight_table()[-notes.quantize(np.maximum(steps, _LEAST))]
 
 
 def _rows(x: torch.Tensor) -> np.ndarray:
@@ -211,46 +211,46 @@ def _rows(x: torch.Tensor) -> np.ndarray:
     return x.transpose(0, 1).flatten(1).double().cpu().numpy()
 
 
-def _inverse(octaves: np.ndarray, notes: Notes, at: int | None = None) -> Ints:
+def _inverse(octaves: np.ndarray, notes: SideInformation, at: int | None = None) -> Ints:
     """Inverse scales from their logarithms to the base 2."""
-    steps = notes.snap(np.clip(octaves * _SCALE, _FLATTEST, _SHARPEST), at)
+    steps = notes.quantize(np.clip(octaves * _SCALE, _FLATTEST, _SHARPEST), at)
     return _inverse_table()[steps - _FLATTEST]
 
 
 def values(
     mean: np.ndarray,
     log2_scale: np.ndarray,
-    levels: int,
+    num_values: int,
     shape: Shape,
-    notes: Notes,
+    notes: SideInformation,
     at: int | None = None,
 ) -> Channel:
-    """Whole numbers 0 to levels - 1 that stand for -levels / 2 and on: means and scales (M, n) of these.
+    """Integers 0 to num_values - 1 that stand for -num_values / 2 and up: their means and scales (M, n).
 
     at: their number in the notes, if it is not the next.
     """
-    mean = notes.snap(np.clip((mean + levels // 2) * (1 << _UNIT), -_REACH, _REACH), at)
+    mean = notes.quantize(np.clip((mean + num_values // 2) * (1 << _UNIT), -_REACH, _REACH), at)
     return Channel(mean, _inverse(-log2_scale, notes, None if at is None else at + mean.size), _UNIT, shape)
 
 
-def ratios(log_ratio: np.ndarray, notes: Notes, at: int) -> Ints:
+def ratios(log_ratio: np.ndarray, notes: SideInformation, at: int) -> Ints:
     """2^12 times a ratio, from its logarithm, nats: (n,)."""
-    steps = notes.snap(np.clip(log_ratio * _RATIO, -_STEEPEST, _STEEPEST), at)
+    steps = notes.quantize(np.clip(log_ratio * _RATIO, -_STEEPEST, _STEEPEST), at)
     return _ratio_table()[steps + _STEEPEST]
 
 
 @dataclass
-class Lattice:
+class QuantizedMixture:
     """The whole numbers of one group of a mixture: channel after channel, as values become known."""
 
     mixture: PixelMixture
     group: int
-    notes: Notes
+    notes: SideInformation
 
     def __post_init__(self) -> None:
         self.means: list[Ints] = []  # of the channels so far, before their coefficients
         self.values: list[Ints] = []
-        self.bits = level_bits(self.mixture.format.levels)
+        self.bits = level_bits(self.mixture.spec.num_values)
 
     def weights(self) -> Ints:
         """The components' weights before any channel is known: (M, n)."""
@@ -262,13 +262,13 @@ class Lattice:
         if c:
             self.values.append(_rows(v[:, self.group, c - 1, None])[0].astype(np.int64))
         mean = _rows(mixture.means(v)[:, self.group, c]) * (1 << self.bits)
-        mean = notes.snap(np.clip(mean, -_REACH, _REACH))
+        mean = notes.quantize(np.clip(mean, -_REACH, _REACH))
         self.means.append(mean)
         for j in range(c):
-            coefficient = notes.snap(
+            coefficient = notes.quantize(
                 _rows(mixture.coefs[:, self.group, c * (c - 1) // 2 + j]) * (1 << COEFFICIENT)
             )
-            middle = mixture.format.top << self.bits - 1
+            middle = mixture.spec.max_value << self.bits - 1
             centre = middle if mixture.coefficients == "raw" else self.means[j]
             known = (self.values[j] << self.bits)[None] - centre
             mean = mean + ((coefficient * known + (1 << COEFFICIENT - 1)) >> COEFFICIENT)

@@ -30,18 +30,18 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from selfvae import hub
-from selfvae.data import Dataset, augment, batch_indices
-from selfvae.evaluate import check_levels, evaluate
+from selfvae.data.sheets import save_grid
+from selfvae.data.sources import Dataset, augment, batch_indices
+from selfvae.distributed import launch_fabric
 from selfvae.files import write_atomic, write_tensors
-from selfvae.layers import checkpoint_activations
+from selfvae.metrics.likelihood import check_values, evaluate
 from selfvae.model import SelfVAE
-from selfvae.objective import Terms, bits_per_dim
-from selfvae.optim import Muon
-from selfvae.plots import save_grid
-from selfvae.precision import Precision, resolve
+from selfvae.nn.layers import checkpoint_activations
+from selfvae.nn.precision import Precision, resolve
+from selfvae.operations import generate
 from selfvae.presets import ModelConfig, from_config
-from selfvae.processes import launch_fabric
-from selfvae.tasks import generate
+from selfvae.terms import Terms, bits_per_dim
+from selfvae.training.optim import Muon
 
 __all__ = ["TrainConfig", "check_free", "make_step", "prepare", "train"]
 
@@ -240,7 +240,7 @@ class State:
         """Everything needed to go on, in one file, written whole or not at all."""
         tensors: dict[str, Tensor] = dict(self.guard.state())
         for prefix, model in (("model", self.model), ("ema", self.ema)):
-            tensors |= {f"{prefix}.{k}": v for k, v in hub.own_state(model).items()}
+            tensors |= {f"{prefix}.{k}": v for k, v in hub.unique_state_dict(model).items()}
         for i, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in values.items()}
         numbers = {name: getattr(self, name) for name in self._numbers}
@@ -261,7 +261,7 @@ class State:
                 tensors[key] = file.get_tensor(key)
         for prefix, model in (("model.", self.model), ("ema.", self.ema)):
             part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            hub.set_state(model, part)
+            hub.load_unique_state_dict(model, part)
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer."):
@@ -307,7 +307,7 @@ def _differences(a: ModelConfig, b: ModelConfig) -> dict[str, tuple[Any, Any]]:
 def _take_weights(model: SelfVAE, start: SelfVAE) -> None:
     """Begin with another model's weights; ValueError if they are not of the same shapes."""
     try:
-        hub.set_state(model, hub.own_state(start))
+        hub.load_unique_state_dict(model, hub.unique_state_dict(start))
     except RuntimeError:
         raise ValueError(
             "the weights to start from do not fit; their model and the run's differ in "
@@ -451,7 +451,7 @@ def train(
         _check_same_model(checkpoint, model_config)
     _seed(config.seed, 2**32 - 1)
     bare = from_config(model_config).to(fabric.device)
-    check_levels(bare, data.train)
+    check_values(bare, data.train)
     if not resume:
         if start is not None:
             _take_weights(bare, start)

@@ -22,16 +22,16 @@ from torch import Tensor, nn
 __all__ = [
     "BicubicDownscale",
     "BitDepth",
-    "Blank",
     "Chain",
     "Checkerboard",
-    "Format",
     "GaussianBlur",
     "Greyscale",
-    "Keep",
+    "ImageSpec",
     "MeanDownscale",
+    "Null",
     "Sketch",
     "Subsample",
+    "Subsampling",
     "Support",
     "Transform",
     "at_least_float32",
@@ -40,31 +40,32 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Format:
-    """What an image is: its number of channels and of grey levels (values are 0..levels-1)."""
+class ImageSpec:
+    """What an image is: its number of channels and of grey levels (values are 0..num_values-1)."""
 
     channels: int
-    levels: int = 256
+    num_values: int = 256
 
     def __post_init__(self) -> None:
         if not 0 <= self.channels <= 4:
             raise ValueError(f"an image has 1 to 4 channels; got {self.channels}")
-        if not 2 <= self.levels <= 256:
-            raise ValueError(f"an image has 2 to 256 levels a channel; got {self.levels}")
+        if not 2 <= self.num_values <= 256:
+            raise ValueError(f"an image has 2 to 256 levels a channel; got {self.num_values}")
 
     @property
-    def top(self) -> int:
+    def max_value(self) -> int:
         """The largest value."""
-        return self.levels - 1
+        return self.num_values - 1
 
     def check(self, x: Tensor, name: str = "x") -> None:
-        """Raise a `TypeError` or `ValueError` unless x is uint8 (B, C, H, W), not empty, of this format."""
+        """Raise a `TypeError` or `ValueError` unless x is uint8 (B, C, H, W), not empty, of this spec."""
         check_image(x, self.channels, name)
         if not x.numel():
             raise ValueError(f"{name} must hold at least one image and pixel; got {tuple(x.shape)}")
-        if self.levels < 256 and (most := int(x.max())) > self.top:
+        if self.num_values < 256 and (most := int(x.max())) > self.max_value:
             raise ValueError(
-                f"{name} must hold values of 0 to {self.top}; got {most}: reduce it with pictures.to_format"
+                f"{name} must hold values of 0 to {self.max_value}; got {most}: "
+                "reduce it with pictures.to_spec"
             )
 
 
@@ -95,29 +96,29 @@ class Support:
 
     groups = 1
     restricts = False  # some x are ruled out
-    truncates = False  # `bounds` are narrower than 0..levels-1
+    truncates = False  # `bounds` are narrower than 0..num_values-1
 
-    def __init__(self, y: Tensor, format: Format) -> None:
+    def __init__(self, y: Tensor, spec: ImageSpec) -> None:
         self.y = y
-        self.top = format.top
-        self.order: tuple[int, ...] = tuple(range(format.channels))
+        self.max_value = spec.max_value
+        self.order: tuple[int, ...] = tuple(range(spec.channels))
 
-    def phases(self, x: Tensor) -> Tensor:
+    def space_to_depth(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, G, C, h, w), channels untouched: also lays out a network's parameters."""
         return x[:, None]
 
-    def unphase(self, v: Tensor) -> Tensor:
-        """(B, G, C, h, w) -> (B, C, H, W), the inverse of `phases`."""
+    def depth_to_space(self, v: Tensor) -> Tensor:
+        """(B, G, C, h, w) -> (B, C, H, W), the inverse of `space_to_depth`."""
         return v[:, 0]
 
     def split(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> entries v (B, G, C, h, w) in coding order, any dtype."""
-        return self._permute(self.phases(x), self.order)
+        return self._permute(self.space_to_depth(x), self.order)
 
     def merge(self, v: Tensor) -> Tensor:
         """Entries v (B, G, C, h, w) in coding order -> x (B, C, H, W)."""
         inverse = tuple(self.order.index(c) for c in range(len(self.order)))
-        return self.unphase(self._permute(v, inverse))
+        return self.depth_to_space(self._permute(v, inverse))
 
     @staticmethod
     def _permute(v: Tensor, order: tuple[int, ...]) -> Tensor:
@@ -127,7 +128,7 @@ class Support:
 
     def bounds(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """Entries v, int64 (B, G, C, h, w) -> inclusive (lo, hi), int64 of v's shape."""
-        return torch.zeros_like(v), torch.full_like(v, self.top)
+        return torch.zeros_like(v), torch.full_like(v, self.max_value)
 
     def refine(self, estimate: Tensor, v: Tensor) -> Tensor:
         """A guess at the entries, float (B, G, C, h, w), corrected by what earlier entries of v tell."""
@@ -143,7 +144,7 @@ class Support:
 class Transform(nn.Module):
     """A deterministic map d: uint8 (B, C, H, W) -> uint8 (B, c, h, w), without parameters.
 
-    `support(y, format)` tells what y = d(x) leaves open of an x of that format. A transform without a
+    `support(y, spec)` tells what y = d(x) leaves open of an x of that spec. A transform without a
     support of its own leaves everything open: the likelihood is then the unrestricted one.
     """
 
@@ -157,16 +158,16 @@ class Transform(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         raise TypeError("use a concrete transform")
 
-    def format(self, x: Format) -> Format:
-        """The format of d(x) for x of the given format."""
+    def output_spec(self, x: ImageSpec) -> ImageSpec:
+        """The spec of d(x) for x of the given spec."""
         return x
 
-    def support(self, y: Tensor, format: Format) -> Support:
-        """What y (B, c, h, w) leaves open of x, whose format is given."""
-        return Support(y, format)
+    def support(self, y: Tensor, spec: ImageSpec) -> Support:
+        """What y (B, c, h, w) leaves open of x, whose spec is given."""
+        return Support(y, spec)
 
-    def estimate(self, y: Tensor, format: Format) -> Tensor:
-        """A plain guess at x from y alone: (B, C, H, W) on x's scale of 0..levels-1.
+    def estimate(self, y: Tensor, spec: ImageSpec) -> Tensor:
+        """A plain guess at x from y alone: (B, C, H, W) on x's scale of 0..num_values-1.
 
         float64 for a y given in float64, float32 for any other.
         """
@@ -183,19 +184,19 @@ class Transform(nn.Module):
         return h // self.scale[0], w // self.scale[1]
 
 
-class Blank(Transform):
+class Null(Transform):
     """Forget everything but the size: d(x) has no channels. It is the context of the top level."""
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(x)
         return x[:, :0]
 
-    def format(self, x: Format) -> Format:
-        return Format(0, x.levels)
+    def output_spec(self, x: ImageSpec) -> ImageSpec:
+        return ImageSpec(0, x.num_values)
 
-    def estimate(self, y: Tensor, format: Format) -> Tensor:
+    def estimate(self, y: Tensor, spec: ImageSpec) -> Tensor:
         b, _, h, w = y.shape
-        return at_least_float32(y).new_full((b, format.channels, h, w), format.top / 2)
+        return at_least_float32(y).new_full((b, spec.channels, h, w), spec.max_value / 2)
 
 
 # --- downscaling -----------------------------------------------------------------------------------
@@ -204,17 +205,17 @@ class Blank(Transform):
 class _Blocks(Support):
     """A support whose groups are the phases of n x m blocks, row by row."""
 
-    def __init__(self, y: Tensor, format: Format, scale: tuple[int, int]) -> None:
-        super().__init__(y, format)
+    def __init__(self, y: Tensor, spec: ImageSpec, scale: tuple[int, int]) -> None:
+        super().__init__(y, spec)
         self.scale = scale
         self.groups = scale[0] * scale[1]
 
-    def phases(self, x: Tensor) -> Tensor:
+    def space_to_depth(self, x: Tensor) -> Tensor:
         (n, m), (b, c, h, w) = self.scale, x.shape
         x = x.reshape(b, c, h // n, n, w // m, m)
         return x.permute(0, 3, 5, 1, 2, 4).reshape(b, n * m, c, h // n, w // m)
 
-    def unphase(self, v: Tensor) -> Tensor:
+    def depth_to_space(self, v: Tensor) -> Tensor:
         (n, m), (b, _, c, h, w) = self.scale, v.shape
         v = v.reshape(b, n, m, c, h, w).permute(0, 3, 4, 1, 5, 2)
         return v.reshape(b, c, h * n, w * m)
@@ -228,10 +229,10 @@ class _MeanSupport(_Blocks):
     def bounds(self, v: Tensor) -> tuple[Tensor, Tensor]:
         n = self.groups
         total = n * self.y.long()[:, None]
-        left = torch.arange(n - 1, -1, -1, device=v.device).view(1, n, 1, 1, 1) * self.top
+        left = torch.arange(n - 1, -1, -1, device=v.device).view(1, n, 1, 1, 1) * self.max_value
         known = v.cumsum(1) - v
         lo = (total - n // 2 - known - left).clamp(min=0)
-        hi = (total + (n + 1) // 2 - 1 - known).clamp(max=self.top)
+        hi = (total + (n + 1) // 2 - 1 - known).clamp(max=self.max_value)
         return lo, hi
 
     def refine(self, estimate: Tensor, v: Tensor) -> Tensor:
@@ -264,10 +265,10 @@ class MeanDownscale(Transform):
         total = x.reshape(b, c, h // n, n, w // m, m).int().sum((3, 5))
         return ((total + n * m // 2) // (n * m)).to(torch.uint8)
 
-    def support(self, y: Tensor, format: Format) -> Support:
-        return _MeanSupport(y, format, self.scale)
+    def support(self, y: Tensor, spec: ImageSpec) -> Support:
+        return _MeanSupport(y, spec, self.scale)
 
-    def estimate(self, y: Tensor, format: Format) -> Tensor:
+    def estimate(self, y: Tensor, spec: ImageSpec) -> Tensor:
         size = (y.shape[2] * self.scale[0], y.shape[3] * self.scale[1])
         return F.interpolate(at_least_float32(y), size, mode="bilinear", align_corners=False)
 
@@ -275,38 +276,38 @@ class MeanDownscale(Transform):
         return f"{self.scale[0]}, {self.scale[1]}"
 
 
-class _KeepSupport(_Blocks):
+class _SubsamplingSupport(_Blocks):
     """Some phases of every block are y itself; the others are free."""
 
     restricts = True
 
-    def __init__(self, y: Tensor, format: Format, d: Keep) -> None:
-        super().__init__(y, format, d.block)
+    def __init__(self, y: Tensor, spec: ImageSpec, d: Subsampling) -> None:
+        super().__init__(y, spec, d.block)
         self.d = d
         self.free = [i for i in range(self.groups) if i not in d.kept]
         self.groups = len(self.free)
 
-    def phases(self, x: Tensor) -> Tensor:
-        return super().phases(x)[:, self.free]
+    def space_to_depth(self, x: Tensor) -> Tensor:
+        return super().space_to_depth(x)[:, self.free]
 
-    def unphase(self, v: Tensor) -> Tensor:
-        y = self.d.fold(self.y)
+    def depth_to_space(self, v: Tensor) -> Tensor:
+        y = self.d.stack_kept(self.y)
         b, c, h, w = y.shape
         kept = y.view(b, -1, c // len(self.d.kept), h, w).to(v.dtype)
         every = torch.cat([kept, v], 1).unbind(1)
         place = dict(zip((*self.d.kept, *self.free), every, strict=True))
-        return super().unphase(torch.stack([place[i] for i in range(len(place))], 1))
+        return super().depth_to_space(torch.stack([place[i] for i in range(len(place))], 1))
 
     def allows(self, x: Tensor) -> Tensor:
         return (self.d(x) == self.y).flatten(1).all(1)
 
     def nearest(self) -> Tensor:
         """For every entry the first kept pixel of its block: uint8 (B, G, C, h, w)."""
-        first = self.d.fold(self.y)[:, None, : len(self.order)]
+        first = self.d.stack_kept(self.y)[:, None, : len(self.order)]
         return first.expand(-1, self.groups, -1, -1, -1)
 
 
-class Keep(Transform):
+class Subsampling(Transform):
     """Keep some pixels of every block as they are; the others are what a level models.
 
     `kept` are the phases of a block (row by row) that are kept. A level's network works on a grid with one
@@ -315,20 +316,20 @@ class Keep(Transform):
 
     kept: tuple[int, ...] = (0,)
 
-    def weights(self, format: Format) -> int:
+    def weights(self, spec: ImageSpec) -> int:
         """How many numbers a block `support` takes from a level's network, to correct guesses by."""
         return 0
 
-    def fold(self, y: Tensor) -> Tensor:
+    def stack_kept(self, y: Tensor) -> Tensor:
         """y (B, C, h, w) on the grid of blocks, kept phases as further channels: (B, n C, H, W)."""
         return y
 
-    def support(self, y: Tensor, format: Format, weights: Tensor | None = None) -> Support:
-        """As `Transform.support`; weights (B, `weights(format)`, H, W), any real numbers."""
-        return _KeepSupport(y, format, self)
+    def support(self, y: Tensor, spec: ImageSpec, weights: Tensor | None = None) -> Support:
+        """As `Transform.support`; weights (B, `weights(spec)`, H, W), any real numbers."""
+        return _SubsamplingSupport(y, spec, self)
 
 
-class Subsample(Keep):
+class Subsample(Subsampling):
     """Keep the first of every `rows` rows and of every `cols` columns.
 
     staggered: every second row of x lies half a column to the right, as `Checkerboard` leaves them; for a
@@ -350,7 +351,7 @@ class Subsample(Keep):
         n, m = self.scale
         return x[:, :, ::n, ::m].contiguous()
 
-    def estimate(self, y: Tensor, format: Format) -> Tensor:
+    def estimate(self, y: Tensor, spec: ImageSpec) -> Tensor:
         """Linear interpolation between the kept pixels; past the last one it is repeated."""
         out = at_least_float32(y)
         if self.staggered:
@@ -367,11 +368,11 @@ class Subsample(Keep):
         return f"{self.scale[0]}, {self.scale[1]}" + (", staggered" if self.staggered else "")
 
 
-class _CheckerboardSupport(_KeepSupport):
+class _CheckerboardSupport(_SubsamplingSupport):
     """Of every block the upper right pixel, then the lower left one, between four of those."""
 
-    def __init__(self, y: Tensor, format: Format, d: Keep, weights: Tensor | None) -> None:
-        super().__init__(y, format, d)
+    def __init__(self, y: Tensor, spec: ImageSpec, d: Subsampling, weights: Tensor | None) -> None:
+        super().__init__(y, spec, d)
         self.weights = None if weights is None else torch.tanh(at_least_float32(weights))
 
     def refine(self, estimate: Tensor, v: Tensor) -> Tensor:
@@ -387,7 +388,7 @@ class _CheckerboardSupport(_KeepSupport):
         return torch.stack([first, second], 1)
 
 
-class Checkerboard(Keep):
+class Checkerboard(Subsampling):
     """Keep every second pixel, as on a checkerboard: of row r the columns 2c + r % 2.
 
     y is half as wide. Each dropped pixel has its four neighbours in y, so that dropped pixels tell each
@@ -406,16 +407,16 @@ class Checkerboard(Keep):
         self.size(*x.shape[2:])
         return torch.stack([x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]], 3).flatten(2, 3)
 
-    def fold(self, y: Tensor) -> Tensor:
+    def stack_kept(self, y: Tensor) -> Tensor:
         return torch.cat([y[:, :, ::2], y[:, :, 1::2]], 1)
 
-    def weights(self, format: Format) -> int:
-        return 4 * format.channels
+    def weights(self, spec: ImageSpec) -> int:
+        return 4 * spec.channels
 
-    def support(self, y: Tensor, format: Format, weights: Tensor | None = None) -> Support:
-        return _CheckerboardSupport(y, format, self, weights)
+    def support(self, y: Tensor, spec: ImageSpec, weights: Tensor | None = None) -> Support:
+        return _CheckerboardSupport(y, spec, self, weights)
 
-    def estimate(self, y: Tensor, format: Format) -> Tensor:
+    def estimate(self, y: Tensor, spec: ImageSpec) -> Tensor:
         """A dropped pixel is the mean of its neighbours above, below, left and right."""
         even, odd = at_least_float32(y).unflatten(2, (-1, 2)).unbind(3)
         left = torch.cat([odd[..., :1], odd[..., :-1]], 3)
@@ -444,10 +445,10 @@ def _separable(x: Tensor, weights: Callable[[int], Tensor]) -> Tensor:
     return down.transpose(2, 3).to(torch.uint8).contiguous()
 
 
-def _full_range(transform: Transform, x: Format) -> Format:
-    """The format, if it has all 256 levels: the transform's results would leave a smaller range."""
-    if x.levels != 256:
-        raise ValueError(f"{transform} takes 256 levels; got {x.levels}: put it before bit depths")
+def _full_range(transform: Transform, x: ImageSpec) -> ImageSpec:
+    """The spec, if it has all 256 levels: the transform's results would leave a smaller range."""
+    if x.num_values != 256:
+        raise ValueError(f"{transform} takes 256 levels; got {x.num_values}: put it before bit depths")
     return x
 
 
@@ -491,7 +492,7 @@ class BicubicDownscale(Transform):
             raise ValueError(f"factor must be at least 2; got {factor}")
         self.scale = (factor, factor)
 
-    def format(self, x: Format) -> Format:
+    def output_spec(self, x: ImageSpec) -> ImageSpec:
         return _full_range(self, x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -499,10 +500,10 @@ class BicubicDownscale(Transform):
         self.size(*x.shape[2:])
         return _separable(x, functools.partial(_bicubic_weights, self.scale[0]))
 
-    def estimate(self, y: Tensor, format: Format) -> Tensor:
+    def estimate(self, y: Tensor, spec: ImageSpec) -> Tensor:
         size = (y.shape[2] * self.scale[0], y.shape[3] * self.scale[1])
         out = F.interpolate(at_least_float32(y), size, mode="bicubic", align_corners=False)
-        return out.clamp(0, format.top)
+        return out.clamp(0, spec.max_value)
 
     def extra_repr(self) -> str:
         return f"{self.scale[0]}"
@@ -514,8 +515,8 @@ class BicubicDownscale(Transform):
 class _BitSupport(Support):
     restricts = truncates = True
 
-    def __init__(self, y: Tensor, format: Format, shift: int) -> None:
-        super().__init__(y, format)
+    def __init__(self, y: Tensor, spec: ImageSpec, shift: int) -> None:
+        super().__init__(y, spec)
         self.shift = shift
 
     def bounds(self, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -536,13 +537,13 @@ class BitDepth(Transform):
         check_image(x)
         return x >> (8 - self.bits)
 
-    def format(self, x: Format) -> Format:
-        return Format(_full_range(self, x).channels, 1 << self.bits)
+    def output_spec(self, x: ImageSpec) -> ImageSpec:
+        return ImageSpec(_full_range(self, x).channels, 1 << self.bits)
 
-    def support(self, y: Tensor, format: Format) -> Support:
-        return _BitSupport(y, format, 8 - self.bits)
+    def support(self, y: Tensor, spec: ImageSpec) -> Support:
+        return _BitSupport(y, spec, 8 - self.bits)
 
-    def estimate(self, y: Tensor, format: Format) -> Tensor:
+    def estimate(self, y: Tensor, spec: ImageSpec) -> Tensor:
         step = 1 << (8 - self.bits)
         return at_least_float32(y) * step + (step - 1) / 2
 
@@ -563,8 +564,8 @@ class _GreySupport(Support):
 
     restricts = truncates = True
 
-    def __init__(self, y: Tensor, format: Format) -> None:
-        super().__init__(y, format)
+    def __init__(self, y: Tensor, spec: ImageSpec) -> None:
+        super().__init__(y, spec)
         self.order = (2, 0, 1)
 
     def bounds(self, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -572,10 +573,10 @@ class _GreySupport(Support):
         # luma rounds half up, so the weighted sum lies in [rest, rest + 999] less what is known
         spent = (weight * v).cumsum(2) - weight * v
         rest = 1000 * self.y.long()[:, None] - 500 - spent
-        later = self.top * (weight.flip(2).cumsum(2).flip(2) - weight)
+        later = self.max_value * (weight.flip(2).cumsum(2).flip(2) - weight)
         lo = -((later - rest) // weight)  # ceil((rest - later) / weight)
         hi = (rest + 999) // weight
-        return lo.clamp(min=0), hi.clamp(max=self.top)
+        return lo.clamp(min=0), hi.clamp(max=self.max_value)
 
 
 class Greyscale(Transform):
@@ -585,16 +586,16 @@ class Greyscale(Transform):
         check_image(x, 3)
         return ((_luma(x) + 500) // 1000).to(torch.uint8)
 
-    def format(self, x: Format) -> Format:
+    def output_spec(self, x: ImageSpec) -> ImageSpec:
         if x.channels != 3:
             raise ValueError(f"{type(self).__name__} takes 3 channels (RGB); got {x.channels}")
-        return Format(1, x.levels)
+        return ImageSpec(1, x.num_values)
 
-    def support(self, y: Tensor, format: Format) -> Support:
-        return _GreySupport(y, format)
+    def support(self, y: Tensor, spec: ImageSpec) -> Support:
+        return _GreySupport(y, spec)
 
-    def estimate(self, y: Tensor, format: Format) -> Tensor:
-        return at_least_float32(y).expand(-1, format.channels, -1, -1)
+    def estimate(self, y: Tensor, spec: ImageSpec) -> Tensor:
+        return at_least_float32(y).expand(-1, spec.channels, -1, -1)
 
 
 @functools.lru_cache(maxsize=8)
@@ -619,7 +620,7 @@ class GaussianBlur(Transform):
             raise ValueError(f"sigma must be positive (pixels); got {sigma}")
         self.sigma = sigma
 
-    def format(self, x: Format) -> Format:
+    def output_spec(self, x: ImageSpec) -> ImageSpec:
         return _full_range(self, x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -646,11 +647,11 @@ class Sketch(Greyscale):
         dodged = grey.int() * 255 // divisor.clamp(min=1)
         return torch.where(divisor == 0, 255, dodged.clamp(max=255)).to(torch.uint8)
 
-    def format(self, x: Format) -> Format:
-        return super().format(_full_range(self, x))
+    def output_spec(self, x: ImageSpec) -> ImageSpec:
+        return super().output_spec(_full_range(self, x))
 
-    def support(self, y: Tensor, format: Format) -> Support:
-        return Support(y, format)
+    def support(self, y: Tensor, spec: ImageSpec) -> Support:
+        return Support(y, spec)
 
 
 class Chain(Transform):
@@ -682,21 +683,21 @@ class Chain(Transform):
             x = transform(x)
         return x
 
-    def format(self, x: Format) -> Format:
+    def output_spec(self, x: ImageSpec) -> ImageSpec:
         for transform in self._steps():
-            x = transform.format(x)
+            x = transform.output_spec(x)
         return x
 
-    def steps(self, x: Format) -> list[tuple[Transform, Format]]:
-        """The transforms, each with the format of what it takes, for x of the given format."""
+    def steps(self, x: ImageSpec) -> list[tuple[Transform, ImageSpec]]:
+        """The transforms, each with the spec of what it takes, for x of the given spec."""
         out = []
         for transform in self._steps():
             out.append((transform, x))
-            x = transform.format(x)
+            x = transform.output_spec(x)
         return out
 
-    def estimate(self, y: Tensor, format: Format) -> Tensor:
+    def estimate(self, y: Tensor, spec: ImageSpec) -> Tensor:
         out = y
-        for transform, taken in reversed(self.steps(format)):
+        for transform, taken in reversed(self.steps(spec)):
             out = transform.estimate(out, taken)
         return out

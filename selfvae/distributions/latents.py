@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfvae.pixels import log1mexp, rand_like
+from selfvae.distributions.pixels import log1mexp, rand_like
 from selfvae.transforms import at_least_float32
 
-__all__ = ["DiagonalNormal", "GaussianMixture", "RoundedLogistic", "UniformBox", "soft_limit"]
+__all__ = ["DiagonalNormal", "GaussianMixture", "NoisyLogistic", "UnitUniform", "soft_limit"]
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -61,10 +61,10 @@ class DiagonalNormal:
         return DiagonalNormal(self.mean.repeat(n, 1, 1, 1), self.log_var.repeat(n, 1, 1, 1))
 
 
-class UniformBox:
+class UnitUniform:
     """The uniform distribution of width 1 around a mean, over latents (B, C, h, w).
 
-    With a `RoundedLogistic` prior the KL of a draw is what a whole number costs to code: such a latent
+    With a `NoisyLogistic` prior the KL of a draw is what a whole number costs to code: such a latent
     needs no bits-back. The mode is the nearest whole number, which is what gets coded. Source: Balle et al.
     2017.
     """
@@ -73,7 +73,7 @@ class UniformBox:
         self.mean = at_least_float32(mean)
 
     @classmethod
-    def from_params(cls, params: Tensor) -> UniformBox:
+    def from_params(cls, params: Tensor) -> UnitUniform:
         """From a network's output (B, 2C, h, w): means; the other half is not used."""
         return cls(params.chunk(2, 1)[0])
 
@@ -91,13 +91,13 @@ class UniformBox:
         """The whole number nearest to the mean (B, C, h, w), among the 256 that can be coded."""
         return torch.floor(self.mean + 0.5).clamp(-128, 127)
 
-    def repeat(self, n: int) -> UniformBox:
+    def repeat(self, n: int) -> UnitUniform:
         """The same distribution for n copies of every image: batch B -> n * B, copies outermost."""
-        return UniformBox(self.mean.repeat(n, 1, 1, 1))
+        return UnitUniform(self.mean.repeat(n, 1, 1, 1))
 
 
-class RoundedLogistic:
-    """A logistic plus uniform noise of width 1, over latents (B, C, h, w): the prior of a `UniformBox`.
+class NoisyLogistic:
+    """A logistic plus uniform noise of width 1, over latents (B, C, h, w): the prior of a `UnitUniform`.
 
     Its density at a whole number is the probability that a logistic rounds to it.
     """
@@ -106,7 +106,7 @@ class RoundedLogistic:
         self.mean, self.log_scale = at_least_float32(mean), at_least_float32(log_scale)
 
     @classmethod
-    def from_params(cls, params: Tensor) -> RoundedLogistic:
+    def from_params(cls, params: Tensor) -> NoisyLogistic:
         """From a network's output (B, 2C, h, w): means, then raw log-scales, limited to [-7, 7]."""
         mean, raw = params.chunk(2, 1)
         return cls(mean, soft_limit(raw))

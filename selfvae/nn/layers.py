@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from selfvae.dense import dense
+from selfvae.nn.dense import dense
 
 __all__ = [
     "BACKBONES",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from selfvae.codec.container import CodecError
-from selfvae.codec.lattice import ONE, Channel, Ints, cumulative
+from selfvae.codec.float64 import ONE, Channel, Ints, cumulative
 
 __all__ = ["MOST", "Stack", "code"]
 
@@ -127,9 +127,9 @@ def _probability(true: Ints, false: Ints) -> Ints:
 class _Cumulative:
     """The components' distribution functions between two edges, outside of which there is nothing."""
 
-    def __init__(self, channel: Channel, levels: int, lo: Ints, hi: Ints | None) -> None:
-        self.channel, self.levels = channel, levels
-        self.low, self.high = lo, np.full_like(lo, levels) if hi is None else hi + 1
+    def __init__(self, channel: Channel, num_values: int, lo: Ints, hi: Ints | None) -> None:
+        self.channel, self.num_values = channel, num_values
+        self.low, self.high = lo, np.full_like(lo, num_values) if hi is None else hi + 1
         self.truncated = hi is not None
         if self.truncated:
             self.start = self._whole(self.low)
@@ -138,7 +138,7 @@ class _Cumulative:
     def _whole(self, edge: Ints) -> Ints:
         bits = self.channel.bits
         inside = cumulative((edge << bits) - (1 << bits - 1), self.channel)
-        return np.where(edge >= self.levels, 1 << ONE, np.where(edge <= 0, 0, inside))
+        return np.where(edge >= self.num_values, 1 << ONE, np.where(edge <= 0, 0, inside))
 
     def __call__(self, edge: Ints) -> Ints:
         if not self.truncated:
@@ -153,7 +153,7 @@ def code(
     stack: Stack,
     weights: Ints,
     channel: Channel,
-    levels: int,
+    num_values: int,
     bounds: tuple[Ints, Ints] | None,
     known: Ints | None,
 ) -> tuple[Ints, Ints]:
@@ -161,7 +161,7 @@ def code(
 
     Arguments:
         weights: of the M components, whole numbers up to 2^20: (M, n).
-        bounds: the least and the largest possible value of each position (n,); None: 0 and levels - 1.
+        bounds: the least and the largest possible value of each position (n,); None: 0 and num_values - 1.
         known: the values, to be pushed; None: they are popped.
     """
     if not weights.shape[1]:
@@ -170,7 +170,7 @@ def code(
     for start in range(0, weights.shape[1], _CHUNK):
         at = slice(start, start + _CHUNK)
         v, w = _chunk(
-            stack, weights[:, at], channel.part(at), levels,
+            stack, weights[:, at], channel.part(at), num_values,
             None if bounds is None else (bounds[0][at], bounds[1][at]),
             None if known is None else known[at],
         )  # fmt: skip
@@ -183,17 +183,17 @@ def _chunk(
     stack: Stack,
     weights: Ints,
     channel: Channel,
-    levels: int,
+    num_values: int,
     bounds: tuple[Ints, Ints] | None,
     known: Ints | None,
 ) -> tuple[Ints, Ints]:
     n = weights.shape[1]
     lo, hi = bounds or (np.zeros(n, np.int64), None)
-    function = _Cumulative(channel, levels, lo, hi)
+    function = _Cumulative(channel, num_values, lo, hi)
     a, b = function.low, function.high  # the edges between which the value lies
     below, above = function(a), function(b)
     node = np.zeros(n, np.int64)  # the value's high bits
-    for bit in reversed(range((levels - 1).bit_length())):
+    for bit in reversed(range((num_values - 1).bit_length())):
         middle = np.clip(node + (1 << bit), a, b)
         at_middle = function(middle)
         p = _probability((weights * (above - at_middle)).sum(0), (weights * (at_middle - below)).sum(0))

@@ -9,14 +9,12 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from selfvae.data.pictures import show
+from selfvae.data.sheets import save_figure
+from selfvae.distributed import alone, spread
 from selfvae.files import write_atomic
 from selfvae.model import SelfVAE
-from selfvae.pages import figure, page
-from selfvae.pictures import show
-from selfvae.plots import save_figure
-from selfvae.presets import TRANSFORMS, transform
-from selfvae.processes import alone, spread
-from selfvae.tasks import (
+from selfvae.operations import (
     Drawing,
     complete,
     enhance,
@@ -27,7 +25,9 @@ from selfvae.tasks import (
     variables,
     vary,
 )
-from selfvae.transforms import Format, Transform
+from selfvae.presets import TRANSFORMS, transform
+from selfvae.reports.html import figure, page
+from selfvae.transforms import ImageSpec, Transform
 
 __all__ = ["figures"]
 
@@ -84,7 +84,7 @@ def _shown_levels(model: SelfVAE) -> list[int]:
 def _computed(model: SelfVAE, x: Tensor) -> dict[str, Tensor]:
     """The images that x determines, as seen by the eye, by name."""
     values = infer(model, x, "x")
-    return {f"y{k}": show(values[f"y{k}"], level.format) for k, level in enumerate(model.levels)}
+    return {f"y{k}": show(values[f"y{k}"], level.spec) for k, level in enumerate(model.levels)}
 
 
 def _operations(model: SelfVAE) -> list[tuple[str, str]]:
@@ -101,7 +101,7 @@ def _reconstructions(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[
     rows = [("the images", computed["y0"])]
     rows += [(f"y{k}, computed", computed[f"y{k}"]) for k in _shown_levels(model)]
     for name, label in _operations(model):
-        rows.append((label, show(reconstruct(model, x, name, **how), model.format)))
+        rows.append((label, show(reconstruct(model, x, name, **how), model.spec)))
     return rows
 
 
@@ -114,14 +114,14 @@ def _conditional(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]
         for draw in range(2):
             how["seed"] = None if seed is None else seed + draw
             drawn = enhance(model, y, k, **how)
-            rows.append((f"draw {draw + 1}", show(drawn[:, :, : x.shape[2], : x.shape[3]], model.format)))
+            rows.append((f"draw {draw + 1}", show(drawn[:, :, : x.shape[2], : x.shape[3]], model.spec)))
     return [*rows, ("the images", computed["y0"])]
 
 
 def _generations(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
     drawn = complete(model, {}, (x.shape[0], x.shape[2], x.shape[3]), **how)
     return [
-        (f"y{k}" if k else "x", show(drawn[f"y{k}"], model.levels[k].format))
+        (f"y{k}" if k else "x", show(drawn[f"y{k}"], model.levels[k].spec))
         for k in [*reversed(_shown_levels(model)), 0]
     ]
 
@@ -134,26 +134,26 @@ def _interpolations(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[R
         strips = interpolate(model, a, b, x.shape[0], spherical=spherical, **how)
         for (i, j), strip in zip(pairs, strips, strict=True):
             kind = "an arc" if spherical else "a line"
-            rows.append((f"image {i + 1} to image {j + 1} by {kind}", show(strip, model.format)))
+            rows.append((f"image {i + 1} to image {j + 1} by {kind}", show(strip, model.spec)))
     return rows
 
 
 def _variations(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
     drawn = vary(model, x, 4, **how)
-    rows = [("the images", show(x, model.format))]
-    return rows + [(f"variation {i + 1}", show(drawn[:, i], model.format)) for i in range(drawn.shape[1])]
+    rows = [("the images", show(x, model.spec))]
+    return rows + [(f"variation {i + 1}", show(drawn[:, i], model.spec)) for i in range(drawn.shape[1])]
 
 
 def _transforms(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
     """Every named transform that takes such images."""
-    x = show(x, model.format)
+    x = show(x, model.spec)
     x = x[:, :3] if x.shape[1] >= 3 else x[:, :1]  # no alpha
-    format, rows = Format(x.shape[1]), [("x", x)]
+    spec, rows = ImageSpec(x.shape[1]), [("x", x)]
     for name in TRANSFORMS:
         d: Transform = transform(name)
         h, w = (n - n % m for n, m in zip(x.shape[2:], d.block, strict=True))
         try:
-            rows.append((name, show(d(x[:, :, :h, :w]), d.format(format))))
+            rows.append((name, show(d(x[:, :, :h, :w]), d.output_spec(spec))))
         except ValueError:  # not for this number of channels
             continue
     return rows

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfvae.baselines import lossless_bits
-from selfvae.data import Images
-from selfvae.evaluate import check_levels
+from selfvae.data.pictures import show
+from selfvae.data.sources import Images
+from selfvae.distributed import spread
+from selfvae.metrics.baselines import lossless_bits
+from selfvae.metrics.likelihood import check_values
 from selfvae.model import SelfVAE
-from selfvae.objective import gather
-from selfvae.pictures import show
-from selfvae.processes import spread
-from selfvae.tasks import seeded
+from selfvae.operations import seeded
+from selfvae.terms import gather
 
 __all__ = ["ALTERED", "auroc", "ood", "scores"]
 
@@ -56,7 +56,7 @@ def scores(model: SelfVAE, x: Tensor, batch_size: int = 32) -> dict[str, Tensor]
         out["ratio"] = levels[0] - levels[1:].sum(0)
     for name, format in (("png", "PNG"), ("webp", "WebP")):
         if x.shape[1] in (1, 3):  # without alpha: it would be compressed in a way of its own
-            length = lossless_bits(show(x, model.format), format)
+            length = lossless_bits(show(x, model.spec), format)
             out[f"nll-{name}"] = out["nll"] - length.double() * math.log(2)
     return out
 
@@ -92,7 +92,7 @@ def ood(
     n = len(inside) if limit is None else min(limit, len(inside))
     if n < 2:
         raise ValueError(f"at least 2 images are needed; got {n}")
-    check_levels(model, inside)
+    check_values(model, inside)
     x = inside.take(range(n))
     others: dict[str, Tensor] = {}
     for name, images in outside.items():
@@ -100,9 +100,9 @@ def ood(
             if name not in ALTERED:
                 raise ValueError(f"unknown out-set {name!r}: give images, or one of {', '.join(ALTERED)}")
             generator = torch.Generator().manual_seed(seed)
-            other = ALTERED[name](x, model.format.top, generator).contiguous()
+            other = ALTERED[name](x, model.spec.max_value, generator).contiguous()
         else:
-            check_levels(model, images)
+            check_values(model, images)
             other = images.take(range(min(n, len(images))))
         if other.shape[1:] != x.shape[1:]:
             raise ValueError(

@@ -42,7 +42,7 @@ def main(
         x = torch.randint(0, 256, (1, *model.config.image_shape), dtype=torch.uint8)
 
         def low(task: Callable[[], object], model: selfvae.SelfVAE = model) -> object:
-            with autocast(model, "bf16-mixed"):
+            with autocast(model.device, "bf16-mixed"):
                 return task()
 
         ways: dict[str, Callable[[], object]] = {

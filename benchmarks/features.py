@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tyro.conf import Positional
 
-from selfvae.data.sources import augment
+from selfvae.data.batches import augment
 from selfvae.distributions.pixels import to_unit
 from selfvae.files import write_tensors
 

@@ -37,7 +37,8 @@ from benchmarks import reference
 from benchmarks.measure import Task, flop_count, medians, own_peak, peak_flops
 from selfvae.codec import Archive, Codec, pack
 from selfvae.nn.precision import autocast, resolve
-from selfvae.training.loop import TrainConfig, make_step, prepare
+from selfvae.training.config import TrainConfig
+from selfvae.training.loop import make_step, prepare
 
 Pair = tuple[Task, Task]  # the reference's and ours
 

@@ -13,14 +13,18 @@ from torch import Tensor
 from selfvae import hub
 from selfvae.codec import Codec
 from selfvae.data import sources
+from selfvae.data.batches import Images
+from selfvae.data.crops import photo
 from selfvae.data.sheets import save_figure
 from selfvae.files import write_atomic
 from selfvae.metrics.baselines import lossless_bits, lossless_bits_per_dim
-from selfvae.metrics.likelihood import baseline_enhancement, evaluate
+from selfvae.metrics.enhancement import baseline_enhancement
+from selfvae.metrics.likelihood import evaluate
 from selfvae.model import SelfVAE
 from selfvae.operations import enhance, generate, reconstruct
 from selfvae.presets import configure
-from selfvae.training.loop import TrainConfig, train
+from selfvae.training.config import TrainConfig
+from selfvae.training.loop import train
 from selfvae.transforms import MeanDownscale
 
 __all__ = ["demo", "train_demo"]
@@ -34,7 +38,7 @@ def demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, Any]:
     """
     began, out = time.monotonic(), Path(out)
     codec = Codec(hub.load("selfvae-photos"))
-    photos = {name: torch.from_numpy(sources.photo(name, 2))[None] for name in ("chelsea", "coffee")}
+    photos = {name: torch.from_numpy(photo(name, 2))[None] for name in ("chelsea", "coffee")}
     if fast:
         photos = {k: x[..., : x.shape[2] // 2, : x.shape[3] // 2].contiguous() for k, x in photos.items()}
     result: dict[str, Any] = {"subpixels": sum(x.numel() for x in photos.values()), "bytes": 0}
@@ -110,7 +114,7 @@ def train_demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, 
         )  # fmt: skip
         model = train(configure(**options), photos, folder, config)
         models.append(model)
-        scores.append(evaluate(model, sources.Images(test.numpy()), iw=0))
+        scores.append(evaluate(model, Images(test.numpy()), iw=0))
     result = {
         "model": _CHAIN["name"],
         "bits_per_dim": round(scores[0]["bits_per_dim"], 4),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import selfvae
-from selfvae.data.sources import Images
+from selfvae.data.batches import Images
 from selfvae.metrics.bounds import bounds, iwae
 from selfvae.metrics.likelihood import evaluate
 from selfvae.model import SelfVAE

@@ -11,7 +11,7 @@ from PIL import Image
 import selfvae
 from selfvae.cli import main
 from selfvae.data import pictures
-from selfvae.data.sources import Images
+from selfvae.data.batches import Images
 from selfvae.metrics import likelihood
 from selfvae.operations import infer
 from selfvae.reports.figures import figures

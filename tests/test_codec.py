@@ -36,8 +36,9 @@ from selfvae.codec import (
 )
 from selfvae.codec.ans import Stack, _length, code
 from selfvae.codec.container import Header, Part, Reader, varint
-from selfvae.codec.float64 import ONE, Channel, SideInformation, cumulative
+from selfvae.codec.float64 import SideInformation
 from selfvae.codec.latents import _BY_RATE, _ROUNDED, Gaussian, InsufficientBits, _Integers, _noise
+from selfvae.codec.tables import ONE, Channel, cumulative
 from selfvae.distributions.latents import DiagonalNormal
 from selfvae.distributions.pixels import PixelMixture, param_count
 from selfvae.nn.flows import Coupling
@@ -1006,7 +1007,7 @@ def test_damaged_archives(codec: Codec, picture: Tensor) -> None:
         ({"pictures": 3}, "makes no sense"),
         ({"pictures": []}, "do not hold its pictures"),
         ({"blocks": [[1, -5, 0], [0, 5, 0]]}, "do not hold|bytes long"),
-        ({"num_values": 8}, "does not fit the model"),
+        ({"levels": 8}, "does not fit the model"),
         ({"levels": math.inf}, "makes no sense"),
         ({"pictures": [["x", 24, 32, 4, 0]]}, "does not fit the model"),
         ({"pictures": [["C:/x", 24, 32, 3, 0]]}, "path inside the archive"),

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from selfvae.cli import main
-from selfvae.data.sources import photo
+from selfvae.data.crops import photo
 from selfvae.distributions.priors import TOP_PRIORS
 from selfvae.nn.layers import BACKBONES
 from selfvae.presets import TRANSFORMS

@@ -10,7 +10,7 @@ import torch
 
 import selfvae
 from selfvae.cli import main
-from selfvae.data.sources import Images
+from selfvae.data.batches import Images
 from selfvae.distributed import spread
 from selfvae.metrics.baselines import lossless_bits
 from selfvae.metrics.ood import ALTERED, auroc, ood, scores

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from selfvae.cli import main, training
-from selfvae.training.loop import TrainConfig
+from selfvae.training.config import TrainConfig
 from selfvae.training.optim import Muon, _orthogonalised
 
 

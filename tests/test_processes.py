@@ -16,7 +16,7 @@ import selfvae
 from selfvae import hub
 from selfvae.codec import Codec, pack
 from selfvae.data import pictures
-from selfvae.data.sources import Images
+from selfvae.data.batches import Images
 from selfvae.distributed import alone, launch, rank, spread
 from selfvae.metrics.fid import quality
 from selfvae.metrics.likelihood import evaluate

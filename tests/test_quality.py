@@ -9,7 +9,7 @@ import torch
 
 import selfvae
 from selfvae.cli import main
-from selfvae.data.sources import Images
+from selfvae.data.batches import Images
 from selfvae.metrics import fid
 
 
@@ -64,9 +64,9 @@ def test_precision_and_recall() -> None:
 
 
 def test_against_torchmetrics() -> None:
-    fid = pytest.importorskip("torchmetrics.image.fid")
+    peer = pytest.importorskip("torchmetrics.image.fid")
     x, y = (torch.randint(0, n, (60, 3, 8, 8), dtype=torch.uint8) for n in (256, 200))
-    metric = fid.FrechetInceptionDistance(feature=Mean(), normalize=False)
+    metric = peer.FrechetInceptionDistance(feature=Mean(), normalize=False)
     metric.set_dtype(torch.float64)
     metric.update(x, real=True)
     metric.update(y, real=False)

@@ -12,7 +12,7 @@ import torch
 
 import selfvae
 from selfvae.cli import main
-from selfvae.data.sources import Images
+from selfvae.data.batches import Images
 from selfvae.reports import report as module
 from selfvae.reports.report import PAPERS, Settings, report
 

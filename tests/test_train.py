@@ -24,7 +24,9 @@ from selfvae.cli import main
 from selfvae.data import sources
 from selfvae.files import write_atomic, write_tensors
 from selfvae.nn.precision import resolve
-from selfvae.training.loop import Guard, TrainConfig, _loss, prepare, train
+from selfvae.training.config import TrainConfig
+from selfvae.training.guard import Guard
+from selfvae.training.loop import _loss, prepare, train
 
 CONFIG = selfvae.ModelConfig(
     name="selfvae", image_shape=(3, 8, 8), transforms=("mean2",), prior="mog", consistent=True,

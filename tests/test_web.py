@@ -23,8 +23,8 @@ from PIL import Image
 
 import selfvae
 from selfvae.codec import Codec
+from selfvae.data.crops import photo
 from selfvae.data.pictures import encode, to_image
-from selfvae.data.sources import photo
 from selfvae.transforms import Greyscale, MeanDownscale
 from selfvae.web import work
 from selfvae.web.jobs import Jobs, StoppedError

@@ -17,6 +17,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from selfvae import distributed, hub, operations
 from selfvae.data import pictures, sources
+from selfvae.data.batches import Images
 from selfvae.files import below
 from selfvae.model import SelfVAE
 from selfvae.transforms import ImageSpec
@@ -81,10 +82,10 @@ DrawingFlags = Annotated[Drawing, OmitArgPrefixes]
 DRAWING = Drawing()
 
 
-def load_images(net: SelfVAE, data: str, split: str = "test") -> sources.Images:
+def load_images(net: SelfVAE, data: str, split: str = "test") -> Images:
     """A source's images at the model's size, where the source can be had in any."""
     dataset = sources.load(data, net.config.image_shape[1] if _resizable(data) else None)
-    images: sources.Images = getattr(dataset, split)
+    images: Images = getattr(dataset, split)
     return images
 
 

@@ -23,10 +23,12 @@ from selfvae.cli.common import (
     progress,
     show,
 )
-from selfvae.data import sources
+from selfvae.data.batches import Images
 from selfvae.metrics import fid as samples
 from selfvae.metrics import likelihood as scoring
 from selfvae.metrics import ood as outliers
+from selfvae.metrics.enhancement import evaluate_enhancement
+from selfvae.metrics.timing import timing as measure
 from selfvae.model import SelfVAE
 from selfvae.nn.precision import Resolved
 from selfvae.reports import report as whole
@@ -69,7 +71,7 @@ def evaluate(
     net = load_model(model, devices)
     images = load_images(net, data, split)
     if enhance:
-        result = scoring.evaluate_enhancement(
+        result = evaluate_enhancement(
             net, images, level, draws=draws, limit=limit, batch_size=batch_size, **drawing.how(net)
         )
     else:
@@ -120,7 +122,7 @@ def ood(
         print(f"{out_set[-24:]:<24}" + "".join(f"{values[name]:>10.3f}" for name in names))
 
 
-def _outside(net: SelfVAE, out_sets: Iterable[str]) -> dict[str, sources.Images | None]:
+def _outside(net: SelfVAE, out_sets: Iterable[str]) -> dict[str, Images | None]:
     """Out-sets by name; None for those that are made from the in-set."""
     return {name: None if name in outliers.ALTERED else load_images(net, name) for name in out_sets}
 
@@ -179,7 +181,7 @@ def timing(
     """
     positive("counts", min(counts, default=0))
     positive("repeats", repeats)
-    show(scoring.timing(load_model(model), counts, repeats), json)
+    show(measure(load_model(model), counts, repeats), json)
 
 
 def report(

@@ -13,12 +13,13 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from selfvae import hub
 from selfvae.cli.common import In, Out, Run, progress
-from selfvae.data import sources
+from selfvae.data import crops, sources
 from selfvae.files import write_atomic
 from selfvae.nn.precision import resolve
 from selfvae.presets import ModelConfig, configure
 from selfvae.training import loop
-from selfvae.training.loop import TrainConfig
+from selfvae.training.checkpoint import check_free
+from selfvae.training.config import TrainConfig
 
 _SETTINGS = "train.yaml"
 
@@ -52,7 +53,7 @@ def train(
         nodes: how many nodes.
     """
     if not resume:
-        loop.check_free(out)
+        check_free(out)
     dataset = sources.load(data, image_size)
     _, c, h, w = dataset.train.shape
     trained = None if start is None or resume else hub.load(start)
@@ -147,7 +148,7 @@ def crop(
         n: crops to train on; a twentieth of that for validation, and for test.
         seed: of the choice.
     """
-    pictures = sources.crop(source, out, size, shrink, n, seed, progress)
+    pictures = crops.crop(source, out, size, shrink, n, seed, progress)
     print(
         f"{out}: {n} crops of {pictures['train']} pictures to train on, {n // 20} of "
         f"{pictures['validation']} others for validation and {n // 20} of {pictures['test']} for test"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from selfvae.codec.container import CodecError
-from selfvae.codec.float64 import ONE, Channel, Ints, cumulative
+from selfvae.codec.tables import ONE, Channel, Ints, cumulative
 
 __all__ = ["MOST", "Stack", "code"]
 

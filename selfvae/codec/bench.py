@@ -19,7 +19,7 @@ from selfvae.codec.container import read_header
 from selfvae.codec.progressive import Codec
 from selfvae.data.pictures import from_image, to_image
 from selfvae.files import write_atomic
-from selfvae.metrics.likelihood import psnr
+from selfvae.metrics.enhancement import psnr
 from selfvae.progress import Track, no_progress
 
 __all__ = ["LOSSLESS", "LOSSY", "bench", "lossless_sizes", "markdown", "plot"]

@@ -12,111 +12,38 @@ How fine the grids are is a trade: the loss against unrounded parameters is abou
 from __future__ import annotations
 
 import bisect
-import functools
 from dataclasses import dataclass
-from decimal import Context, Decimal, localcontext
-from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from selfvae.codec.container import CodecError, Reader, varint
+from selfvae.codec.tables import (
+    COEFFICIENT,
+    FLATTEST,
+    LEAST,
+    RATIO,
+    REACH,
+    SCALE,
+    SHARPEST,
+    STEEPEST,
+    UNIT,
+    WEIGHT,
+    Channel,
+    Ints,
+    Shape,
+    inverse_table,
+    level_bits,
+    ratio_table,
+    weight_table,
+)
 from selfvae.distributions.pixels import PixelMixture
 
-__all__ = [
-    "MARGIN",
-    "NOT_FINITE",
-    "Channel",
-    "QuantizedMixture",
-    "SideInformation",
-    "cumulative",
-    "ratios",
-    "values",
-    "weights",
-]
-
-Ints = np.ndarray  # int64
-Shape = Literal["logistic", "normal"]
+__all__ = ["MARGIN", "NOT_FINITE", "QuantizedMixture", "SideInformation", "ratios", "values", "weights"]
 
 MARGIN = 2.0**-20  # of a grid step
 NOT_FINITE = "the model computes a parameter that is not finite: it is damaged"
 _NEAR = 0.05  # how far from a border, at most, a value is that a note is believed about
-
-MEAN = 13  # bits: steps of 1/8192 of the range, 1/32 of 256 levels
-COEFFICIENT = 8  # bits
-_WEIGHT, _LEAST = 8, -128  # steps a nat of a log-weight; the least one that counts
-_SCALE, _FLATTEST, _SHARPEST = 8, -18 * 8, 4 * 8  # steps an octave of a scale; log2 of its inverse
-_REACH = 1 << 20  # what a mean may be at most, in steps
-_INVERSE = 20  # bits of an inverse scale
-_UNIT = 5  # bits: a scale of 1 in steps of the means
-_ARGUMENT, _TABLE, _FAR = 12, 6, 32  # bits of a distribution's argument; bits of its table's; where it ends
-SHARES = 12  # bits of a flow's ratio of 1
-_RATIO, _STEEPEST = 256, 4 * 256  # steps a nat of a flow's ratio; the most of these
-ONE = 36  # bits of a probability in the tables
-
-
-def _exactly(fill: str, n: int) -> Ints:
-    """Whole numbers from an expression in Decimals, rounded: the same everywhere."""
-    with localcontext(Context(prec=50)):
-        return np.array([int(_TABLES[fill](Decimal(i)).to_integral_value()) for i in range(n)], np.int64)
-
-
-def _normal_tail(t: Decimal) -> Decimal:
-    """The standard normal's mass beyond t >= 0, by the series of its distribution function."""
-    term = total = t
-    for n in range(3, 300, 2):
-        term *= t * t / n
-        total += term
-    density = (-t * t / 2).exp() / Decimal("2.50662827463100050241576528481104525300698674060994")
-    return Decimal("0.5") - density * total
-
-
-_TABLES = {
-    "weight": lambda i: (-i / _WEIGHT).exp() * 2**20,
-    "inverse": lambda i: Decimal(2) ** ((i + _FLATTEST) / _SCALE) * 2**_INVERSE,
-    "logistic": lambda i: 2**ONE / (1 + (i / 2**_TABLE).exp()),
-    "normal": lambda i: 2**ONE * _normal_tail(i / 2**_TABLE),
-    "ratio": lambda i: ((i - _STEEPEST) / _RATIO).exp() * 2**SHARES,
-}
-
-
-@functools.cache
-def _weight_table() -> Ints:
-    return _exactly("weight", 1 - _LEAST)
-
-
-@functools.cache
-def _inverse_table() -> Ints:
-    return _exactly("inverse", _SHARPEST - _FLATTEST + 1)
-
-
-@functools.cache
-def _tail_table(shape: Shape) -> tuple[Ints, Ints]:
-    """2^36 times the mass beyond t, at steps of 1/64, and its differences."""
-    tail = np.zeros((_FAR << _TABLE) + 1, np.int64)
-    reach = len(tail) - 1 if shape == "logistic" else 8 << _TABLE  # beyond, less than 2^-36 is left
-    tail[:reach] = _exactly(shape, reach)
-    return tail, np.append(np.diff(tail), 0)
-
-
-@functools.cache
-def _ratio_table() -> Ints:
-    return _exactly("ratio", 2 * _STEEPEST + 1)
-
-
-def level_bits(num_values: int) -> int:
-    """Bits of a level's width, in the steps of the means."""
-    return MEAN - (num_values - 1).bit_length()
-
-
-def cumulative(point: Ints, channel: Channel) -> Ints:
-    """2^36 times the distribution functions at a point (n,), in the unit of the means: (M, n)."""
-    tail, slope = _tail_table(channel.shape)
-    t = ((point[None] - channel.mean) * channel.inverse) >> (_UNIT + _INVERSE - _ARGUMENT)
-    far = np.minimum(np.abs(t), _FAR << _ARGUMENT)
-    i, rest = far >> (_ARGUMENT - _TABLE), far & ((1 << _ARGUMENT - _TABLE) - 1)
-    lower = tail[i] + ((slope[i] * rest) >> (_ARGUMENT - _TABLE))
-    return np.where(t < 0, lower, (1 << ONE) - lower)
 
 
 class SideInformation:
@@ -181,29 +108,10 @@ class SideInformation:
             raise CodecError("the file is damaged: it corrects a value that does not exist")
 
 
-class Channel(NamedTuple):
-    """What n values are distributed as, one component or several."""
-
-    mean: Ints  # (M, n)
-    inverse: Ints  # (M, n), of the scale in 32 units of the means, times 2^20
-    bits: int  # of a value's width, in units of the means
-    shape: Shape = "logistic"
-
-    def within(self, width: int, num_values: int) -> tuple[Ints, Ints]:
-        """The least and largest values that lie so many scales around the mean of one component."""
-        reach = (width << _UNIT + _INVERSE) // self.inverse[0]
-        low, high = ((self.mean[0] + side) >> self.bits for side in (-reach, reach + (1 << self.bits)))
-        return np.clip(low, 0, num_values - 1), np.clip(high, 0, num_values - 1)
-
-    def part(self, at: slice | np.ndarray) -> Channel:
-        """Some of the values."""
-        return self._replace(mean=self.mean[:, at], inverse=self.inverse[:, at])
-
-
 def weights(log_weights: np.ndarray, notes: SideInformation) -> Ints:
     """The components' weights, up to 2^20, from their logarithms, float64 (M, n) nats."""
-    steps = (log_weights - log_weights.max(0)) * _WEIGHT
-    return _weight_table()[-notes.quantize(np.maximum(steps, _LEAST))]
+    steps = (log_weights - log_weights.max(0)) * WEIGHT
+    return weight_table()[-notes.quantize(np.maximum(steps, LEAST))]
 
 
 def _rows(x: torch.Tensor) -> np.ndarray:
@@ -213,8 +121,8 @@ def _rows(x: torch.Tensor) -> np.ndarray:
 
 def _inverse(octaves: np.ndarray, notes: SideInformation, at: int | None = None) -> Ints:
     """Inverse scales from their logarithms to the base 2."""
-    steps = notes.quantize(np.clip(octaves * _SCALE, _FLATTEST, _SHARPEST), at)
-    return _inverse_table()[steps - _FLATTEST]
+    steps = notes.quantize(np.clip(octaves * SCALE, FLATTEST, SHARPEST), at)
+    return inverse_table()[steps - FLATTEST]
 
 
 def values(
@@ -229,14 +137,14 @@ def values(
 
     at: their number in the notes, if it is not the next.
     """
-    mean = notes.quantize(np.clip((mean + num_values // 2) * (1 << _UNIT), -_REACH, _REACH), at)
-    return Channel(mean, _inverse(-log2_scale, notes, None if at is None else at + mean.size), _UNIT, shape)
+    mean = notes.quantize(np.clip((mean + num_values // 2) * (1 << UNIT), -REACH, REACH), at)
+    return Channel(mean, _inverse(-log2_scale, notes, None if at is None else at + mean.size), UNIT, shape)
 
 
 def ratios(log_ratio: np.ndarray, notes: SideInformation, at: int) -> Ints:
     """2^12 times a ratio, from its logarithm, nats: (n,)."""
-    steps = notes.quantize(np.clip(log_ratio * _RATIO, -_STEEPEST, _STEEPEST), at)
-    return _ratio_table()[steps + _STEEPEST]
+    steps = notes.quantize(np.clip(log_ratio * RATIO, -STEEPEST, STEEPEST), at)
+    return ratio_table()[steps + STEEPEST]
 
 
 @dataclass
@@ -262,7 +170,7 @@ class QuantizedMixture:
         if c:
             self.values.append(_rows(v[:, self.group, c - 1, None])[0].astype(np.int64))
         mean = _rows(mixture.means(v)[:, self.group, c]) * (1 << self.bits)
-        mean = notes.quantize(np.clip(mean, -_REACH, _REACH))
+        mean = notes.quantize(np.clip(mean, -REACH, REACH))
         self.means.append(mean)
         for j in range(c):
             coefficient = notes.quantize(
@@ -272,5 +180,5 @@ class QuantizedMixture:
             centre = middle if mixture.coefficients == "raw" else self.means[j]
             known = (self.values[j] << self.bits)[None] - centre
             mean = mean + ((coefficient * known + (1 << COEFFICIENT - 1)) >> COEFFICIENT)
-        octaves = np.log2(_rows(mixture.inverse_scales[:, self.group, c])) - (self.bits - _UNIT)
-        return Channel(np.clip(mean, -_REACH, _REACH), _inverse(octaves, notes), self.bits)
+        octaves = np.log2(_rows(mixture.inverse_scales[:, self.group, c])) - (self.bits - UNIT)
+        return Channel(np.clip(mean, -REACH, REACH), _inverse(octaves, notes), self.bits)

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from selfvae.codec.ans import Stack, code
 from selfvae.codec.container import CodecError
-from selfvae.codec.float64 import NOT_FINITE, SHARES, Ints, SideInformation, ratios, values, weights
+from selfvae.codec.float64 import NOT_FINITE, SideInformation, ratios, values, weights
+from selfvae.codec.tables import SHARES, Ints
 from selfvae.distributions.latents import DiagonalNormal, GaussianMixture, NoisyLogistic, UnitUniform
 from selfvae.distributions.priors import FlowDistribution
 from selfvae.nn.flows import Coupling

@@ -1,0 +1,1 @@
+"""Images: files, data sets, batches, sheets."""

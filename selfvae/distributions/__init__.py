@@ -1,0 +1,1 @@
+"""Distributions of pixels and latents, and the priors of latents."""

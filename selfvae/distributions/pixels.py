@@ -106,7 +106,7 @@ class PixelMixture:
 
     `params` is a network's output (B, G, P, h, w) with P = `param_count`; `support` lays out x and gives
     the intervals; `prediction` (B, G, C, h, w), in pixel values, refined by the support as entries become
-    known, is added to every component's mean. Coefficients act on the earlier channels' values ("raw", as in
+    known, is added to every component's mean. Coefficients act on the earlier channels' values ("raw", in
     PixelCNN++) or on their distance from the component's own mean ("residual").
 
     Source: Salimans et al. 2017 (PixelCNN++), section 2.1; SPEC section 2 for the truncation.

@@ -1,0 +1,1 @@
+"""Scores: bounds of the likelihood, enhancement, sample quality, out-of-distribution detection, time."""

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
+from selfvae.data.batches import Images, ranges
 from selfvae.data.pictures import show
-from selfvae.data.sources import Images, ranges
 from selfvae.distributed import spread
 from selfvae.model import SelfVAE
 from selfvae.operations import Drawing, generate

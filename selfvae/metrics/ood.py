@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from selfvae.data.batches import Images
 from selfvae.data.pictures import show
-from selfvae.data.sources import Images
 from selfvae.distributed import spread
 from selfvae.metrics.baselines import lossless_bits
 from selfvae.metrics.likelihood import check_values

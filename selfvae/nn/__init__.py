@@ -1,0 +1,1 @@
+"""Neural networks: layers, blocks, flows, and the networks of a level."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from selfvae.model import SelfVAE
+if TYPE_CHECKING:  # settings name these types, and the command line explains settings without torch
+    import torch
 
 __all__ = ["Precision", "Resolved", "autocast", "resolve"]
 
@@ -23,6 +22,8 @@ def resolve(precision: Precision, device: str | None = None) -> Resolved:
     """
     if precision != "auto":
         return precision
+    import torch
+
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -35,10 +36,12 @@ def resolve(precision: Precision, device: str | None = None) -> Resolved:
     return "bf16-mixed" if fast else "32-true"
 
 
-def autocast(model: SelfVAE, precision: Resolved) -> torch.autocast:
+def autocast(device: torch.device, precision: Resolved) -> torch.autocast:
     """A context in which the networks compute in bfloat16, if so wished; likelihoods stay in float32.
 
     Every parameter of a likelihood gives a normalised one, so that a bound found so is a bound all the
     same: of the model with rounded outputs.
     """
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")

@@ -21,14 +21,16 @@ from typing import Any
 import torch
 
 import selfvae
-from selfvae.data.sources import Images, ranges
+from selfvae.data.batches import Images, ranges
 from selfvae.distributed import alone, spread
 from selfvae.files import write_atomic
 from selfvae.hub import fingerprint, load
 from selfvae.metrics.bounds import Bounds, bounds
+from selfvae.metrics.enhancement import evaluate_enhancement
 from selfvae.metrics.fid import Network, quality
-from selfvae.metrics.likelihood import evaluate, evaluate_enhancement, summary, timing
+from selfvae.metrics.likelihood import evaluate, summary
 from selfvae.metrics.ood import ALTERED, ood
+from selfvae.metrics.timing import timing
 from selfvae.nn.precision import Resolved, autocast
 from selfvae.operations import seeded
 from selfvae.reports import html
@@ -253,7 +255,7 @@ class _Work:
         """The bounds of some images: nats."""
         torch.manual_seed(self.settings.seed + block.start)
         x = self.images.take(block).to(self.device)
-        with autocast(self.model, self.settings.precision):
+        with autocast(self.model.device, self.settings.precision):
             found = bounds(self.model, x, draws, batch=self.settings.batch_size)
         return {kind: values.tolist() for kind, values in found._asdict().items()}
 

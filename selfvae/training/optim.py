@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Muon"]
+__all__ = ["OPTIMIZERS", "Muon"]
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0 among quintics that end near 1
 _SMALL = 64  # a weight of fewer kernels than this, out x in, is left to Adam
@@ -116,3 +116,11 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_div_(root, [(1 - beta2**step) ** 0.5 for step in steps])
         torch._foreach_add_(root, 1e-8)
         torch._foreach_addcdiv_(params, mean, root, [-lr / (1 - beta1**step) for step in steps])
+
+
+# by the names of `config.Optimizer`
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamax": torch.optim.Adamax,
+    "adamw": torch.optim.AdamW,
+    "muon": Muon,
+}

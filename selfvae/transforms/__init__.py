@@ -1,21 +1,18 @@
+"""The deterministic maps d_k that compute y[k+1] = d_k(y[k])."""
+
 from selfvae.transforms.base import (
-    BicubicDownscale,
-    BitDepth,
     Chain,
-    Checkerboard,
-    GaussianBlur,
-    Greyscale,
     ImageSpec,
-    MeanDownscale,
     Null,
-    Sketch,
-    Subsample,
-    Subsampling,
     Support,
     Transform,
     at_least_float32,
     check_image,
 )
+from selfvae.transforms.blur import GaussianBlur
+from selfvae.transforms.downscale import BicubicDownscale, MeanDownscale
+from selfvae.transforms.subsample import Checkerboard, Subsample, Subsampling
+from selfvae.transforms.tone import BitDepth, Greyscale, Sketch
 
 __all__ = [
     "BicubicDownscale",

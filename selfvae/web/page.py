@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 import torch
 from PIL import Image
 
-from selfvae.data import pictures, sources
+from selfvae.data import pictures
+from selfvae.data.crops import photo
 from selfvae.progress import Track
 from selfvae.web import work
 from selfvae.web.jobs import Jobs, StoppedError
@@ -260,7 +261,7 @@ class Page:
             return pictures.to_image(work.read(file.data, self.pixels, exact).pixels[0])
 
         def example_file() -> str:
-            x = torch.from_numpy(sources.photo(example, 2))
+            x = torch.from_numpy(photo(example, 2))
             return self._file(pictures.encode(pictures.to_image(x)), f"{example}.png")
 
         file.change(look, file, seen, api_visibility="private")

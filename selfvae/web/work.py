@@ -20,7 +20,7 @@ from selfvae.data import pictures
 from selfvae.data.pictures import Picture, show, to_image, to_spec
 from selfvae.data.sheets import figure, magnify, to_rgb
 from selfvae.data.sources import square
-from selfvae.metrics.likelihood import baseline_enhancement, psnr
+from selfvae.metrics.enhancement import baseline_enhancement, psnr
 from selfvae.model import SelfVAE
 from selfvae.progress import Track, no_progress
 from selfvae.tiling import fitted

@@ -1,0 +1,55 @@
+"""How long a model takes to generate and to reconstruct."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfvae.model import SelfVAE
+from selfvae.operations import generate, reconstruct
+
+__all__ = ["timing"]
+
+
+def timing(
+    model: SelfVAE, counts: Sequence[int] = (1, 20, 100), repeats: int = 5, seed: int = 0
+) -> dict[str, Any]:
+    """Seconds to generate so many images at once, and to reconstruct them: medians of `repeats`.
+
+    Images are of the size that the model was built for; a first run of each is not counted. The models
+    of the papers' tables are timed this way (generation of 1, 20 and 100 images).
+    """
+    if repeats < 1 or min(counts) < 1:
+        raise ValueError(f"counts and repeats must be at least 1; got {counts} and {repeats}")
+    out: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "repeats": repeats,
+    }
+    for n in counts:
+        x = generate(model, n, seed=seed)
+        tasks = {"generate": lambda n=n: generate(model, n, seed=seed)}
+        if model.has_latents:
+            tasks["reconstruct"] = lambda x=x: reconstruct(model, x, seed=seed)
+        for name, task in tasks.items():
+            out[f"{name}_{n}_seconds"] = _median_seconds(task, repeats, model.device)
+    return out
+
+
+def _median_seconds(task: Callable[[], Tensor], repeats: int, device: torch.device) -> float:
+    seconds = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        task()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])

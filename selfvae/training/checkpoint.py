@@ -1,0 +1,153 @@
+"""What a run leaves behind: the checkpoint to resume from, and the curve."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from selfvae import hub
+from selfvae.files import write_atomic, write_tensors
+from selfvae.model import SelfVAE
+from selfvae.presets import ModelConfig
+from selfvae.training.config import TrainConfig
+from selfvae.training.guard import Guard
+
+__all__ = ["Log", "State", "check_free", "check_same_model", "take_weights"]
+
+
+_FORMAT = 1  # of checkpoints
+
+
+class Log:
+    """A CSV file with one row a logged step; a resumed run drops the rows after its checkpoint."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        if step and path.exists():
+            with path.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        out = io.StringIO()
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        writer = csv.DictWriter(out, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomic(self.path, out.getvalue().encode())
+
+
+@dataclass
+class State:
+    """All that changes during training."""
+
+    model: SelfVAE
+    ema: SelfVAE
+    optimizer: torch.optim.Optimizer
+    guard: Guard
+    step: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    best: float = math.inf
+    since_best: int = 0
+
+    _numbers = ("step", "seconds", "cpu_seconds", "best", "since_best")
+
+    def spent(self, clock: Literal["wall", "cpu"]) -> float:
+        """Seconds of training by that clock."""
+        return self.cpu_seconds if clock == "cpu" else self.seconds
+
+    def save(self, path: Path, config: TrainConfig) -> None:
+        """Everything needed to go on, in one file, written whole or not at all."""
+        tensors: dict[str, Tensor] = dict(self.guard.state())
+        for prefix, model in (("model", self.model), ("ema", self.ema)):
+            tensors |= {f"{prefix}.{k}": v for k, v in hub.unique_state_dict(model).items()}
+        for i, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in values.items()}
+        numbers = {name: getattr(self, name) for name in self._numbers}
+        assert isinstance(self.model.config, ModelConfig)
+        metadata = {
+            "format": str(_FORMAT),
+            "model": json.dumps(self.model.config.to_dict()),
+            "train": json.dumps(dataclasses.asdict(config)),
+            "state": json.dumps(numbers),
+        }
+        write_tensors(path, tensors, metadata)
+
+    def restore(self, path: Path) -> None:
+        tensors: dict[str, Tensor] = {}
+        with safe_open(path, framework="pt") as file:
+            numbers = json.loads(file.metadata()["state"])
+            for key in file.keys():  # noqa: SIM118 (not a dictionary)
+                tensors[key] = file.get_tensor(key)
+        for prefix, model in (("model.", self.model), ("ema.", self.ema)):
+            part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            hub.load_unique_state_dict(model, part)
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, i, name = key.split(".", 2)
+                state.setdefault(int(i), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.guard.restore(tensors)
+        for name in self._numbers:
+            setattr(self, name, numbers[name])
+
+
+def check_same_model(checkpoint: Path, config: ModelConfig) -> None:
+    """Raise ValueError if a checkpoint is of another model, or of a later format."""
+    try:
+        with safe_open(checkpoint, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{checkpoint} is damaged ({error}): begin another run with --start {checkpoint.parent}"
+        ) from None
+    if "model" not in metadata:
+        raise ValueError(f"{checkpoint} is no checkpoint of a run: expected what selfvae train writes")
+    found = int(metadata.get("format", 1))  # the first ones did not say
+    if found > _FORMAT:
+        raise ValueError(
+            f"{checkpoint} has format {found}; this version of selfvae goes on from 1 to {_FORMAT}: "
+            "use the one that wrote it"
+        )
+    saved = ModelConfig.from_dict(json.loads(metadata["model"]))
+    if saved != config:
+        raise ValueError(
+            f"{checkpoint} is of another model; saved and asked for differ in "
+            f"{_differences(saved, config)}: leave those flags as they were"
+        )
+
+
+def _differences(a: ModelConfig, b: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    now = b.to_dict()
+    return {k: (v, now[k]) for k, v in a.to_dict().items() if now[k] != v}
+
+
+def take_weights(model: SelfVAE, start: SelfVAE) -> None:
+    """Begin with another model's weights; ValueError if they are not of the same shapes."""
+    try:
+        hub.load_unique_state_dict(model, hub.unique_state_dict(start))
+    except RuntimeError:
+        raise ValueError(
+            "the weights to start from do not fit; their model and the run's differ in "
+            f"{_differences(start.config, model.config)}; data of another size: --image-size, selfvae crop"
+        ) from None
+
+
+def check_free(out: Path) -> None:
+    """Raise FileExistsError if a folder holds a run or a model that training would overwrite."""
+    if (out / "checkpoint.safetensors").exists() or (out / "model.safetensors").exists():
+        raise FileExistsError(f"{out} holds a run already: pass --resume to go on, or another --out")

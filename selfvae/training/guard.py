@@ -1,0 +1,54 @@
+"""Protection against gradients that are far too large."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from selfvae.training.config import TrainConfig
+
+__all__ = ["Guard"]
+
+
+class Guard:
+    """Clips large gradients and drops outliers, relative to the usual norm, by a rule that cannot lock up.
+
+    The usual norm is a running geometric mean. A gradient above `clip` times it is shortened to that; one
+    above `skip` times it, or one that is not finite, is dropped: it counts as zero. A dropped finite one
+    still raises the usual norm by a fixed factor, so where gradients really grow the limit follows within
+    some dozen steps. Nothing here waits for the device.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.log_clip, self.log_skip = math.log(config.clip), math.log(config.skip)
+        self.log_usual = torch.full((), torch.nan, device=device)
+        self.dropped = torch.zeros((), device=device)
+        self.dropped_in_a_row = torch.zeros((), device=device)
+
+    def __call__(self, grads: list[Tensor]) -> Tensor:
+        """Shorten or zero the gradients in place; the norm they had."""
+        norm = torch.nn.utils.get_total_norm(grads)
+        finite = torch.isfinite(norm)
+        log_norm = torch.log(norm.clamp(min=1e-12))
+        usual = torch.where(self.log_usual.isnan(), log_norm, self.log_usual)
+        keep = finite & (log_norm < usual + self.log_skip)
+        moved = usual + 0.05 * (torch.minimum(log_norm, usual + self.log_skip) - usual)
+        self.log_usual = torch.where(finite, moved, self.log_usual)
+        self.dropped = self.dropped + ~keep
+        self.dropped_in_a_row = torch.where(keep, 0.0, self.dropped_in_a_row + 1)
+        shorten = torch.exp((usual + self.log_clip - log_norm).clamp(max=0.0))
+        factor = torch.where(keep, shorten, 0.0)
+        for grad in grads:
+            grad.nan_to_num_(0.0, 0.0, 0.0).mul_(factor)
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        names = ("log_usual", "dropped", "dropped_in_a_row")
+        return {f"guard.{name}": getattr(self, name) for name in names}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        for key in self.state():
+            setattr(self, key.removeprefix("guard."), tensors[key].to(self.log_usual.device))

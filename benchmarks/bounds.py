@@ -48,7 +48,7 @@ def main(
         ways: dict[str, Callable[[], object]] = {
             "full": lambda model=model, x=x: [model(x) for _ in range(draws)],
             "iwae": lambda model=model, x=x: selfvae.iwae(model, x, draws),
-            "pairs": lambda model=model, x=x: selfvae.iwae(model, x, draws, pairs=True),
+            "tmc": lambda model=model, x=x: selfvae.iwae(model, x, draws, tmc=True),
         }
         for name in ("full", "iwae"):
             ways[f"{name}_low"] = partial(low, ways[name])
@@ -57,7 +57,7 @@ def main(
             "speedup": row["full"] / row["iwae"],
             "speedup_low": row["full_low"] / row["iwae_low"],
             "speedup_both": row["full"] / row["iwae_low"],
-            "pairs_cost": row["pairs"] / row["iwae"],
+            "pairs_cost": row["tmc"] / row["iwae"],
             "parameters": sum(p.numel() for p in model.parameters()),
         }
         result[run.name] = row

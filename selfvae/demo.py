@@ -108,13 +108,13 @@ def train_demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, 
     for options, seconds in zip((_CHAIN, _LATENT), _FAST_SECONDS if fast else _SECONDS, strict=True):
         folder = out / options["name"]
         config = TrainConfig(
-            steps=1_000_000, max_seconds=seconds, schedule="cosine", lr=0.004, lr_floor=0.0002,
+            steps=1_000_000, max_seconds=seconds, schedule="cosine", lr=0.004, min_lr=0.0002,
             warmup=50, ema=0.99, translate=0, log_every=10, eval_every=1_000_000,
             checkpoint_every=1_000_000, eval_images=64, seed=seed,
         )  # fmt: skip
         model = train(configure(**options), photos, folder, config)
         models.append(model)
-        scores.append(evaluate(model, Images(test.numpy()), iw=0))
+        scores.append(evaluate(model, Images(test.numpy()), iwae_samples=0))
     result = {
         "model": _CHAIN["name"],
         "bits_per_dim": round(scores[0]["bits_per_dim"], 4),

@@ -23,7 +23,7 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 
 from selfvae.progress import Track, no_progress
 
-__all__ = ["alone", "launch", "launch_fabric", "rank", "spread", "world_size"]
+__all__ = ["distributed_map", "launch", "launch_fabric", "on_rank_zero", "rank", "world_size"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -63,7 +63,7 @@ def launch_fabric(fabric: Fabric) -> None:
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 
-def spread(
+def distributed_map(
     task: Callable[[Item], Result], items: Sequence[Item], track: Track = no_progress, text: str = ""
 ) -> list[Result]:
     """[task(item) for item in items], in every process, each having done its share of it.
@@ -97,9 +97,9 @@ def spread(
     return [parts[i % processes][i // processes][0] for i in range(len(items))]  # type: ignore[misc]
 
 
-def alone(task: Callable[[], Any]) -> Any:
+def on_rank_zero(task: Callable[[], Any]) -> Any:
     """What a task gives that the first process does while the others wait; call it in every process."""
-    return spread(lambda _: task(), [None])[0]
+    return distributed_map(lambda _: task(), [None])[0]
 
 
 @contextmanager

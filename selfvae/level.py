@@ -15,7 +15,7 @@ from selfvae.transforms import ImageSpec, Null, Subsampling, Support, Transform
 
 __all__ = ["Level", "Posterior"]
 
-Core = tuple[slice, slice]
+Interior = tuple[slice, slice]
 Posterior = DiagonalNormal | UnitUniform
 
 
@@ -119,17 +119,17 @@ class Level(nn.Module):
         params = self.prior_net(to_unit(y_up, up.num_values, self.dtype), z_up)
         return NoisyLogistic.from_params(params) if self.rounded else DiagonalNormal.from_params(params)
 
-    def likelihood(self, y_up: Tensor, z: Tensor | None, core: Core | None = None) -> PixelMixture:
-        """p(y | y_up, z); with `core`, rows and columns of y_up, of y's part there alone."""
+    def likelihood(self, y_up: Tensor, z: Tensor | None, interior: Interior | None = None) -> PixelMixture:
+        """p(y | y_up, z); with `interior`, rows and columns of y_up, of y's part there alone."""
         params = self.decoder(self.context(y_up), z)
         guess = self.transform.estimate(y_up.to(self.dtype), self.spec) if self.residual_mean else None
-        if core is not None:
+        if interior is not None:
             rows, cols = self.transform.scale
             high, wide = self.keeps.block if self.keeps else (1, 1)
-            params = params[..., _times(core[0], rows, high), _times(core[1], cols, wide)]
+            params = params[..., _times(interior[0], rows, high), _times(interior[1], cols, wide)]
             if guess is not None:
-                guess = guess[..., _times(core[0], rows), _times(core[1], cols)]
-            y_up = y_up[..., core[0], core[1]]
+                guess = guess[..., _times(interior[0], rows), _times(interior[1], cols)]
+            y_up = y_up[..., interior[0], interior[1]]
         if self.keeps:
             weights = self.keeps.weights(self.spec) if self.residual_mean else 0
             own = params.shape[1] - weights

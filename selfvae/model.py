@@ -94,7 +94,7 @@ class SelfVAE(nn.Module):
         """Of the networks."""
         return next(self.parameters()).dtype
 
-    def walk(self, pick: Provider, blank: Tensor) -> Tensor:
+    def walk(self, provider: Provider, blank: Tensor) -> Tensor:
         """From the top to the image: pick(name, distribution) says where each variable comes from.
 
         Names are "z0".."zK" and "y0".."yK"; returns what was picked for y0 = x.
@@ -103,8 +103,8 @@ class SelfVAE(nn.Module):
         for k in reversed(range(len(self.levels))):
             level: Level = self.levels[k]
             if level.has_latent:
-                z = pick(f"z{k}", level.prior(y, z))
-            y = pick(f"y{k}", level.likelihood(y, z if level.has_latent else None))
+                z = provider(f"z{k}", level.prior(y, z))
+            y = provider(f"y{k}", level.likelihood(y, z if level.has_latent else None))
         return y
 
     def posteriors(self, ys: list[Tensor]) -> dict[str, Posterior]:
@@ -120,7 +120,7 @@ class SelfVAE(nn.Module):
         zero = torch.zeros(ys[0].shape[0], device=ys[0].device)
         re, kl = [zero] * len(ys), [zero] * len(ys)
 
-        def pick(name: str, p: Any) -> Tensor:
+        def provider(name: str, p: Any) -> Tensor:
             k = int(name[1:])
             if name[0] == "y":
                 re[k] = -p.log_prob(ys[k])
@@ -130,7 +130,7 @@ class SelfVAE(nn.Module):
             kl[k] = q.log_prob(z) - p.log_prob(z)
             return z
 
-        self.walk(pick, ys[-1][:, :0])
+        self.walk(provider, ys[-1][:, :0])
         return Terms(tuple(re), tuple(kl))
 
     def forward(self, x: Tensor) -> Terms:

@@ -32,7 +32,7 @@ from selfvae.progress import Track, no_progress
 
 __all__ = [
     "ALIASES",
-    "Drawing",
+    "SamplingOptions",
     "check_computed",
     "complete",
     "enhance",
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 
-class Drawing(TypedDict, total=False):
+class SamplingOptions(TypedDict, total=False):
     """How variables are drawn, the same for every operation.
 
     temperature: of every draw, from priors, likelihoods and posteriors: below 1 plainer, 0 the modes.
@@ -145,7 +145,10 @@ def seeded(model: SelfVAE, seed: int | None) -> Iterator[None]:
 def temperatures(
     model: SelfVAE, temperature: float | Mapping[str, float] = 1.0, decode: str = "sample"
 ) -> dict[str, float]:
-    """The temperature of every variable by name; arguments as in `Drawing`, ValueError for wrong ones."""
+    """The temperature of every variable by name; arguments as in `SamplingOptions`.
+
+    Raises ValueError for a name that the model does not have and for a temperature below 0.
+    """
     if decode not in ("sample", "mode"):
         raise ValueError(f"decode must be 'sample' or 'mode'; got {decode!r}")
     heats = dict.fromkeys(variables(model), 1.0 if isinstance(temperature, Mapping) else temperature)
@@ -184,7 +187,7 @@ def infer(
     image: Tensor,
     given: str | Iterable[str] | None = None,
     k: int = 0,
-    **how: Unpack[Drawing],
+    **how: Unpack[SamplingOptions],
 ) -> dict[str, Tensor]:
     """The variables of `given` (None: all) that y[k] = image determines, with what those images bring.
 
@@ -230,7 +233,7 @@ def complete(
             `infer` returns them.
         shape: number, height and width (pixels) of the images x; None: what the given images say, or
             the size that the model was built for.
-        temperature, decode, seed: see `Drawing`.
+        temperature, decode, seed: see `SamplingOptions`.
         track: shows progress over the variables.
 
     Returns every variable by name; "y0" is the image, uint8 (B, C, H, W). What a given image determines is
@@ -271,13 +274,13 @@ def complete(
     out: dict[str, Tensor] = {}
     left = iter(track(variables(model), "variables"))
 
-    def pick(name: str, p: Any) -> Tensor:
+    def provider(name: str, p: Any) -> Tensor:
         next(left)
         out[name] = taken[name] if name in taken else _draw(p, heats[name])
         return out[name]
 
     with seeded(model, seed):
-        model.walk(pick, model.blank(n, *padded))
+        model.walk(provider, model.blank(n, *padded))
     for k, (rows, cols) in enumerate(own):
         out[f"y{k}"] = out[f"y{k}"][:, :, :rows, :cols]
     return out
@@ -304,7 +307,7 @@ def generate(
     n: int = 1,
     height: int | None = None,
     width: int | None = None,
-    **how: Unpack[Drawing],
+    **how: Unpack[SamplingOptions],
 ) -> Tensor:
     """n images from nothing: uint8 (n, C, height, width), by default of the size of training."""
     shape = _shape(model, {}) if height is None or width is None else (n, height, width)
@@ -319,7 +322,7 @@ def check_computed(model: SelfVAE, k: int) -> None:
         raise ValueError(f"the level must be 1 to {len(model.levels) - 1} for this model; got {k}")
 
 
-def enhance(model: SelfVAE, y: Tensor, k: int = 1, **how: Unpack[Drawing]) -> Tensor:
+def enhance(model: SelfVAE, y: Tensor, k: int = 1, **how: Unpack[SamplingOptions]) -> Tensor:
     """Images x drawn given y[k] = y alone: super-resolution, colourisation, de-banding.
 
     y: uint8 (B, c, h, w); returns uint8 (B, C, H, W). With a consistent likelihood d(x) = y exactly.
@@ -334,7 +337,7 @@ def enhance(model: SelfVAE, y: Tensor, k: int = 1, **how: Unpack[Drawing]) -> Te
 
 
 def reconstruct(
-    model: SelfVAE, x: Tensor, given: str | Iterable[str] | None = None, **how: Unpack[Drawing]
+    model: SelfVAE, x: Tensor, given: str | Iterable[str] | None = None, **how: Unpack[SamplingOptions]
 ) -> Tensor:
     """x, uint8 (B, C, H, W), again from the variables named in `given`, inferred from x itself.
 
@@ -347,7 +350,7 @@ def reconstruct(
 
 
 def vary(
-    model: SelfVAE, x: Tensor, n: int, given: str | Iterable[str] = "u", **how: Unpack[Drawing]
+    model: SelfVAE, x: Tensor, n: int, given: str | Iterable[str] = "u", **how: Unpack[SamplingOptions]
 ) -> Tensor:
     """n variations of each x, uint8 (B, C, H, W): `given` is kept (one inference), the rest drawn anew.
 
@@ -370,7 +373,7 @@ def interpolate(
     *,
     spherical: bool = False,
     track: Track = no_progress,
-    **how: Unpack[Drawing],
+    **how: Unpack[SamplingOptions],
 ) -> Tensor:
     """From a to b, uint8 (B, C, H, W) each, through the latents named in `given`.
 

@@ -19,7 +19,7 @@ from selfvae.model import SelfVAE
 from selfvae.progress import Track, no_progress
 from selfvae.transforms import Null
 
-__all__ = ["WHOLE", "Tile", "fitted", "split", "tiled"]
+__all__ = ["WHOLE", "Tile", "split", "tiled", "tiled_if_large"]
 
 _SIDE = 192  # pixels of a tile's side
 WHOLE = (2 * _SIDE) ** 2  # pixels, of all pictures drawn together, that are worked on without tiles
@@ -29,12 +29,12 @@ class Tile(NamedTuple):
     """Rows or columns in units: what is computed (outer) and what is kept of it (core)."""
 
     outer: slice
-    core: slice
+    interior: slice
 
     @property
     def inner(self) -> slice:
         """The core, counted from the start of the outer part."""
-        return slice(self.core.start - self.outer.start, self.core.stop - self.outer.start)
+        return slice(self.interior.start - self.outer.start, self.interior.stop - self.outer.start)
 
 
 def split(length: int, tile: int, margin: int) -> Iterator[Tile]:
@@ -115,7 +115,7 @@ class TiledLevel(nn.Module):
                 size = [n * u // t for n, u, t in zip(drawn.shape[2:], units, high, strict=True)]
                 out = drawn.new_empty(*drawn.shape[:2], *size)
             inner = _Map(high).cut(drawn, r.inner, c.inner)
-            grid.cut(out, r.core, c.core).copy_(inner)
+            grid.cut(out, r.interior, c.interior).copy_(inner)
         assert out is not None
         return out
 
@@ -156,6 +156,6 @@ def tiled(model: SelfVAE, tile: int = _SIDE, margin: int = 32, track: Track = no
     return SelfVAE(levels, model.config)  # type: ignore[arg-type]
 
 
-def fitted(model: SelfVAE, pixels: int, track: Track = no_progress) -> SelfVAE:
+def tiled_if_large(model: SelfVAE, pixels: int, track: Track = no_progress) -> SelfVAE:
     """The model, for pictures of so many pixels that are drawn together: in tiles if these are many."""
     return model if pixels <= WHOLE else tiled(model, track=track)

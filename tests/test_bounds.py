@@ -78,7 +78,7 @@ def test_all_pairs_against_enumeration(name: str, latents: str, draws: int, imag
         torch.manual_seed(1)
         expected = by_enumeration(model, x, draws)
         torch.manual_seed(1)
-        bound = iwae(model, x, draws, pairs=True, batch=draws)
+        bound = iwae(model, x, draws, tmc=True, batch=draws)
         assert bound.dtype == torch.float64
         assert torch.allclose(bound, expected[None], rtol=0, atol=2e-3)
 
@@ -87,10 +87,10 @@ def test_pairs_are_above_in_the_mean(images: Tensor) -> None:
     model = build("srvae", images[:2])
     torch.manual_seed(0)
     plain = torch.stack([iwae(model, images[:2], 8) for _ in range(60)])
-    pairs = torch.stack([iwae(model, images[:2], 8, pairs=True) for _ in range(60)])
-    spread = (plain.std(0) + pairs.std(0)) / 60**0.5
-    assert bool((pairs.mean(0) > plain.mean(0) - 2 * spread).all())
-    assert pairs.mean() > plain.mean()
+    tmc = torch.stack([iwae(model, images[:2], 8, tmc=True) for _ in range(60)])
+    spread = (plain.std(0) + tmc.std(0)) / 60**0.5
+    assert bool((tmc.mean(0) > plain.mean(0) - 2 * spread).all())
+    assert tmc.mean() > plain.mean()
 
 
 def test_one_latent_has_no_pairs(images: Tensor) -> None:
@@ -98,11 +98,11 @@ def test_one_latent_has_no_pairs(images: Tensor) -> None:
     torch.manual_seed(0)
     plain = iwae(model, images, 5)
     torch.manual_seed(0)
-    assert torch.equal(plain, iwae(model, images, 5, pairs=True))
+    assert torch.equal(plain, iwae(model, images, 5, tmc=True))
 
 
-@pytest.mark.parametrize("pairs", [False, True])
-def test_any_chunks_and_the_same_number_of_passes(pairs: bool, images: Tensor) -> None:
+@pytest.mark.parametrize("tmc", [False, True])
+def test_any_chunks_and_the_same_number_of_passes(tmc: bool, images: Tensor) -> None:
     """Encoders once an image, decoders once a draw, however they are batched."""
     model = build("srvae", images)
     seen = {"encoder": 0, "decoder": 0}
@@ -115,7 +115,7 @@ def test_any_chunks_and_the_same_number_of_passes(pairs: bool, images: Tensor) -
         getattr(level, part).register_forward_hook(count)
     for batch in (1, 7, 12, 100):
         seen.update(encoder=0, decoder=0)
-        bound = iwae(model, images, 6, pairs=pairs, batch=batch)
+        bound = iwae(model, images, 6, tmc=tmc, batch=batch)
         assert bound.shape == (4,) and bound.isfinite().all()
         assert seen == {"encoder": 4, "decoder": 24}
     with pytest.raises(ValueError, match="at least 1; got 0 and 64"):
@@ -196,10 +196,10 @@ def test_bounds_from_the_same_draws(images: Tensor) -> None:
     torch.manual_seed(0)
     assert torch.equal(found.iwae, iwae(model, images, 6))
     torch.manual_seed(0)
-    assert torch.equal(found.pairs, iwae(model, images, 6, pairs=True))
+    assert torch.equal(found.tmc, iwae(model, images, 6, tmc=True))
     assert bool((found.elbo < found.iwae).all())
     exact = bounds(build("selfvae-halve", images), images, 6)
-    assert torch.equal(exact.elbo, exact.iwae) and torch.equal(exact.elbo, exact.pairs)
+    assert torch.equal(exact.elbo, exact.iwae) and torch.equal(exact.elbo, exact.tmc)
 
 
 def test_scores_of_a_data_set(images: Tensor) -> None:
@@ -212,7 +212,7 @@ def test_scores_of_a_data_set(images: Tensor) -> None:
         )
     total = sum(scores["re_bits_per_dim"]) + sum(scores["kl_bits_per_dim"])
     assert scores["bits_per_dim"] == pytest.approx(total, rel=1e-5)
-    assert scores["pairs_bits_per_dim_stderr"] > 0
+    assert scores["tmc_bits_per_dim_stderr"] > 0
 
 
 def test_lower_precision_changes_scores_little(images: Tensor) -> None:
@@ -262,8 +262,8 @@ def test_the_whole_bound_of_two_levels(consistent: bool) -> None:
     else:
         assert total < 0.97
     some = x[::17]
-    for pairs in (False, True):
-        found = iwae(model, some, 400, pairs=pairs, batch=400)
+    for tmc in (False, True):
+        found = iwae(model, some, 400, tmc=tmc, batch=400)
         assert torch.allclose(found, exact[::17], atol=0.05)
     elbo = torch.stack([model(some).elbo for _ in range(100)]).mean(0).double()
     assert bool((elbo < exact[::17] + 0.02).all()) and elbo.mean() < exact[::17].mean()

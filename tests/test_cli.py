@@ -12,7 +12,7 @@ import selfvae
 from selfvae.cli import main
 from selfvae.data import pictures
 from selfvae.data.batches import Images
-from selfvae.metrics import likelihood
+from selfvae.metrics import enhancement
 from selfvae.operations import infer
 from selfvae.reports.figures import figures
 from selfvae.transforms import Greyscale, MeanDownscale
@@ -192,27 +192,27 @@ def test_figures_and_scores_by_command(
 
 def test_psnr_and_ssim() -> None:
     x = torch.randint(0, 200, (2, 3, 16, 16), dtype=torch.uint8)
-    assert torch.equal(likelihood.psnr(x, x), torch.full((2,), 100.0, dtype=torch.float64))
-    assert torch.allclose(likelihood.psnr(x, x + 10), torch.tensor(28.1308036, dtype=torch.float64))
-    assert torch.allclose(likelihood.ssim(x, x), torch.ones(2, dtype=torch.float64))
-    assert bool((likelihood.ssim(x, 255 - x) < 0.1).all())
+    assert torch.equal(enhancement.psnr(x, x), torch.full((2,), 100.0, dtype=torch.float64))
+    assert torch.allclose(enhancement.psnr(x, x + 10), torch.tensor(28.1308036, dtype=torch.float64))
+    assert torch.allclose(enhancement.ssim(x, x), torch.ones(2, dtype=torch.float64))
+    assert bool((enhancement.ssim(x, 255 - x) < 0.1).all())
     with pytest.raises(ValueError, match="11 x 11 pixels or more; got 8 x 16"):
-        likelihood.ssim(x[:, :, :8], x[:, :, :8])
+        enhancement.ssim(x[:, :, :8], x[:, :, :8])
 
 
 @pytest.mark.parametrize("name", ["selfvae", "selfvae-grey", "selfvae-bits", "selfvae-halve"])
 def test_enhancement_scores(name: str, runs: Path) -> None:
     model = selfvae.load(runs / name)
     x = torch.randint(0, 256, (3, 3, 24, 20), dtype=torch.uint8)
-    scores = likelihood.evaluate_enhancement(model, Images(x.numpy()), draws=3, seed=0, batch_size=2)
-    assert scores == likelihood.evaluate_enhancement(
+    scores = enhancement.evaluate_enhancement(model, Images(x.numpy()), draws=3, seed=0, batch_size=2)
+    assert scores == enhancement.evaluate_enhancement(
         model, Images(x.numpy()), draws=3, seed=0, batch_size=2
     )
     assert scores["consistency_error_draw"] == 0
     assert scores["diversity_rmse"] > 1
     assert scores["psnr_mean"] > scores["psnr_draw"]  # errors average out
     y = infer(model, x[:, :, :24, :16], "y1")["y1"]
-    plain = likelihood.baseline_enhancement(model, y)
+    plain = enhancement.baseline_enhancement(model, y)
     assert plain.shape == (3, 3, 24, 16)
     if name == "selfvae-grey":
         assert torch.equal(plain, y.expand(-1, 3, -1, -1)) and scores["consistency_error_plain"] == 0
@@ -221,15 +221,17 @@ def test_enhancement_scores(name: str, runs: Path) -> None:
     if name == "selfvae-bits":
         assert torch.equal(plain, (y << 5) + 16)
     with pytest.raises(ValueError, match="draws must be at least 2"):
-        likelihood.evaluate_enhancement(model, Images(x.numpy()), draws=1)
+        enhancement.evaluate_enhancement(model, Images(x.numpy()), draws=1)
 
 
 def test_known_scores(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws that are 5 levels above and below x."""
     x = torch.randint(10, 240, (2, 3, 16, 16), dtype=torch.uint8)
     signs = iter([5, -5])
-    monkeypatch.setattr(likelihood, "enhance", lambda *args, **how: (x.int() + next(signs)).to(torch.uint8))
-    scores = likelihood.evaluate_enhancement(
+    monkeypatch.setattr(
+        enhancement, "enhance", lambda *args, **how: (x.int() + next(signs)).to(torch.uint8)
+    )
+    scores = enhancement.evaluate_enhancement(
         selfvae.load(runs / "selfvae-grey"), Images(x.numpy()), draws=2
     )
     assert scores["psnr_draw"] == pytest.approx(34.1514, abs=1e-3)
@@ -242,8 +244,8 @@ def test_known_scores_of_few_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randint(0, 7, (2, 3, 16, 16), dtype=torch.uint8)
     model = selfvae.build("selfvae", "tiny", (3, 16, 16), num_values=8, width=0.06)
     steps = iter([1, 0])
-    monkeypatch.setattr(likelihood, "enhance", lambda *args, **how: x + next(steps))
-    scores = likelihood.evaluate_enhancement(model, Images(x.numpy()), draws=2)
+    monkeypatch.setattr(enhancement, "enhance", lambda *args, **how: x + next(steps))
+    scores = enhancement.evaluate_enhancement(model, Images(x.numpy()), draws=2)
     assert scores["diversity_rmse"] == pytest.approx(255 / 7)
     assert scores["psnr_draw"] == pytest.approx((100 + 20 * np.log10(7)) / 2)
 
@@ -251,10 +253,10 @@ def test_known_scores_of_few_levels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("transform", ["grey+mean2", "mean2+grey", "mean2+bits3", "bicubic2+grey"])
 def test_plain_enhancement_of_chains(transform: str, images: torch.Tensor) -> None:
     model = selfvae.build("selfvae", "tiny", (3, 16, 16), transforms=(transform,), width=0.06)
-    plain = likelihood.baseline_enhancement(model, infer(model, images, "y1")["y1"])
+    plain = enhancement.baseline_enhancement(model, infer(model, images, "y1")["y1"])
     flat = images.double().mean((2, 3), keepdim=True)
     assert plain.shape == images.shape
-    assert likelihood.psnr(plain, images).mean() > likelihood.psnr(flat, images).mean() - 3
+    assert enhancement.psnr(plain, images).mean() > enhancement.psnr(flat, images).mean() - 3
 
 
 @pytest.mark.parametrize("name", ["selfvae", "selfvae-halve"])

@@ -28,13 +28,14 @@ from selfvae.codec import (
     Codec,
     CodecError,
     fingerprint,
-    lattice,
+    float64,
     pack,
     plugin,
     read_header,
+    tables,
     use,
 )
-from selfvae.codec.ans import Stack, _length, code
+from selfvae.codec.ans import ANSCoder, _length, code
 from selfvae.codec.container import Header, Part, Reader, varint
 from selfvae.codec.float64 import SideInformation
 from selfvae.codec.latents import _BY_RATE, _ROUNDED, Gaussian, InsufficientBits, _Integers, _noise
@@ -86,8 +87,8 @@ def bits(model: selfvae.SelfVAE, x: Tensor) -> float:
 
 def test_the_logistics_table() -> None:
     """Against float64's own, at means and scales from one end to the other."""
-    inverse = lattice._inverse_table()
-    assert inverse[-lattice._FLATTEST] == 1 << 20 and (np.diff(inverse) >= 0).all()
+    inverse = tables.inverse_table()
+    assert inverse[-tables.FLATTEST] == 1 << 20 and (np.diff(inverse) >= 0).all()
     mean = np.array([[-5000, 0, 16, 4080, 4081, 9000]] * len(inverse))
     steps = np.arange(len(inverse))[:, None] + np.zeros_like(mean)
     for edge in (1, 100, 128, 255):
@@ -100,22 +101,22 @@ def test_the_logistics_table() -> None:
 
 
 def test_the_normal_s_table() -> None:
-    tail, slope = lattice._tail_table("normal")
+    tail, slope = tables._tail_table("normal")
     exact = 2.0**ONE * torch.special.ndtr(-torch.arange(len(tail)).double() / 64).numpy()
     assert np.abs(tail - exact).max() <= 1 and tail[-1] == slope[-1] == 0
 
 
 def test_the_ratios_table() -> None:
     nats = np.linspace(-5, 5, 1001)
-    found = lattice.ratios(nats, SideInformation(), 0) / 2.0**lattice.SHARES
+    found = float64.ratios(nats, SideInformation(), 0) / 2.0**tables.SHARES
     assert np.abs(np.log(found) - nats.clip(-4, 4)).max() < 1 / 128
-    assert lattice._ratio_table().min() >= 2 and lattice._ratio_table().max() < 1 << 18
+    assert tables.ratio_table().min() >= 2 and tables.ratio_table().max() < 1 << 18
 
 
 def golden_tables() -> list[np.ndarray]:
     return [
-        lattice._weight_table(), lattice._inverse_table(), *lattice._tail_table("logistic"),
-        *lattice._tail_table("normal"), lattice._ratio_table(),
+        tables.weight_table(), tables.inverse_table(), *tables._tail_table("logistic"),
+        *tables._tail_table("normal"), tables.ratio_table(),
     ]  # fmt: skip
 
 
@@ -140,9 +141,9 @@ def mixture(levels: int, components: int, n: int, seed: int = 0, spread: float =
     return PixelMixture(params, Support(torch.zeros(1, 3, 1, n), format), format)
 
 
-def through(p: PixelMixture, v: Tensor | None, coder: Stack, notes: SideInformation) -> Tensor:
+def through(p: PixelMixture, v: Tensor | None, coder: ANSCoder, notes: SideInformation) -> Tensor:
     grid, found = (
-        lattice.QuantizedMixture(p, 0, notes),
+        float64.QuantizedMixture(p, 0, notes),
         torch.zeros(1, 1, 3, 1, p.logits.shape[-1], dtype=torch.long),
     )
     weights = grid.weights()
@@ -158,14 +159,14 @@ def test_code_length_is_the_likelihood(levels: int, components: int) -> None:
     p = mixture(levels, components, 20_000, spread=1.0)
     torch.manual_seed(0)
     x = p.sample()
-    encoder, notes = Stack(), SideInformation()
+    encoder, notes = ANSCoder(), SideInformation()
     v = x[:, None].long()
     assert torch.equal(through(p, v, encoder, notes), v)
     encoder.push()
     words = encoder.words()
     ideal = -p.log_prob(x).item() / math.log(2)
     assert 32 * len(words) == pytest.approx(ideal, rel=2e-3, abs=100)
-    decoder = Stack(words)
+    decoder = ANSCoder(words)
     assert torch.equal(through(p, None, decoder, SideInformation(notes.tobytes())), v)
     assert decoder.left() == 0
 
@@ -173,28 +174,28 @@ def test_code_length_is_the_likelihood(levels: int, components: int) -> None:
 def test_values_far_from_every_mean_come_back() -> None:
     p = mixture(256, 2, 600, spread=30.0)  # sharp, far apart, some beyond the range
     for v in (torch.zeros(1, 1, 3, 1, 600).long(), torch.full((1, 1, 3, 1, 600), 255)):
-        encoder, notes = Stack(), SideInformation()
+        encoder, notes = ANSCoder(), SideInformation()
         through(p, v, encoder, notes)
         encoder.push()
-        assert torch.equal(through(p, None, Stack(encoder.words()), SideInformation(notes.tobytes())), v)
+        assert torch.equal(through(p, None, ANSCoder(encoder.words()), SideInformation(notes.tobytes())), v)
 
 
 def test_intervals() -> None:
     """Only the interval's values are coded: one value costs nothing, two at most a bit."""
     rng, n = np.random.default_rng(0), 4000
     channel = Channel(
-        rng.integers(-9000, 9000, (3, n)), lattice._inverse_table()[rng.integers(0, 176, (3, n))], 5
+        rng.integers(-9000, 9000, (3, n)), tables.inverse_table()[rng.integers(0, 176, (3, n))], 5
     )
     weights = rng.integers(0, 1 << 20, (3, n))
     lo = rng.integers(0, 256, n)
     for width in (1, 2, 7, 256):
         hi = np.minimum(lo + width - 1, 255)
         v = rng.integers(lo, hi + 1)
-        encoder = Stack()
+        encoder = ANSCoder()
         code(encoder, weights, channel, 256, (lo, hi), v)
         encoder.push()
         words = encoder.words()
-        found, after = code(Stack(words), weights, channel, 256, (lo, hi), None)
+        found, after = code(ANSCoder(words), weights, channel, 256, (lo, hi), None)
         assert np.array_equal(found, v) and after.max() < 1 << 20 and after.min() >= 0
         assert len(words) == 0 if width == 1 else len(words) > 0
 
@@ -355,7 +356,7 @@ def how_coded(codec: Codec, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[
 
     with monkeypatch.context() as patch:
         patch.setattr(Gaussian, "code", code)
-        codec.push(x, Stack())
+        codec.push(x, ANSCoder())
     latents = [name for name in reversed(codec.names) if name[0] == "z"]
     named = zip(latents, kinds[-len(latents) :], strict=True)  # the last try's
     return {
@@ -436,7 +437,7 @@ def test_a_flow_of_whole_numbers_is_one_to_one(grid: float) -> None:
     prior = level.prior(model.blank(2, 32, 32), None)
     v = torch.from_numpy(rng.integers(-500, 500, prior.shape))
     words = rng.integers(1, 2**31, 4000).astype(np.uint32)
-    stack, notes = Stack(words), SideInformation()
+    stack, notes = ANSCoder(words), SideInformation()
     with torch.no_grad():
         noise = prior.flow.walk(v, _Integers(prior, grid, v.numel(), stack, notes).there)
         exact = prior.flow(v.double() * grid)
@@ -453,14 +454,14 @@ def test_a_latent_is_drawn_as_its_posterior_says() -> None:
     mean = torch.linspace(-100, 100, 40_000).double().view(1, 1, 200, 200)
     q = DiagonalNormal(mean, torch.full_like(mean, -math.log(16)))  # a scale of 1/4
     words = np.random.default_rng(0).integers(1, 2**31, 40_000).astype(np.uint32)
-    stack, notes = Stack(words), SideInformation()
+    stack, notes = ANSCoder(words), SideInformation()
     latent = Gaussian.draw(q, stack, notes)
     t = 4 * (latent.z - mean)
     assert latent.drawn and t.mean().abs() < 0.02 and (t.std() - 1).abs() < 0.02 and t.abs().max() < 6.1
     Gaussian.give_back(q, stack, SideInformation(notes.tobytes()), latent)
     assert np.array_equal(stack.words(), words)
     with pytest.raises(InsufficientBits):
-        Gaussian.draw(q, Stack(words[-100:]), SideInformation())
+        Gaussian.draw(q, ANSCoder(words[-100:]), SideInformation())
 
 
 @settings(max_examples=60, deadline=None)
@@ -548,16 +549,16 @@ _PLAIN_CPU = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRU
 STEPS = 127.5 * 32
 
 
-@pytest.mark.parametrize("margin", [lattice.MARGIN, 0.01])
+@pytest.mark.parametrize("margin", [float64.MARGIN, 0.01])
 def test_noise_below_the_margin_changes_nothing(
     picture: Tensor, margin: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the true margin, and with one so wide that thousands of values are noted."""
-    monkeypatch.setattr(lattice, "MARGIN", margin)
+    monkeypatch.setattr(float64, "MARGIN", margin)
     codec = Codec(fixed())
     data = codec.compress(picture)
     noted = sum(part.notes for part in read_header(data).parts)
-    assert noted > 500 or margin == lattice.MARGIN
+    assert noted > 500 or margin == float64.MARGIN
     for seed in range(3):
         torch.manual_seed(seed)
         with Noisy(codec, 0.9 * margin / STEPS):
@@ -566,11 +567,11 @@ def test_noise_below_the_margin_changes_nothing(
         codec.decompress(data)
 
 
-@pytest.mark.parametrize("margin", [lattice.MARGIN, 0.01])
+@pytest.mark.parametrize("margin", [float64.MARGIN, 0.01])
 def test_noise_in_the_networks_of_latents(
     picture: Tensor, margin: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lattice, "MARGIN", margin)
+    monkeypatch.setattr(float64, "MARGIN", margin)
     for model in (
         gaussian(),
         gaussian("selfvae-3", "mog"),
@@ -603,7 +604,7 @@ def snapped(x: Tensor, latents: str = "none") -> np.ndarray:
         codec = Codec(gaussian(width=0.1, image_shape=(3, 32, 32), backbone="dense"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SideInformation, "quantize", keep)
-        codec.push(x, Stack())
+        codec.push(x, ANSCoder())
     return np.concatenate(seen)
 
 
@@ -634,7 +635,7 @@ def test_the_margin_is_a_thousand_times_what_computers_differ_by(tmp_path: Path,
     others.append(np.load(tmp_path / "values.npy"))
     differences = [np.abs(one - other).max() for other in others]
     assert differences[-1] > 0  # else nothing was tried
-    assert 1000 * max(differences) < lattice.MARGIN
+    assert 1000 * max(differences) < float64.MARGIN
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -865,7 +866,7 @@ def test_too_large_and_too_many(codec: Codec, picture: Tensor, monkeypatch: pyte
 def test_the_coder_s_words_stay_what_they_are() -> None:
     """The format depends on how the package rescales probabilities."""
     p = (np.arange(20_000, dtype=np.int64) * 104729) % ((1 << 24) - 1) + 1
-    encoder = Stack()
+    encoder = ANSCoder()
     encoder.bits(p, np.arange(20_000) * 7919 % 16_777_259 < p)
     encoder.push()
     assert zlib.crc32(encoder.words().astype("<u4").tobytes()) == _golden()["words"]
@@ -873,12 +874,12 @@ def test_the_coder_s_words_stay_what_they_are() -> None:
 
 
 def uniform_words() -> int:
-    stack, i = Stack(), np.arange(20_000, dtype=np.int64)
+    stack, i = ANSCoder(), np.arange(20_000, dtype=np.int64)
     sizes = np.array([2, 3, 13, 17, 75, 223_635, 1 << 18])[i % 7]
     stack.uniform(sizes, i * 7919 % sizes)
     stack.push()
     words = stack.words()
-    assert np.array_equal(Stack(words).uniform(sizes), i * 7919 % sizes)
+    assert np.array_equal(ANSCoder(words).uniform(sizes), i * 7919 % sizes)
     return zlib.crc32(words.astype("<u4").tobytes())
 
 

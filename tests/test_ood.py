@@ -11,9 +11,9 @@ import torch
 import selfvae
 from selfvae.cli import main
 from selfvae.data.batches import Images
-from selfvae.distributed import spread
+from selfvae.distributed import distributed_map
 from selfvae.metrics.baselines import lossless_bits
-from selfvae.metrics.ood import ALTERED, auroc, ood, scores
+from selfvae.metrics.ood import ALTERED, auroc, evaluate_ood, scores
 
 
 def build(name: str, images: torch.Tensor) -> selfvae.SelfVAE:
@@ -28,7 +28,7 @@ def test_scores_are_the_terms(name: str, images: torch.Tensor) -> None:
     torch.manual_seed(1)
     found = scores(model, images, batch_size=4)
     torch.manual_seed(1)
-    (terms,) = spread(model, [images])
+    (terms,) = distributed_map(model, [images])
     assert torch.allclose(found["nll"], -terms.elbo.double(), rtol=1e-5)
     assert torch.allclose(found["re0"], terms.re[0].double())
     assert ("kl0" in found) == model.levels[0].has_latent
@@ -66,16 +66,18 @@ def test_a_model_that_knows_smooth_images_finds_noise(images: torch.Tensor) -> N
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    result = ood(model, Images(images.numpy()), {"noise": None, "own": Images(images.numpy())})
+    result = evaluate_ood(model, Images(images.numpy()), {"noise": None, "own": Images(images.numpy())})
     assert result["images"] == 4
     assert result["noise"]["nll"] == 1.0 and result["own"]["nll"] == 0.5
-    assert result == ood(model, Images(images.numpy()), {"noise": None, "own": Images(images.numpy())})
+    assert result == evaluate_ood(
+        model, Images(images.numpy()), {"noise": None, "own": Images(images.numpy())}
+    )
     with pytest.raises(ValueError, match=r"must hold images of \(3, 16, 16\).*got \(3, 8, 8\)"):
-        ood(model, Images(images.numpy()), {"small": Images(images[:, :, :8, :8].numpy())})
+        evaluate_ood(model, Images(images.numpy()), {"small": Images(images[:, :, :8, :8].numpy())})
     with pytest.raises(ValueError, match="unknown out-set 'nosie'"):
-        ood(model, Images(images.numpy()), {"nosie": None})
+        evaluate_ood(model, Images(images.numpy()), {"nosie": None})
     with pytest.raises(ValueError, match="at least 2 images"):
-        ood(model, Images(images.numpy()), {}, limit=1)
+        evaluate_ood(model, Images(images.numpy()), {}, limit=1)
 
 
 def test_command(tmp_path: Path, images: torch.Tensor, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,5 +96,5 @@ def test_command(tmp_path: Path, images: torch.Tensor, capsys: pytest.CaptureFix
 def test_the_global_random_state_is_left_alone(images: torch.Tensor) -> None:
     model = build("vae-normal", images)
     before = torch.random.get_rng_state()
-    ood(model, Images(images.numpy()), {"noise": None})
+    evaluate_ood(model, Images(images.numpy()), {"noise": None})
     assert torch.equal(torch.random.get_rng_state(), before)

@@ -17,27 +17,27 @@ from selfvae import hub
 from selfvae.codec import Codec, pack
 from selfvae.data import pictures
 from selfvae.data.batches import Images
-from selfvae.distributed import alone, launch, rank, spread
-from selfvae.metrics.fid import quality
+from selfvae.distributed import distributed_map, launch, on_rank_zero, rank
+from selfvae.metrics.fid import evaluate_samples, report
 from selfvae.metrics.likelihood import evaluate
-from selfvae.metrics.ood import ood
-from selfvae.reports.figures import figures
-from selfvae.reports.report import Settings, report
+from selfvae.metrics.ood import evaluate_ood
+from selfvae.reports.figures import draw_figures
+from selfvae.reports.report import Settings
 
 WORK = """
 import atexit, json, sys
 from pathlib import Path
 import torch.distributed as dist
 from tests.test_processes import work
-from selfvae.distributed import launch, rank, spread
+from selfvae.distributed import launch, rank, distributed_map
 
 atexit.register(lambda: print("together at the end:", dist.is_initialized()))  # the last of those called
 launch(2)
 found = work(Path(sys.argv[1]), Path(sys.argv[2]))
-found["ranks"] = spread(lambda item: rank(), [0, 1, 2])
-found["nested"] = spread(lambda a: spread(lambda b: a + b, ["1", "2"]), ["A", "B"])
+found["ranks"] = distributed_map(lambda item: rank(), [0, 1, 2])
+found["nested"] = distributed_map(lambda a: distributed_map(lambda b: a + b, ["1", "2"]), ["A", "B"])
 try:
-    spread(lambda item: 1 // item, [1, 0, 1])
+    distributed_map(lambda item: 1 // item, [1, 0, 1])
 except ZeroDivisionError as error:
     found["error"] = str(error)
     assert "1 // item" in error.__notes__[0]
@@ -54,16 +54,18 @@ def work(run: Path, out: Path) -> dict[str, object]:
     )
     images = Images(x.numpy())
     torch.manual_seed(5)
-    files = figures(model, x[:2], out, seed=0)
+    files = draw_figures(model, x[:2], out, seed=0)
     archive = pack(Codec(model), [(str(i), image[None]) for i, image in enumerate(x)], block=4)
     some = Settings(
         limit=8, iw=2, iw_limit=30, ood_limit=8, enhance_limit=4, draws=2, batch_size=4, figures=2
     )
     whole = report([run], images, "noise", out / "report", some)
     return {
-        "scores": evaluate(model, images, iw=3, batch_size=4),
-        "ood": ood(model, images, {"inverted": None}, batch_size=4),
-        "quality": quality(model, images, lambda x: x[:, 0, 0, :9].float(), n=10, batch_size=3, seed=0),
+        "scores": evaluate(model, images, iwae_samples=3, batch_size=4),
+        "ood": evaluate_ood(model, images, {"inverted": None}, batch_size=4),
+        "quality": evaluate_samples(
+            model, images, lambda x: x[:, 0, 0, :9].float(), n=10, batch_size=3, seed=0
+        ),
         "archive": archive.hex(),
         "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
         "report": whole.read_text().split("## Seconds")[0],
@@ -86,7 +88,7 @@ def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
     assert found[0].pop("ranks") == [0, 1, 0]
     assert found[0].pop("nested") == [["A1", "A2"], ["B1", "B2"]]
     assert found[0].pop("error") == "integer division or modulo by zero"
-    assert found[0] == work(tmp_path / "run", tmp_path / "alone")
+    assert found[0] == work(tmp_path / "run", tmp_path / "on_rank_zero")
 
 
 def test_a_folder_by_two_processes(tmp_path: Path) -> None:
@@ -109,16 +111,16 @@ def test_one_process() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         launch(0)
     torch.manual_seed(1)
-    one = spread(lambda _: torch.rand(()).item(), range(3))
+    one = distributed_map(lambda _: torch.rand(()).item(), range(3))
     torch.manual_seed(1)
-    assert spread(lambda _: torch.rand(()).item(), range(3)) == one and len(set(one)) == 3
+    assert distributed_map(lambda _: torch.rand(()).item(), range(3)) == one and len(set(one)) == 3
     assert torch.rand(()).item() not in one
     torch.manual_seed(1)
     torch.randint(2**62, ())
     after = torch.rand(())
     torch.manual_seed(1)
-    spread(lambda _: torch.rand(9), range(3))
+    distributed_map(lambda _: torch.rand(9), range(3))
     assert torch.rand(()) == after  # one number is taken of the global state
-    assert alone(lambda: 4) == 4
+    assert on_rank_zero(lambda: 4) == 4
     with pytest.raises(KeyError):
-        spread({}.__getitem__, [1])
+        distributed_map({}.__getitem__, [1])

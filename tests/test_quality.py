@@ -116,4 +116,4 @@ def test_too_few_images_are_noticed_before_drawing(monkeypatch: pytest.MonkeyPat
     images = Images(np.zeros((40, 3, 8, 8), np.uint8))
     monkeypatch.setattr(fid, "generate", lambda *args, **how: pytest.fail("drew"))
     with pytest.raises(ValueError, match="at least 193 images on both sides; got 40 and 300"):
-        fid.quality(model, images, lambda x: x.flatten(1).float(), 300)
+        fid.evaluate_samples(model, images, lambda x: x.flatten(1).float(), 300)

@@ -28,7 +28,7 @@ def test_recipe(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         from_config(config)
     assert settings.max_seconds > 0
     if settings.optimizer == "muon":
-        assert settings.schedule == "cosine" and settings.lr_floor < settings.lr / 10
+        assert settings.schedule == "cosine" and settings.min_lr < settings.lr / 10
 
 
 def test_the_table_is_complete() -> None:

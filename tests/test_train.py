@@ -192,7 +192,7 @@ def test_hopeless_runs_end_with_a_message(
 def test_accumulation_gives_the_whole_batchs_gradient(tmp_path: Path, images: sources.Dataset) -> None:
     halve = presets.build("selfvae-halve", "tiny", (3, 8, 8), width=0.05).config  # no noise in it
     for parts in (1, 4):
-        config = settings(accumulate=parts, steps=3, flip=False, translate=0, optimizer="adamw")
+        config = settings(grad_accum=parts, steps=3, flip=False, translate=0, optimizer="adamw")
         train(halve, images, tmp_path / str(parts), config, quiet=True)
     one, four = (load_file(tmp_path / p / "model.safetensors") for p in "14")
     assert all(torch.allclose(one[k].float(), four[k].float(), atol=2e-4) for k in one)
@@ -242,7 +242,7 @@ def test_two_processes_make_the_steps_of_one(tmp_path: Path, optimizer: str, mod
 def test_patience_and_the_clock_end_a_run(
     tmp_path: Path, images: sources.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    still = settings(steps=400, lr=1e-9, lr_floor=1e-9, eval_every=1, patience=2)
+    still = settings(steps=400, lr=1e-9, min_lr=1e-9, eval_every=1, patience=2)
     train(CONFIG, images, tmp_path / "a", still, quiet=True)
     assert _state(tmp_path / "a")["step"] < 400
     train(CONFIG, images, tmp_path / "b", settings(steps=10**6, max_seconds=0.5), quiet=True)
@@ -284,7 +284,7 @@ def test_kl_weight_and_free_bits() -> None:
 
 
 def test_wrong_settings() -> None:
-    for wrong in ({"steps": 0}, {"ema": 1.0}, {"accumulate": 3}, {"warmup": -1}, {"schedule": "linear"},
+    for wrong in ({"steps": 0}, {"ema": 1.0}, {"grad_accum": 3}, {"warmup": -1}, {"schedule": "linear"},
                   {"clock": "sun"}):  # fmt: skip
         with pytest.raises(ValueError, match="got"):
             TrainConfig(**wrong)  # type: ignore[arg-type]

@@ -98,7 +98,7 @@ def pack(
     named = [(file.relative_to(source).as_posix(), pictures.read_exactly(file)) for file in files]
     packer = _codec(model, devices)
     data = coding.pack(packer, named, block=block, verify=verify, track=progress)
-    distributed.alone(lambda: write_atomic(out, data))
+    distributed.on_rank_zero(lambda: write_atomic(out, data))
     subpixels = sum(x.numel() for _, x in named)
     rate = 8 * len(data) / subpixels
     print(f"{len(named)} pictures in {out}: {len(data)} bytes, {rate:.3f} bits a sub-pixel")
@@ -132,7 +132,7 @@ def unpack(source: In, out: Out, model: Path = PHOTOS, only: str | None = None, 
         return count
 
     blocks = range(len(archive.blocks)) if only is None else range(1)
-    count = sum(distributed.spread(write, blocks, progress, "decompressing"))
+    count = sum(distributed.distributed_map(write, blocks, progress, "decompressing"))
     print(f"{count} of {len(names)} pictures in {out}")
 
 

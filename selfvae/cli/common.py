@@ -46,7 +46,7 @@ def show(result: dict[str, Any], as_json: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SamplingFlags:
     """How variables are drawn.
 
     Args:
@@ -76,10 +76,10 @@ class Drawing:
         return {"temperature": heat, "decode": self.decode, "seed": self.seed}
 
 
-DrawingFlags = Annotated[Drawing, OmitArgPrefixes]
+Sampling = Annotated[SamplingFlags, OmitArgPrefixes]
 
 
-DRAWING = Drawing()
+SAMPLING = SamplingFlags()
 
 
 def load_images(net: SelfVAE, data: str, split: str = "test") -> Images:
@@ -132,8 +132,10 @@ def targets(names: Sequence[str], out: Path, ending: str, keep: Collection[str] 
     for name in names:
         target = out / name
         if target.suffix.lower() not in keep:
-            alone = stems[Path(name).with_suffix("")] == 1
-            target = target.with_suffix(ending) if alone else target.with_name(f"{target.name}{ending}")
+            on_rank_zero = stems[Path(name).with_suffix("")] == 1
+            target = (
+                target.with_suffix(ending) if on_rank_zero else target.with_name(f"{target.name}{ending}")
+            )
         found.append(target)
     for target, times in Counter(found).items():
         if times > 1:
@@ -158,7 +160,7 @@ def each(
     if source.is_file():
         out = out / f"{source.stem}{ending}" if out.is_dir() else out
         check_free(source, out)
-        distributed.alone(lambda: work(source, out))
+        distributed.on_rank_zero(lambda: work(source, out))
         print(f"{out}")
         return 0
     if out.exists() and not out.is_dir():
@@ -181,7 +183,7 @@ def each(
             return f"{file}: {error}"
         return ""
 
-    failed = list(filter(None, distributed.spread(do, files)))
+    failed = list(filter(None, distributed.distributed_map(do, files)))
     print(f"{len(files) - len(failed)} of {len(files)} files in {out}")
     if not distributed.rank():
         for line in failed:

@@ -10,11 +10,11 @@ from tyro.conf import Positional, arg
 
 from selfvae import operations
 from selfvae.cli.common import (
-    DRAWING,
-    DrawingFlags,
+    SAMPLING,
     In,
     Out,
     Run,
+    Sampling,
     alpha_of,
     check_free,
     each_picture,
@@ -24,8 +24,8 @@ from selfvae.cli.common import (
     progress,
 )
 from selfvae.data import pictures, sheets
-from selfvae.reports.figures import figures as draw_figures
-from selfvae.tiling import WHOLE, fitted
+from selfvae.reports.figures import draw_figures
+from selfvae.tiling import WHOLE, tiled_if_large
 
 
 def generate(
@@ -35,7 +35,7 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     zoom: int = 2,
-    drawing: DrawingFlags = DRAWING,
+    drawing: Sampling = SAMPLING,
 ) -> None:
     """Draw images from nothing into one picture.
 
@@ -55,7 +55,7 @@ def generate(
         positive(flag, value)
     pictures.check_ending(out)
     how = drawing.how(net)
-    fitting, chunk = fitted(net, height * width, progress), max(1, WHOLE // (height * width))
+    fitting, chunk = tiled_if_large(net, height * width, progress), max(1, WHOLE // (height * width))
     parts = [
         operations.generate(fitting, min(chunk, n - i), height, width, **{**how, "seed": how["seed"] + i})
         for i in range(0, n, chunk)
@@ -72,7 +72,7 @@ def enhance(
     level: int = 1,
     n: int = 1,
     devices: int = 1,
-    drawing: DrawingFlags = DRAWING,
+    drawing: Sampling = SAMPLING,
 ) -> int:
     """Enlarge, colour or de-band a picture of your own: whichever undoes the model's transform.
 
@@ -96,7 +96,7 @@ def enhance(
 
     def work(picture: pictures.Picture, file: Path) -> None:
         y = pictures.to_spec(picture, net.levels[level].spec)
-        fitting = fitted(net, y.shape[2] * rows * y.shape[3] * cols, progress)
+        fitting = tiled_if_large(net, y.shape[2] * rows * y.shape[3] * cols, progress)
         draws = [
             operations.enhance(fitting, y, level, **{**how, "seed": how["seed"] + i})[0] for i in range(n)
         ]
@@ -117,7 +117,7 @@ def reconstruct(
     model: Path,
     given: str = "reconstruction",
     devices: int = 1,
-    drawing: DrawingFlags = DRAWING,
+    drawing: Sampling = SAMPLING,
 ) -> int:
     """Draw a picture again from what the model infers of it. Alpha is kept.
 
@@ -134,7 +134,9 @@ def reconstruct(
 
     def work(picture: pictures.Picture, file: Path) -> None:
         x = pictures.to_spec(picture, net.spec)
-        drawn = operations.reconstruct(fitted(net, x[0, 0].numel(), progress), x, given_names, **how)
+        drawn = operations.reconstruct(
+            tiled_if_large(net, x[0, 0].numel(), progress), x, given_names, **how
+        )
         pictures.write(pictures.show(drawn[0], net.spec), file, alpha_of(picture, net.spec))
 
     return each_picture(source, out, work, alpha=net.spec.channels in (1, 3))
@@ -146,7 +148,7 @@ def vary(
     model: Path,
     n: int = 8,
     given: str = "u",
-    drawing: DrawingFlags = DRAWING,
+    drawing: Sampling = SAMPLING,
 ) -> int:
     """Variations of a picture in one sheet, the picture itself first.
 
@@ -164,9 +166,9 @@ def vary(
 
     def work(picture: pictures.Picture, file: Path) -> None:
         x = pictures.to_spec(picture, net.spec)
-        drawn = operations.vary(fitted(net, n * x[0, 0].numel(), progress), x, n, given_names, **how)[
-            0
-        ].cpu()
+        drawn = operations.vary(
+            tiled_if_large(net, n * x[0, 0].numel(), progress), x, n, given_names, **how
+        )[0].cpu()
         sheets.save_grid(pictures.show(torch.cat([x, drawn]), net.spec), file, zoom=1)
 
     return each_picture(source, out, work)
@@ -181,7 +183,7 @@ def interpolate(
     given: str = "u",
     spherical: bool = False,
     milliseconds: int = 100,
-    drawing: DrawingFlags = DRAWING,
+    drawing: Sampling = SAMPLING,
 ) -> None:
     """From one picture to another through the latents: a strip, or an animation (.gif, .webp).
 
@@ -202,7 +204,7 @@ def interpolate(
     for file in (a, b):
         check_free(file, out)
     ends = [pictures.to_spec(pictures.read(file), net.spec) for file in (a, b)]
-    fitting = fitted(net, ends[0][0, 0].numel(), progress)
+    fitting = tiled_if_large(net, ends[0][0, 0].numel(), progress)
     frames = operations.interpolate(
         fitting, ends[0], ends[1], steps, given, spherical=spherical, **drawing.how(net)
     )
@@ -220,7 +222,7 @@ def figures(
     out: Path | None = None,
     n: int = 8,
     devices: int = 1,
-    drawing: DrawingFlags = DRAWING,
+    drawing: Sampling = SAMPLING,
 ) -> None:
     """The papers' figures from a trained model, and a page that shows them: OUT/index.html.
 

@@ -13,10 +13,10 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from selfvae import distributed
 from selfvae.cli.common import (
-    DRAWING,
-    Drawing,
-    DrawingFlags,
+    SAMPLING,
     Run,
+    Sampling,
+    SamplingFlags,
     load_images,
     load_model,
     positive,
@@ -28,7 +28,7 @@ from selfvae.metrics import fid as samples
 from selfvae.metrics import likelihood as scoring
 from selfvae.metrics import ood as outliers
 from selfvae.metrics.enhancement import evaluate_enhancement
-from selfvae.metrics.timing import timing as measure
+from selfvae.metrics.timing import measure_speed
 from selfvae.model import SelfVAE
 from selfvae.nn.precision import Resolved
 from selfvae.reports import report as whole
@@ -47,7 +47,7 @@ def evaluate(
     precision: Resolved = "32-true",
     devices: int = 1,
     json: bool = False,
-    drawing: DrawingFlags = DRAWING,
+    drawing: Sampling = SAMPLING,
 ) -> None:
     """Score a trained model: bits/dim of the ELBO, every term in nats and, with --iw, the IWAE bound.
 
@@ -75,11 +75,11 @@ def evaluate(
             net, images, level, draws=draws, limit=limit, batch_size=batch_size, **drawing.how(net)
         )
     else:
-        if (drawing, level, draws) != (Drawing(seed=drawing.seed), 1, 8):
+        if (drawing, level, draws) != (SamplingFlags(seed=drawing.seed), 1, 8):
             raise ValueError("--level, --draws, --temperature and --decode go with --enhance")
         torch.manual_seed(drawing.seed)
         result = scoring.evaluate(
-            net, images, iw=iw, limit=limit, batch_size=batch_size, precision=precision
+            net, images, iwae_samples=iw, limit=limit, batch_size=batch_size, precision=precision
         )
     show(result, json)
 
@@ -111,7 +111,7 @@ def ood(
     net = load_model(model, devices)
     inside = load_images(net, data)
     outside = _outside(net, out_sets)
-    result = outliers.ood(net, inside, outside, limit=limit, batch_size=batch_size, seed=seed)
+    result = outliers.evaluate_ood(net, inside, outside, limit=limit, batch_size=batch_size, seed=seed)
     if json:
         show(result, json)
         return
@@ -136,7 +136,7 @@ def quality(
     batch_size: int = 100,
     devices: int = 1,
     json: bool = False,
-    drawing: DrawingFlags = DRAWING,
+    drawing: Sampling = SAMPLING,
 ) -> None:
     """Quality of samples: Frechet distance (FID), kernel distance (KID), precision and recall.
 
@@ -153,7 +153,7 @@ def quality(
     net = load_model(model, devices)
     network = _network(features, net.device)
     images = load_images(net, data, split)
-    result = samples.quality(
+    result = samples.evaluate_samples(
         net, images, network, n, batch_size=batch_size, track=progress, **drawing.how(net)
     )
     show(result, json)
@@ -181,7 +181,7 @@ def timing(
     """
     positive("counts", min(counts, default=0))
     positive("repeats", repeats)
-    show(measure(load_model(model), counts, repeats), json)
+    show(measure_speed(load_model(model), counts, repeats), json)
 
 
 def report(
@@ -207,7 +207,7 @@ def report(
         raise ValueError("a report needs at least one folder with a model")
     first = load_model(models[0], devices)
     images = load_images(first, data)
-    path = whole.report(
+    path = whole.write_report(
         models, images, Path(data).name, out, settings, outside=_outside(first, out_sets),
         device=first.device,
         features=None if features is None else (features, _network(features, first.device)),

@@ -75,7 +75,7 @@ def train(
         text = yaml.safe_dump({k: v for k, v in flags.items() if v not in (None, [])}, sort_keys=False)
         write_atomic(out / _SETTINGS, text.encode())
     fabric = Fabric(devices=devices, num_nodes=nodes, precision=precision)
-    loop.train(config, dataset, out, training, start=trained, resume=resume, fabric=fabric)
+    loop.train(config, dataset, out, training, init_from=trained, resume=resume, fabric=fabric)
     if not fabric.global_rank:
         print(f"model and curve are in {out}")
 

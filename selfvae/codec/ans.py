@@ -15,7 +15,7 @@ import numpy as np
 from selfvae.codec.container import CodecError
 from selfvae.codec.tables import ONE, Channel, Ints, cumulative
 
-__all__ = ["MOST", "Stack", "code"]
+__all__ = ["MOST", "ANSCoder", "code"]
 
 _PRECISION = 24  # bits of a decision's probability
 _WEIGHT = 20  # bits of a component's weight
@@ -35,7 +35,7 @@ def _constriction() -> Any:
     return constriction.stream
 
 
-class Stack:
+class ANSCoder:
     """A stack of decisions and numbers: what is pushed last is popped first.
 
     Known ones wait until `push` puts them on the stack, the last first: they are popped in the order in
@@ -54,13 +54,13 @@ class Stack:
         self._waiting: list[tuple[np.ndarray, Any, np.ndarray]] = []
         self.low = 0  # what `left` was at the least, since it was set
 
-    def copy(self) -> Stack:
+    def copy(self) -> ANSCoder:
         """Another stack with the same words; nothing may wait."""
-        other = Stack()
+        other = ANSCoder()
         other.become(self)
         return other
 
-    def become(self, other: Stack) -> None:
+    def become(self, other: ANSCoder) -> None:
         """Take another one's words; nothing may wait."""
         self._ans, self.low = other._ans.clone(), other.low
         self._waiting.clear()
@@ -150,7 +150,7 @@ class _Cumulative:
 
 
 def code(
-    stack: Stack,
+    stack: ANSCoder,
     weights: Ints,
     channel: Channel,
     num_values: int,
@@ -180,7 +180,7 @@ def code(
 
 
 def _chunk(
-    stack: Stack,
+    stack: ANSCoder,
     weights: Ints,
     channel: Channel,
     num_values: int,

@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfvae.codec.ans import Stack
+from selfvae.codec.ans import ANSCoder
 from selfvae.codec.container import CHANGED, PADDED, CodecError, Reader, check_size, check_start, varint
 from selfvae.codec.progressive import Codec
-from selfvae.distributed import spread
+from selfvae.distributed import distributed_map
 from selfvae.progress import Track, no_progress
 
 __all__ = ["Archive", "Entry", "pack"]
@@ -137,7 +137,7 @@ def pack(
         part = slice(start, start + block)
         return _pack_block(codec, entries[part], [x for _, x in named[part]])
 
-    blocks = spread(packed_block, starts, track, "compressing")
+    blocks = distributed_map(packed_block, starts, track, "compressing")
     index = {
         "levels": codec.model.spec.num_values,
         "pictures": entries,
@@ -160,13 +160,13 @@ def pack(
                 if not torch.equal(x.cpu(), back):
                     raise CodecError(f"{name} came back changed: please report this, with the picture")
 
-        spread(check, range(len(starts)), track, "checking")
+        distributed_map(check, range(len(starts)), track, "checking")
     return data
 
 
 @torch.no_grad()
 def _pack_block(codec: Codec, entries: Sequence[Entry], pictures: Sequence[Tensor]) -> bytes:
-    stack, notes = Stack(), []
+    stack, notes = ANSCoder(), []
     for members in reversed(_groups(codec, entries)):
         written = codec.push(torch.cat([pictures[i] for i in members]), stack)
         notes.append([written[name].notes for name in codec.names])
@@ -225,7 +225,7 @@ class Archive:
         notes = [[reader.take(reader.varint()) for _ in self.codec.names] for _ in groups]
         if (len(data) - reader.at) % 4:
             raise CodecError(f"block {number} of the archive is damaged: it ends inside a word")
-        stack = Stack(np.frombuffer(data, "<u4", offset=reader.at)[::-1].astype(np.uint32))
+        stack = ANSCoder(np.frombuffer(data, "<u4", offset=reader.at)[::-1].astype(np.uint32))
         for members, noted in zip(groups, notes, strict=True):
             first = entries[members[0]]
             size = first.height, first.width

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfvae.codec.ans import Stack, code
+from selfvae.codec.ans import ANSCoder, code
 from selfvae.codec.container import CodecError
 from selfvae.codec.float64 import NOT_FINITE, SideInformation, ratios, values, weights
 from selfvae.codec.tables import SHARES, Ints
@@ -34,7 +34,7 @@ from selfvae.distributions.latents import DiagonalNormal, GaussianMixture, Noisy
 from selfvae.distributions.priors import FlowDistribution
 from selfvae.nn.flows import Coupling
 
-__all__ = ["FINE", "Gaussian", "InsufficientBits", "Latent", "Rounded", "typical"]
+__all__ = ["FINE", "Gaussian", "InsufficientBits", "Latent", "Rounded", "fixed_noise_sample"]
 
 # all of these are part of the format
 _LEVELS = 256  # whole numbers of a latent that is rounded or chosen by rate
@@ -103,7 +103,7 @@ class _Normals(NamedTuple):
     def code(
         self,
         num_values: int,
-        stack: Stack,
+        stack: ANSCoder,
         notes: SideInformation,
         known: np.ndarray | None,
         *,
@@ -145,7 +145,7 @@ class Rounded:
         return Latent(z.numpy().astype(np.int8), z, _ROUNDED)
 
     @staticmethod
-    def code(prior: NoisyLogistic, stack: Stack, notes: SideInformation, known: Latent | None) -> Latent:
+    def code(prior: NoisyLogistic, stack: ANSCoder, notes: SideInformation, known: Latent | None) -> Latent:
         mean, octaves = prior.mean.flatten(), prior.log_scale.flatten() / math.log(2)
         channel = values(
             mean.double().cpu().numpy()[None],
@@ -178,11 +178,13 @@ class _Base(NamedTuple):
             return cls(lambda z: (z - mean) / scale, lambda e: mean + scale * e.to(scale.device), _standard)
         shares = torch.softmax(prior.logits, 0)[:, None]
         mean = (shares * prior.means).sum(0)
-        spread = (shares * (torch.exp(prior.log_vars) + (prior.means - mean) ** 2)).sum(0).sqrt()
-        mean, spread = mean[:, None, None], spread[:, None, None]
-        own = _Normals.of(prior).scaled(mean.cpu(), spread.cpu())
+        distributed_map = (shares * (torch.exp(prior.log_vars) + (prior.means - mean) ** 2)).sum(0).sqrt()
+        mean, distributed_map = mean[:, None, None], distributed_map[:, None, None]
+        own = _Normals.of(prior).scaled(mean.cpu(), distributed_map.cpu())
         return cls(
-            lambda z: (z - mean) / spread, lambda e: mean + spread * e.to(spread.device), lambda like: own
+            lambda z: (z - mean) / distributed_map,
+            lambda e: mean + distributed_map * e.to(distributed_map.device),
+            lambda like: own,
         )
 
 
@@ -196,7 +198,7 @@ class Gaussian:
 
     @staticmethod
     def draw(
-        posterior: DiagonalNormal, stack: Stack, notes: SideInformation, fine: float = FINE[0]
+        posterior: DiagonalNormal, stack: ANSCoder, notes: SideInformation, fine: float = FINE[0]
     ) -> Latent:
         """Pop a latent by its posterior, from the grid's range at most.
 
@@ -210,7 +212,9 @@ class Gaussian:
         return _on_grid(numbers, kind)
 
     @staticmethod
-    def give_back(posterior: DiagonalNormal, stack: Stack, notes: SideInformation, known: Latent) -> None:
+    def give_back(
+        posterior: DiagonalNormal, stack: ANSCoder, notes: SideInformation, known: Latent
+    ) -> None:
         """Push what drawing a latent popped."""
         grid = _Normals.of(posterior).scaled(0.0, _GRIDS[known.kind])
         grid.code(_MANY, stack, notes, known.numbers, drawn=True)
@@ -231,14 +235,14 @@ class Gaussian:
     def code(
         prior: Callable[[bool], Any],
         shape: tuple[int, int, int, int],
-        stack: Stack,
+        stack: ANSCoder,
         notes: SideInformation,
         known: Latent | None,
     ) -> Latent:
         """Push a `known` latent, or pop it. Raises Dry as `draw` does, and leaves the stack in between.
 
         prior: p(z | y_up, z_up), given whether z is drawn. If it is not, it was chosen before z_up was
-            known, and the prior must be told another draw of z_up (`typical`).
+            known, and the prior must be told another draw of z_up (`fixed_noise_sample`).
         """
         kind = _pop_kind(stack) if known is None else known.kind
         p = prior(kind < _BY_RATE)
@@ -253,11 +257,11 @@ class Gaussian:
         return _on_grid(found, kind) if known is None else known
 
 
-def _pop_kind(stack: Stack) -> int:
+def _pop_kind(stack: ANSCoder) -> int:
     return int(stack.uniform(np.array([_KINDS]))[0])
 
 
-def _push_kind(stack: Stack, known: Latent) -> None:
+def _push_kind(stack: ANSCoder, known: Latent) -> None:
     stack.uniform(np.array([_KINDS]), np.array([known.kind]))
 
 
@@ -283,7 +287,11 @@ def _on_grid(numbers: Ints, kind: int) -> Latent:
 
 
 def _code_by_rate(
-    prior: Any, shape: tuple[int, int, int, int], stack: Stack, notes: SideInformation, known: Latent | None
+    prior: Any,
+    shape: tuple[int, int, int, int],
+    stack: ANSCoder,
+    notes: SideInformation,
+    known: Latent | None,
 ) -> Latent:
     if known is not None:
         _push_kind(stack, known)
@@ -298,7 +306,7 @@ def _code_by_rate(
     return _by_rate(base, kinds.reshape(shape[:2]), found) if known is None else known
 
 
-def _code_kinds(n: int, stack: Stack, known: np.ndarray | None) -> Ints:
+def _code_kinds(n: int, stack: ANSCoder, known: np.ndarray | None) -> Ints:
     """Which step each channel has: half of them, about, are noise."""
     noise = stack.bits(np.full(n, 1 << 23), None if known is None else known == len(_STEPS) - 1)
     kinds, others = np.full(n, len(_STEPS) - 1), np.full(n - noise.sum(), len(_STEPS) - 1)
@@ -319,7 +327,7 @@ def _steps(kinds: Ints) -> Tensor:
 def _code_by_flow(
     prior: FlowDistribution,
     shape: tuple[int, int, int, int],
-    stack: Stack,
+    stack: ANSCoder,
     notes: SideInformation,
     known: Latent | None,
     kind: int,
@@ -359,7 +367,7 @@ def _noise(shape: torch.Size | tuple[int, ...]) -> Tensor:
     return torch.special.ndtri(_dither(shape) + 0.5)
 
 
-def typical(q: DiagonalNormal) -> Tensor:
+def fixed_noise_sample(q: DiagonalNormal) -> Tensor:
     """A draw, always with the same noise."""
     return q.mean + torch.exp(0.5 * q.log_var) * _noise(q.mean.shape).to(q.mean.device)
 
@@ -407,7 +415,7 @@ class _Integers:
     """
 
     def __init__(
-        self, prior: FlowDistribution, grid: float, n: int, stack: Stack, notes: SideInformation
+        self, prior: FlowDistribution, grid: float, n: int, stack: ANSCoder, notes: SideInformation
     ) -> None:
         flow, self.grid = prior.flow, grid
         couplings = [*flow.checker, *flow.channel, *flow.final]

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from selfvae.codec import container
-from selfvae.codec.ans import MOST, Stack, code
+from selfvae.codec.ans import MOST, ANSCoder, code
 from selfvae.codec.container import CHANGED, PADDED, CodecError, Header, Part, check_size
 from selfvae.codec.float64 import QuantizedMixture, SideInformation
-from selfvae.codec.latents import FINE, Gaussian, InsufficientBits, Latent, Rounded, typical
+from selfvae.codec.latents import FINE, Gaussian, InsufficientBits, Latent, Rounded, fixed_noise_sample
 from selfvae.hub import fingerprint
 from selfvae.level import Level
 from selfvae.model import SelfVAE
-from selfvae.operations import Drawing, complete, infer, variables
+from selfvae.operations import SamplingOptions, complete, infer, variables
 from selfvae.progress import Track, no_progress
 from selfvae.tiling import split, tiled
 from selfvae.transforms import check_image
@@ -121,7 +121,7 @@ class Codec:
         Raises ValueError for a picture that does not fit the model; CodecError if the check fails.
         """
         self.check(x)
-        stack = Stack()
+        stack = ANSCoder()
         written = self.push(x, stack, track)
         whole = stack.words()
         starts = [len(whole), *(written[name].start for name in self.names)]
@@ -146,7 +146,7 @@ class Codec:
         *,
         partial: bool = False,
         track: Track = no_progress,
-        **how: Unpack[Drawing],
+        **how: Unpack[SamplingOptions],
     ) -> Tensor:
         """The picture in a file, uint8 (1, C, H, W), bit for bit.
 
@@ -154,7 +154,7 @@ class Codec:
             data: the file.
             upto: "y1", ...: the computed image of that name, exactly, without decoding the rest.
             partial: take a file that was cut short; what is missing is drawn.
-            how: how it is drawn, see `tasks.Drawing`; by default the most likely picture.
+            how: how it is drawn, see `tasks.SamplingOptions`; by default the most likely picture.
 
         Raises CodecError that says what is wrong with the file, or that it is not of this model.
         """
@@ -185,7 +185,7 @@ class Codec:
     ) -> dict[str, Value]:
         """The first parts, by name, padded."""
         words = np.concatenate([words for _, words in parts])[::-1]
-        stack = Stack(np.ascontiguousarray(words))
+        stack = ANSCoder(np.ascontiguousarray(words))
         left, values = len(words), {}
         size, padded = (header.height, header.width), header.version <= PADDED
         found = self._variables(1, size, stack, [n for n, _ in parts], track, padded)
@@ -197,7 +197,7 @@ class Codec:
             values[name] = value
         return values
 
-    def push(self, x: Tensor, stack: Stack, track: Track = no_progress) -> dict[str, Written]:
+    def push(self, x: Tensor, stack: ANSCoder, track: Track = no_progress) -> dict[str, Written]:
         """Put pictures x, uint8 (B, C, H, W), on a stack, all levels of all of them.
 
         Gaussian latents are drawn with what the stack holds, as far as that goes.
@@ -209,7 +209,7 @@ class Codec:
             stack.become(before)
             return self._push(x, stack, track, draw=False)
 
-    def _push(self, x: Tensor, stack: Stack, track: Track, draw: bool) -> dict[str, Written]:
+    def _push(self, x: Tensor, stack: ANSCoder, track: Track, draw: bool) -> dict[str, Written]:
         x = x.expand(-1, self.model.spec.channels, -1, -1)
         images = [name for name in self.names if name[0] == "y"]
         known: dict[str, Value] = {name: y.cpu() for name, y in infer(self.model, x, images).items()}
@@ -237,7 +237,7 @@ class Codec:
         return written
 
     def _draw(
-        self, name: str, known: dict[str, Value], stack: Stack, draw: bool
+        self, name: str, known: dict[str, Value], stack: ANSCoder, draw: bool
     ) -> tuple[Latent, SideInformation]:
         """A Gaussian latent, drawn if that can be; and the notes of this."""
         posterior, before = self._posterior(name, known), stack.copy()
@@ -252,7 +252,7 @@ class Codec:
         ), SideInformation()
 
     def pop(
-        self, n: int, size: tuple[int, int], stack: Stack, notes: list[bytes], *, padded: bool = False
+        self, n: int, size: tuple[int, int], stack: ANSCoder, notes: list[bytes], *, padded: bool = False
     ) -> Tensor:
         """Take n pictures of a height and width off a stack: uint8 (n, C, H, W); notes as in the walk.
 
@@ -265,7 +265,7 @@ class Codec:
         self,
         n: int,
         size: tuple[int, int],
-        stack: Stack,
+        stack: ANSCoder,
         notes: list[bytes],
         track: Track,
         padded: bool,
@@ -295,7 +295,7 @@ class Codec:
         k = int(name[1:])
         above, z_up = f"z{k + 1}", None
         if above in self.names:
-            z_up = _tensor(known[above]) if drawn else typical(self._posterior(above, known))
+            z_up = _tensor(known[above]) if drawn else fixed_noise_sample(self._posterior(above, known))
             z_up = z_up.to(self.model.device)
         return self.model.levels[k].prior(self._above(name, known), z_up)
 
@@ -311,7 +311,7 @@ class Codec:
         name: str,
         known: dict[str, Value],
         size: tuple[int, int],
-        stack: Stack,
+        stack: ANSCoder,
         notes: SideInformation,
         track: Track,
         value: Value | None = None,
@@ -335,7 +335,7 @@ class Codec:
         y_up: Tensor,
         z: Tensor | None,
         inside: tuple[int, int] | None,
-        stack: Stack,
+        stack: ANSCoder,
         notes: SideInformation,
         track: Track,
         name: str,
@@ -365,13 +365,13 @@ class Codec:
             mixture = level.likelihood(
                 y_up[..., r.outer, c.outer].to(self.model.device), part, (r.inner, c.inner)
             )
-            core = (..., _part(r.core, y.shape[2], height), _part(c.core, y.shape[3], width))
-            given = None if known is None else known[core]
-            y[core] = self._mixture(mixture, stack, notes, coded[core], given)
+            interior = (..., _part(r.interior, y.shape[2], height), _part(c.interior, y.shape[3], width))
+            given = None if known is None else known[interior]
+            y[interior] = self._mixture(mixture, stack, notes, coded[interior], given)
         return y
 
     def _mixture(
-        self, mixture: Any, stack: Stack, notes: SideInformation, coded: Tensor, known: Tensor | None
+        self, mixture: Any, stack: ANSCoder, notes: SideInformation, coded: Tensor, known: Tensor | None
     ) -> Tensor:
         """Code the pixels that a mixture describes, where `coded` says so; returns them, uint8."""
         support = mixture.support

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfvae.data.batches import Images
-from selfvae.distributed import spread
+from selfvae.distributed import distributed_map
 from selfvae.metrics.likelihood import batches
 from selfvae.model import SelfVAE
-from selfvae.operations import Drawing, check_computed, enhance, infer
+from selfvae.operations import SamplingOptions, check_computed, enhance, infer
 from selfvae.transforms import Chain, ImageSpec, MeanDownscale, Transform
 
 __all__ = ["baseline_enhancement", "evaluate_enhancement", "psnr", "ssim"]
@@ -78,7 +78,7 @@ def evaluate_enhancement(
     draws: int = 8,
     limit: int | None = None,
     batch_size: int = 32,
-    **how: Unpack[Drawing],
+    **how: Unpack[SamplingOptions],
 ) -> dict[str, Any]:
     """How near the images drawn given y[k] alone come to x, and how they differ among themselves.
 
@@ -128,7 +128,7 @@ def evaluate_enhancement(
         }
         return {name: values.cpu() for name, values in scores.items()}
 
-    parts = spread(score, work)
+    parts = distributed_map(score, work)
     return {
         "images": n, "given": f"y{k}", "draws": draws,
         **{name: torch.cat([part[name] for part in parts]).mean().item() for name in sorted(parts[0])},

@@ -16,12 +16,19 @@ from torch import Tensor
 
 from selfvae.data.batches import Images, ranges
 from selfvae.data.pictures import show
-from selfvae.distributed import spread
+from selfvae.distributed import distributed_map
 from selfvae.model import SelfVAE
-from selfvae.operations import Drawing, generate
+from selfvae.operations import SamplingOptions, generate
 from selfvae.progress import Track, no_progress
 
-__all__ = ["features", "frechet_distance", "kernel_distance", "load_network", "precision_recall", "quality"]
+__all__ = [
+    "evaluate_samples",
+    "features",
+    "frechet_distance",
+    "kernel_distance",
+    "load_network",
+    "precision_recall",
+]
 
 Network = Callable[[Tensor], Tensor]
 
@@ -174,7 +181,7 @@ def report(real: Tensor, drawn: Tensor) -> dict[str, Any]:
     }
 
 
-def quality(
+def evaluate_samples(
     model: SelfVAE,
     images: Images,
     network: Network,
@@ -182,7 +189,7 @@ def quality(
     *,
     batch_size: int = 100,
     track: Track = no_progress,
-    **how: Unpack[Drawing],
+    **how: Unpack[SamplingOptions],
 ) -> dict[str, Any]:
     """`report` for all images against n drawn ones of the same size.
 
@@ -208,6 +215,6 @@ def quality(
         x = generate(model, len(chunk), *images.shape[2:], **how)
         return features(network, show(x, model.spec))
 
-    real = spread(known, ranges(len(images), batch_size), track, "real images")
-    fake = spread(drawn, ranges(n, batch_size), track, "generated images")
+    real = distributed_map(known, ranges(len(images), batch_size), track, "real images")
+    fake = distributed_map(drawn, ranges(n, batch_size), track, "generated images")
     return report(torch.cat(real), torch.cat(fake))

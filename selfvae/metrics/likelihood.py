@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from selfvae.data.batches import Images, ranges
-from selfvae.distributed import spread
+from selfvae.distributed import distributed_map
 from selfvae.metrics.bounds import Bounds, bounds
 from selfvae.model import SelfVAE
 from selfvae.nn.precision import Resolved, autocast
@@ -56,7 +56,7 @@ def evaluate(
     model: SelfVAE,
     images: Images,
     *,
-    iw: int = 0,
+    iwae_samples: int = 0,
     limit: int | None = None,
     batch_size: int = 32,
     precision: Resolved = "32-true",
@@ -65,7 +65,7 @@ def evaluate(
 
     Returns, as means over images: bits_per_dim (of the ELBO, one draw an image), elbo_nats, re and kl
     (lists over levels, in nats and in bits/dim), images; with iw > 0 the bounds of so many draws an image:
-    iwae_bits_per_dim, pairs_bits_per_dim (all combinations of the levels' draws) and, from the same draws,
+    iwae_bits_per_dim, tmc_bits_per_dim (all combinations of the levels' draws) and, from the same draws,
     elbo_bits_per_dim. Every bits_per_dim comes with its standard error over images. With precision
     "bf16-mixed" the networks compute in bfloat16 (see `precision`). Several processes share the work.
     """
@@ -74,9 +74,11 @@ def evaluate(
     def score(batch: range) -> tuple[Terms, Bounds | None]:
         x = images.take(batch).to(model.device)
         with autocast(model.device, precision):
-            return model(x).cpu(), bounds(model, x, iw, batch=batch_size).cpu() if iw else None
+            return model(x).cpu(), bounds(
+                model, x, iwae_samples, batch=batch_size
+            ).cpu() if iwae_samples else None
 
-    terms, found = zip(*spread(score, parts), strict=True)
+    terms, found = zip(*distributed_map(score, parts), strict=True)
     dims = math.prod(images.shape[1:])
     elbo = torch.cat([t.elbo for t in terms])
     out: dict[str, Any] = {"images": n, **summary({"bits_per_dim": elbo}, dims)}
@@ -85,8 +87,8 @@ def evaluate(
         means = values.mean(1)
         out[f"{kind}_nats"] = means.tolist()
         out[f"{kind}_bits_per_dim"] = bits_per_dim(means, dims).tolist()
-    if iw:
-        out["iwae_draws"] = iw
+    if iwae_samples:
+        out["iwae_draws"] = iwae_samples
         out |= summary(
             {
                 f"{kind}_bits_per_dim": torch.cat([getattr(b, kind) for b in found])

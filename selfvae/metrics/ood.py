@@ -22,14 +22,14 @@ from torch import Tensor
 
 from selfvae.data.batches import Images
 from selfvae.data.pictures import show
-from selfvae.distributed import spread
+from selfvae.distributed import distributed_map
 from selfvae.metrics.baselines import lossless_bits
 from selfvae.metrics.likelihood import check_values
 from selfvae.model import SelfVAE
 from selfvae.operations import seeded
 from selfvae.terms import gather
 
-__all__ = ["ALTERED", "auroc", "ood", "scores"]
+__all__ = ["ALTERED", "auroc", "evaluate_ood", "scores"]
 
 # out-sets made from the in-set: x uint8 (B, C, H, W), the largest value, a generator -> images of x's shape
 ALTERED: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
@@ -45,7 +45,7 @@ ALTERED: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
 @torch.no_grad()
 def scores(model: SelfVAE, x: Tensor, batch_size: int = 32) -> dict[str, Tensor]:
     """All scores of images x, uint8 (B, C, H, W): float64 (B,) nats each, by name."""
-    re, kl = gather(spread(lambda part: model(part.to(model.device)).cpu(), x.split(batch_size)))
+    re, kl = gather(distributed_map(lambda part: model(part.to(model.device)).cpu(), x.split(batch_size)))
     levels = re + kl
     out = {"nll": levels.sum(0)}
     for k, level in enumerate(model.levels):
@@ -72,7 +72,7 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     return float((below + upto).mean() / (2 * len(low)))
 
 
-def ood(
+def evaluate_ood(
     model: SelfVAE,
     inside: Images,
     outside: dict[str, Images | None],

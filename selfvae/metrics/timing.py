@@ -13,10 +13,10 @@ from torch import Tensor
 from selfvae.model import SelfVAE
 from selfvae.operations import generate, reconstruct
 
-__all__ = ["timing"]
+__all__ = ["measure_speed"]
 
 
-def timing(
+def measure_speed(
     model: SelfVAE, counts: Sequence[int] = (1, 20, 100), repeats: int = 5, seed: int = 0
 ) -> dict[str, Any]:
     """Seconds to generate so many images at once, and to reconstruct them: medians of `repeats`.

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from selfvae.data.pictures import show
 from selfvae.data.sheets import save_figure
-from selfvae.distributed import alone, spread
+from selfvae.distributed import distributed_map, on_rank_zero
 from selfvae.files import write_atomic
 from selfvae.model import SelfVAE
 from selfvae.operations import (
-    Drawing,
+    SamplingOptions,
     complete,
     enhance,
     infer,
@@ -29,13 +29,13 @@ from selfvae.presets import TRANSFORMS, transform
 from selfvae.reports.html import figure, page
 from selfvae.transforms import ImageSpec, Transform
 
-__all__ = ["figures"]
+__all__ = ["draw_figures"]
 
 Row = tuple[str, Tensor]
 _LEVELS = 3  # of a long chain of computed images, so many are shown
 
 
-def figures(model: SelfVAE, x: Tensor, out: str | Path, **how: Unpack[Drawing]) -> list[Path]:
+def draw_figures(model: SelfVAE, x: Tensor, out: str | Path, **how: Unpack[SamplingOptions]) -> list[Path]:
     """Draw all figures that the model allows from images x, uint8 (B, C, H, W), B >= 2.
 
     Writes one PNG file each and index.html into the folder `out`; returns the files. A model without
@@ -66,10 +66,10 @@ def figures(model: SelfVAE, x: Tensor, out: str | Path, **how: Unpack[Drawing]) 
         save_figure(rows(model, x, **how), out / f"{name}.png")
         return out / f"{name}.png"
 
-    files = spread(draw, range(len(pages)))
+    files = distributed_map(draw, range(len(pages)))
     title = f"selfvae: {getattr(model.config, 'name', 'model')}"
     sections = [figure(file.name, caption) for file, (_, caption, _) in zip(files, pages, strict=True)]
-    alone(lambda: write_atomic(out / "index.html", page(title, sections)))
+    on_rank_zero(lambda: write_atomic(out / "index.html", page(title, sections)))
     return [*files, out / "index.html"]
 
 
@@ -96,7 +96,7 @@ def _operations(model: SelfVAE) -> list[tuple[str, str]]:
     return [(name, f"{name}: given {', '.join(names(model, name))}") for name in out]
 
 
-def _reconstructions(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
+def _reconstructions(model: SelfVAE, x: Tensor, **how: Unpack[SamplingOptions]) -> list[Row]:
     computed = _computed(model, x)
     rows = [("the images", computed["y0"])]
     rows += [(f"y{k}, computed", computed[f"y{k}"]) for k in _shown_levels(model)]
@@ -105,7 +105,7 @@ def _reconstructions(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[
     return rows
 
 
-def _conditional(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
+def _conditional(model: SelfVAE, x: Tensor, **how: Unpack[SamplingOptions]) -> list[Row]:
     computed, seed = _computed(model, x), how.get("seed")
     rows = []
     for k in _shown_levels(model):
@@ -118,7 +118,7 @@ def _conditional(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]
     return [*rows, ("the images", computed["y0"])]
 
 
-def _generations(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
+def _generations(model: SelfVAE, x: Tensor, **how: Unpack[SamplingOptions]) -> list[Row]:
     drawn = complete(model, {}, (x.shape[0], x.shape[2], x.shape[3]), **how)
     return [
         (f"y{k}" if k else "x", show(drawn[f"y{k}"], model.levels[k].spec))
@@ -126,7 +126,7 @@ def _generations(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]
     ]
 
 
-def _interpolations(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
+def _interpolations(model: SelfVAE, x: Tensor, **how: Unpack[SamplingOptions]) -> list[Row]:
     pairs = [(i, i + 1) for i in range(0, min(8, x.shape[0]) - 1, 2)]
     a, b = x[[i for i, _ in pairs]], x[[j for _, j in pairs]]
     rows = []
@@ -138,13 +138,13 @@ def _interpolations(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[R
     return rows
 
 
-def _variations(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
+def _variations(model: SelfVAE, x: Tensor, **how: Unpack[SamplingOptions]) -> list[Row]:
     drawn = vary(model, x, 4, **how)
     rows = [("the images", show(x, model.spec))]
     return rows + [(f"variation {i + 1}", show(drawn[:, i], model.spec)) for i in range(drawn.shape[1])]
 
 
-def _transforms(model: SelfVAE, x: Tensor, **how: Unpack[Drawing]) -> list[Row]:
+def _transforms(model: SelfVAE, x: Tensor, **how: Unpack[SamplingOptions]) -> list[Row]:
     """Every named transform that takes such images."""
     x = show(x, model.spec)
     x = x[:, :3] if x.shape[1] >= 3 else x[:, :1]  # no alpha

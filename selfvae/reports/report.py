@@ -22,21 +22,21 @@ import torch
 
 import selfvae
 from selfvae.data.batches import Images, ranges
-from selfvae.distributed import alone, spread
+from selfvae.distributed import distributed_map, on_rank_zero
 from selfvae.files import write_atomic
 from selfvae.hub import fingerprint, load
 from selfvae.metrics.bounds import Bounds, bounds
 from selfvae.metrics.enhancement import evaluate_enhancement
-from selfvae.metrics.fid import Network, quality
+from selfvae.metrics.fid import Network, evaluate_samples
 from selfvae.metrics.likelihood import evaluate, summary
-from selfvae.metrics.ood import ALTERED, ood
-from selfvae.metrics.timing import timing
+from selfvae.metrics.ood import ALTERED, evaluate_ood
+from selfvae.metrics.timing import measure_speed
 from selfvae.nn.precision import Resolved, autocast
 from selfvae.operations import seeded
 from selfvae.reports import html
-from selfvae.reports.figures import figures
+from selfvae.reports.figures import draw_figures
 
-__all__ = ["PAPERS", "Settings", "report"]
+__all__ = ["PAPERS", "Settings", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ Part = dict[str, Any]
 Table = tuple[str, list[str], list[list[str]]]  # caption, columns, rows
 
 
-def report(
+def write_report(
     runs: Sequence[Path],
     images: Images,
     data: str,
@@ -150,12 +150,12 @@ def report(
     ]
     notes = [note for note in notes if note]
     text = _markdown(notes, tables, pictures)
-    alone(lambda: write_atomic(out / "report.md", text.encode()))
+    on_rank_zero(lambda: write_atomic(out / "report.md", text.encode()))
     sections = [f"<p>{escape(note)}</p>" for note in notes]
     for caption, columns, lines in tables:
         sections += [f"<h2>{escape(caption)}</h2>", html.table(columns, lines)]
     sections += [html.figure(file, caption) for caption, file in pictures]
-    alone(lambda: write_atomic(out / "report.html", html.page("selfvae report", sections)))
+    on_rank_zero(lambda: write_atomic(out / "report.html", html.page("selfvae report", sections)))
     return out / "report.md"
 
 
@@ -185,12 +185,12 @@ class _Work:
         text = json.dumps([*self.base, name, self.settings.seed, *on])
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         file = self.out / "parts" / f"{self.run.name}-{name}-{key}.json"
-        if not (alone(file.exists) if shared else file.exists()):
+        if not (on_rank_zero(file.exists) if shared else file.exists()):
             self.progress(f"{self.run.name}: {name}")
             with seeded(self.model, self.settings.seed):
                 found = json.dumps(task()).encode()
             if shared:
-                alone(lambda: write_atomic(file, found))
+                on_rank_zero(lambda: write_atomic(file, found))
             else:
                 write_atomic(file, found)
         part: Part = json.loads(file.read_text())
@@ -205,13 +205,13 @@ class _Work:
                 "elbo", [s.limit, s.precision],
                 lambda: evaluate(model, images, limit=s.limit, precision=s.precision, **size),
             ),
-            "time": self.kept("time", [], lambda: alone(lambda: timing(model))),
+            "time": self.kept("time", [], lambda: on_rank_zero(lambda: measure_speed(model))),
         }  # fmt: skip
         if self.outside:
             sets = {name: images and images.digest() for name, images in sorted(self.outside.items())}
             parts["ood"] = self.kept(
                 "ood", [s.ood_limit, sets],
-                lambda: ood(model, images, self.outside, limit=s.ood_limit, **how),
+                lambda: evaluate_ood(model, images, self.outside, limit=s.ood_limit, **how),
             )  # fmt: skip
         if s.iw and model.has_latents:
             parts["iwae"] = {
@@ -227,7 +227,7 @@ class _Work:
             name, network = self.features
             parts["quality"] = self.kept(
                 "quality", [name, s.quality_n],
-                lambda: quality(model, images, network, s.quality_n, **how),
+                lambda: evaluate_samples(model, images, network, s.quality_n, **how),
             )  # fmt: skip
         if s.figures:
             parts["figures"] = self.kept("figures", [s.figures], self.draw)
@@ -243,7 +243,7 @@ class _Work:
                 name, [len(block), s.precision], lambda: self.block(block, draws), shared=False
             )
 
-        parts = spread(found, ranges(n, _BLOCK))
+        parts = distributed_map(found, ranges(n, _BLOCK))
         dims = math.prod(self.images.shape[1:])
         nats = {
             kind: torch.tensor([value for part in parts for value in part[kind]], dtype=torch.float64)
@@ -262,7 +262,7 @@ class _Work:
     def draw(self) -> Part:
         x = self.images.take(range(min(self.settings.figures, len(self.images))))
         own = f"{self.run.name}-{self.mark}"  # two runs may have one name
-        files = figures(self.model, x, self.out / "figures" / own, seed=self.settings.seed)
+        files = draw_figures(self.model, x, self.out / "figures" / own, seed=self.settings.seed)
         return {"files": [str(file.relative_to(self.out)) for file in files if file.suffix == ".png"]}
 
 
@@ -276,7 +276,7 @@ def _with_error(part: Part, name: str) -> str:
 
 def _likelihood(rows: dict[str, Any]) -> Table:
     columns = [
-        "model", "parameters", "ELBO, bits/dim", "IWAE", "all pairs", "RE_0, RE_1, ...", "KL_0, KL_1, ...",
+        "model", "parameters", "ELBO, bits/dim", "IWAE", "TMC", "RE_0, RE_1, ...", "KL_0, KL_1, ...",
     ]  # fmt: skip
     lines = []
     for name, parts in rows.items():
@@ -286,7 +286,7 @@ def _likelihood(rows: dict[str, Any]) -> Table:
             # what a correct IWAE gains, on the same images and draws
             gain = iwae["elbo"] - iwae["iwae"]
             found = [
-                f"{_with_error(iwae, 'iwae')} ({gain:.3f} below their ELBO)", _with_error(iwae, "pairs"),
+                f"{_with_error(iwae, 'iwae')} ({gain:.3f} below their ELBO)", _with_error(iwae, "tmc"),
             ]  # fmt: skip
         lines.append([
             name, f"{parts['time']['parameters'] / 1e6:.2f} M", _with_error(elbo, "bits_per_dim"), *found,
@@ -296,7 +296,7 @@ def _likelihood(rows: dict[str, Any]) -> Table:
 
 
 def _draws(rows: dict[str, Any]) -> Table:
-    columns = ["model", "draws", "images", "ELBO of these draws", "IWAE", "all pairs"]
+    columns = ["model", "draws", "images", "ELBO of these draws", "IWAE", "TMC"]
     lines = [
         [name, draws, str(part["images"]), *(_with_error(part, kind) for kind in Bounds._fields)]
         for name, parts in rows.items()

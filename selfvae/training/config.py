@@ -29,8 +29,8 @@ class TrainConfig:
         warmup: steps over which the rate rises from 0.
         kl_warmup: steps over which the weight of the KL terms rises from 0 to 1.
         free_bits: bits/dim (of x) that every latent's KL, averaged over the batch, may cost for free.
-        clip: a gradient longer than `clip` times the usual norm is shortened to that.
-        skip: one longer than `skip` times the usual norm is dropped.
+        clip: a gradient longer than `clip_factor` times the usual norm is shortened to that.
+        skip: one longer than `skip_factor` times the usual norm is dropped.
         ema: decay of the weights' moving average, which is what gets saved and scored.
         flip: random horizontal flips.
         translate: random shifts by up to so many pixels, edges repeated.
@@ -55,18 +55,18 @@ class TrainConfig:
     batch_size: int = 32
     optimizer: Optimizer = "adamax"
     lr: float | None = None
-    lr_floor: float = 0.0001
+    min_lr: float = 0.0001
     lr_decay: float = 0.999999
     schedule: Literal["exponential", "cosine"] = "exponential"
     warmup: int = 100
     kl_warmup: int = 0
     free_bits: float = 0.0
-    clip: float = 2.0
-    skip: float = 20.0
+    clip_factor: float = 2.0
+    skip_factor: float = 20.0
     ema: float = 0.9999
     flip: bool = True
     translate: int = 2
-    accumulate: int = 1
+    grad_accum: int = 1
     precision: Precision = "auto"
     activation_checkpointing: bool = False
     channels_last: bool = True
@@ -80,11 +80,14 @@ class TrainConfig:
     patience: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "clip", "skip", "accumulate", "log_every", "eval_every",
-                      "checkpoint_every", "eval_images"):  # fmt: skip
+        positive = (
+            "steps", "batch_size", "clip_factor", "skip_factor", "grad_accum", "log_every", "eval_every",
+            "checkpoint_every", "eval_images",
+        )  # fmt: skip
+        for field in positive:
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be positive; got {getattr(self, field)}")
-        for field in ("lr_floor", "warmup", "kl_warmup", "free_bits", "translate", "seed", "max_seconds",
+        for field in ("min_lr", "warmup", "kl_warmup", "free_bits", "translate", "seed", "max_seconds",
                       "patience"):  # fmt: skip
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field} must be finite and not negative; got {getattr(self, field)}")
@@ -100,9 +103,9 @@ class TrainConfig:
             raise ValueError(f"lr must be positive; got {self.lr}")
         if not 0 < self.lr_decay <= 1:
             raise ValueError(f"lr_decay must be above 0 and at most 1; got {self.lr_decay}")
-        if self.batch_size % self.accumulate:
+        if self.batch_size % self.grad_accum:
             raise ValueError(
-                f"batch_size must be a multiple of accumulate; got {self.batch_size} and {self.accumulate}"
+                f"batch_size must be a multiple of accumulate; got {self.batch_size} and {self.grad_accum}"
             )
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be at least 0 and below 1; got {self.ema}")
@@ -113,7 +116,7 @@ class TrainConfig:
         if self.schedule == "cosine":
             by_clock = seconds / self.max_seconds if self.max_seconds else 0.0
             part = min(1.0, max(step / self.steps, by_clock))
-            rate = self.lr_floor + (top - self.lr_floor) * (1 + math.cos(math.pi * part)) / 2
+            rate = self.min_lr + (top - self.min_lr) * (1 + math.cos(math.pi * part)) / 2
         else:
-            rate = max(self.lr_floor, top * self.lr_decay**step)
+            rate = max(self.min_lr, top * self.lr_decay**step)
         return rate * min(1.0, (step + 1) / self.warmup) if self.warmup else rate

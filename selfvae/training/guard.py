@@ -14,16 +14,16 @@ __all__ = ["Guard"]
 
 
 class Guard:
-    """Clips large gradients and drops outliers, relative to the usual norm, by a rule that cannot lock up.
+    """Clip large gradients and skip outliers, relative to the usual norm, by a rule that cannot lock up.
 
-    The usual norm is a running geometric mean. A gradient above `clip` times it is shortened to that; one
-    above `skip` times it, or one that is not finite, is dropped: it counts as zero. A dropped finite one
-    still raises the usual norm by a fixed factor, so where gradients really grow the limit follows within
-    some dozen steps. Nothing here waits for the device.
+    The usual norm is a running geometric mean. A gradient above `clip_factor` times that norm is clipped
+    to it. One above `skip_factor` times it, or one that is not finite, counts as zero. A skipped finite
+    gradient still raises the usual norm by a fixed factor, so that within a few dozen steps the limit
+    follows gradients that really grow. Nothing here waits for the device.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        self.log_clip, self.log_skip = math.log(config.clip), math.log(config.skip)
+        self.log_clip, self.log_skip = math.log(config.clip_factor), math.log(config.skip_factor)
         self.log_usual = torch.full((), torch.nan, device=device)
         self.dropped = torch.zeros((), device=device)
         self.dropped_in_a_row = torch.zeros((), device=device)

@@ -81,9 +81,9 @@ def make_step(
 ) -> tuple[Terms, Tensor]:
     """One step on this process's part of a batch, uint8 (B, C, H, W).
 
-    Returns the terms of its last part (see `TrainConfig.accumulate`) and the gradient's norm.
+    Returns the terms of its last part (see `TrainConfig.grad_accum`) and the gradient's norm.
     """
-    terms, parts = None, x.chunk(config.accumulate)
+    terms, parts = None, x.chunk(config.grad_accum)
     dims = x[0].numel()
     for i, part in enumerate(parts):
         with fabric.no_backward_sync(model, enabled=i + 1 < len(parts)):
@@ -132,7 +132,7 @@ def train(
     out: str | Path,
     config: TrainConfig = TrainConfig(),  # noqa: B008 (frozen)
     *,
-    start: SelfVAE | None = None,
+    init_from: SelfVAE | None = None,
     resume: bool = False,
     fabric: Fabric | None = None,
     quiet: bool = False,
@@ -141,7 +141,7 @@ def train(
 
     Writes out/config.json and model.safetensors (the averaged weights, see `hub.load`),
     checkpoint.safetensors (to resume from), log.csv and samples/*.png. Interrupted by Ctrl-C it saves
-    and returns. `start`: a trained model whose weights a new run begins with.
+    and returns. `init_from`: a trained model whose weights a new run begins with.
 
     Raises FileExistsError if `out` holds a run and resume is False, FileNotFoundError the other way.
     """
@@ -154,12 +154,12 @@ def train(
     fabric = fabric or Fabric(devices=1, precision=resolve(config.precision))
     launch_fabric(fabric)
     rank, world = fabric.global_rank, fabric.world_size
-    part = config.batch_size // (world * config.accumulate)
+    part = config.batch_size // (world * config.grad_accum)
     if config.max_seconds and world > 1:
         raise ValueError("max_seconds ends by one process's clock: use --steps with several processes")
-    if part * world * config.accumulate != config.batch_size:
+    if part * world * config.grad_accum != config.batch_size:
         raise ValueError(
-            f"batch_size must be a multiple of devices x accumulate = {world * config.accumulate}; "
+            f"batch_size must be a multiple of devices x accumulate = {world * config.grad_accum}; "
             f"got {config.batch_size}"
         )
 
@@ -174,8 +174,8 @@ def train(
     bare = from_config(model_config).to(fabric.device)
     check_values(bare, data.train)
     if not resume:
-        if start is not None:
-            take_weights(bare, start)
+        if init_from is not None:
+            take_weights(bare, init_from)
         # every process initialises on the whole first batch, so all start alike
         chosen = batch_indices(len(data.train), config.batch_size, 0, config.seed)
         bare.initialise(data.train.take(chosen).to(fabric.device))

@@ -23,7 +23,7 @@ from selfvae.data.sources import square
 from selfvae.metrics.enhancement import baseline_enhancement, psnr
 from selfvae.model import SelfVAE
 from selfvae.progress import Track, no_progress
-from selfvae.tiling import fitted
+from selfvae.tiling import tiled_if_large
 
 __all__ = [
     "Gap", "Models", "Packed", "compress", "enhance", "generate",
@@ -118,7 +118,7 @@ def enhance(
     computed: bool = False,
     n: int = 2,
     track: Track = no_progress,
-    **how: Unpack[operations.Drawing],
+    **how: Unpack[operations.SamplingOptions],
 ) -> list[tuple[str, Image.Image]]:
     """What is given, the plain enhancement, and n draws of what the picture lacks, with captions.
 
@@ -133,11 +133,13 @@ def enhance(
         if not height or not width:
             raise ValueError(f"the picture must have at least {cols} x {rows} pixels to be made smaller")
         x = x[:, :, : height * rows, : width * cols]
-        y = operations.infer(fitted(model, x[0, 0].numel()), x, f"y{k}")[f"y{k}"][:, :, :height, :width]
+        y = operations.infer(tiled_if_large(model, x[0, 0].numel()), x, f"y{k}")[f"y{k}"][
+            :, :, :height, :width
+        ]
     else:
         y = to_spec(picture, model.levels[k].spec)
     _check_pixels(y.shape[2] * rows, y.shape[3] * cols, pixels, model.multiples[0], "the result would have")
-    large = fitted(model, y.shape[2] * rows * y.shape[3] * cols, track)
+    large = tiled_if_large(model, y.shape[2] * rows * y.shape[3] * cols, track)
     seed = how.get("seed") or 0
     drawn = {"without a model": baseline_enhancement(model, y, k)}
     for i in track(range(n), "versions"):
@@ -243,7 +245,7 @@ def prefix(codec: Codec, file: Packed, part: float, track: Track = no_progress) 
 
 
 def generate(
-    model: SelfVAE, n: int, track: Track = no_progress, **how: Unpack[operations.Drawing]
+    model: SelfVAE, n: int, track: Track = no_progress, **how: Unpack[operations.SamplingOptions]
 ) -> Image.Image:
     """n images from nothing, and below them the levels that they were drawn from, as one picture."""
     height, width = model.config.image_shape[1:]
@@ -264,7 +266,7 @@ def interpolate(
     steps: int,
     given: str,
     track: Track = no_progress,
-    **how: Unpack[operations.Drawing],
+    **how: Unpack[operations.SamplingOptions],
 ) -> list[Image.Image]:
     """From the first picture to the second through the latents; both are cut to the model's own size."""
 

@@ -21,7 +21,7 @@ if __name__ == "__main__":  # pytest looks into every module for examples
     )
 
     from selfvae.codec import fingerprint, pack
-    from selfvae.codec.ans import Stack
+    from selfvae.codec.ans import ANSCoder
     from selfvae.codec.container import VERSION
 
     folder = GOLDEN / str(VERSION)
@@ -35,7 +35,7 @@ if __name__ == "__main__":  # pytest looks into every module for examples
     (folder / "all.svaes").write_bytes(pack(golden_codec("colour"), album, block=600))
     (folder / "drawn.svaes").write_bytes(pack(golden_codec("flow"), album[:10]))
     sums["archive"] = [[name, zlib.crc32(x.contiguous().numpy().tobytes())] for name, x in album]
-    encoder, p = Stack(), (np.arange(20_000, dtype=np.int64) * 104729) % ((1 << 24) - 1) + 1
+    encoder, p = ANSCoder(), (np.arange(20_000, dtype=np.int64) * 104729) % ((1 << 24) - 1) + 1
     encoder.bits(p, np.arange(20_000) * 7919 % 16_777_259 < p)
     encoder.push()
     sums["words"] = zlib.crc32(encoder.words().astype("<u4").tobytes())

@@ -16,14 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from selfvae.nn.dense import dense
-
 __all__ = [
     "BACKBONES",
+    "Block",
     "ChannelAttention",
     "Conv",
     "DenseBlock",
-    "DenseLayer",
+    "DenseStep",
     "Down",
     "ResidualBlock",
     "Up",
@@ -98,11 +97,6 @@ class Conv(nn.Module):
         shape = [-1 if i == axis else 1 for i in range(4)]
         return self.direction * (self.gain.view(shape) / (norm + 1e-8))
 
-    def matrix_and_bias(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """The kernel, as a matrix if it is 1 x 1, and the bias, in the parameters' dtype or another."""
-        weight = self.weight(dtype)
-        return weight.flatten(1) if weight.shape[-1] == 1 else weight, self.bias.to(weight.dtype)
-
     def _apply_weight(self, x: Tensor) -> Tensor:
         weight = self.weight(autocast_dtype(self.bias))
         if self.transposed:
@@ -157,14 +151,17 @@ def data_dependent_init(module: nn.Module) -> Iterator[None]:
 class ChannelAttention(nn.Module):
     """Scale every channel by a gate computed from all channels' global means.
 
+    inner_elu: an ELU between the gate's two 1x1 convolutions.
+
     Source: Zhang et al. 2018 (RCAN), section 3.3.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, inner_elu: bool = True) -> None:
         super().__init__()
         hidden = max(1, channels // 8)
+        between = nn.ELU(inplace=True) if inner_elu else nn.Identity()
         self.gate = nn.Sequential(
-            Conv(channels, hidden, 1), nn.ELU(), Conv(hidden, channels, 1), nn.Sigmoid()
+            Conv(channels, hidden, 1), between, Conv(hidden, channels, 1), nn.Sigmoid()
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,49 +169,38 @@ class ChannelAttention(nn.Module):
         return x * gate
 
 
-class DenseLayer(nn.Module):
-    """1x1 conv to 4G, ELU, 3x3 conv to G, ELU, concatenate with the input, channel attention."""
+class DenseStep(nn.Sequential):
+    """1x1 conv to 4G channels and 3x3 conv to G; ELU of the input and these together.
 
-    def __init__(self, channels: int, growth: int) -> None:
-        super().__init__()
-        self.new = nn.Sequential(
-            Conv(channels, 4 * growth, 1), nn.ELU(), Conv(4 * growth, growth), nn.ELU()
-        )
-        self.attention = ChannelAttention(channels + growth)
+    (B, C, h, w) -> (B, C + G, h, w). inner_elu: an ELU between the two convolutions.
+    """
+
+    def __init__(self, channels: int, growth: int, inner_elu: bool = True) -> None:
+        between = nn.ELU(inplace=True) if inner_elu else nn.Identity()
+        super().__init__(Conv(channels, 4 * growth, 1), between, Conv(4 * growth, growth))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.attention(torch.cat([x, self.new(x)], 1))
-        return out
-
-    def convolutions(self) -> list[Conv]:
-        """All of them, in their order."""
-        return [module for module in self.modules() if isinstance(module, Conv)]
+        new = super().forward(x)
+        # in place: training keeps the features after the ELU only
+        return F.elu_(torch.cat([x.to(new.dtype), new], 1))
 
 
 class DenseBlock(nn.Sequential):
-    """`steps` dense layers, each adding `growth` channels (Huang et al. 2016).
+    """`steps` dense steps, each adding `growth` channels, then channel attention.
 
-    Computed by `dense.dense`; layer by layer where that initialises.
+    inner_elu: as in `DenseStep` and `ChannelAttention`. The thesis has it ("ELUs are used everywhere"),
+        the configuration published with the paper does not.
+
+    Source: Gatopoulos & Tomczak 2020, figure 4; after Huang et al. 2016.
     """
 
-    def __init__(self, channels: int, growth: int, steps: int) -> None:
-        super().__init__(*(DenseLayer(channels + i * growth, growth) for i in range(steps)))
-        self.out_channels = channels + steps * growth
-
-    def forward(self, x: Tensor) -> Tensor:
-        layers = [layer.convolutions() for layer in self]  # type: ignore[operator]
-        if any(conv.initialising for layer in layers for conv in layer):
-            out: Tensor = super().forward(x)
-            return out
-        low = autocast_dtype(x)
-        return dense(
-            x,
-            [
-                # the gates' own maps stay exact: they are small
-                [w for i, conv in enumerate(layer) for w in conv.matrix_and_bias(low if i < 2 else None)]
-                for layer in layers
-            ],
+    def __init__(self, channels: int, growth: int, steps: int, inner_elu: bool = True) -> None:
+        wide = channels + steps * growth
+        super().__init__(
+            *(DenseStep(c, growth, inner_elu) for c in range(channels, wide, growth)),
+            ChannelAttention(wide, inner_elu),
         )
+        self.out_channels = wide
 
 
 class ResidualLayer(nn.Sequential):
@@ -252,10 +238,9 @@ def checkpoint_activations(module: nn.Module) -> None:
             part.forward = again  # type: ignore[method-assign]
 
 
-BACKBONES: dict[str, type[DenseBlock] | type[ResidualBlock]] = {
-    "dense": DenseBlock,
-    "residual": ResidualBlock,
-}
+Block = DenseBlock | ResidualBlock
+
+BACKBONES: dict[str, type[Block]] = {"dense": DenseBlock, "residual": ResidualBlock}
 
 
 class Down(nn.Sequential):

@@ -39,7 +39,14 @@ __all__ = [
 _FILES = ("config.json", "model.safetensors")
 _BUNDLED = Path(__file__).parent / "models"
 # options that came later, as they were before: they leave the fingerprints of older models alone
-_PLAIN: dict[str, Any] = {"posterior": "normal", "shared": False, "inner_elu": True}
+_PLAIN: dict[str, Any] = {
+    "posterior": "normal",
+    "shared": False,
+    "inner_elu": True,
+    "activation": "elu",
+    "kernels": (3, 3, 3),
+    "depthwise": False,
+}
 _PRIORS = {"flow-residual": "flow", "mog-local": "mog"}  # what fingerprints call them, as format 1 did
 
 

@@ -15,7 +15,7 @@ from selfvae.distributions.pixels import param_count
 from selfvae.distributions.priors import TOP_PRIORS, FlowPrior, MixturePrior, ResidualFlowPrior
 from selfvae.level import Level
 from selfvae.model import SelfVAE
-from selfvae.nn.layers import BACKBONES
+from selfvae.nn.layers import ACTIVATIONS, BACKBONES
 from selfvae.nn.networks import Branch, Constant, Decoder, Encoder, PriorNet, Shared
 from selfvae.transforms import (
     BicubicDownscale,
@@ -110,6 +110,9 @@ class ModelConfig:
         backbone: "dense" (the papers') or "residual".
         inner_elu: in dense blocks, an ELU between a step's two convolutions and inside the attention (the
             thesis has it, the configuration published with the paper does not).
+        activation: of residual networks without latents, "elu" or "clipped_relu".
+        kernels: sizes of their first convolution, of each layer's and of the last one.
+        depthwise: their layers' convolutions are depthwise.
         shared: levels of one transform share one decoder; without latents and with "residual" only.
         width: factor on all growths and stems.
         depth: factor on all steps.
@@ -130,6 +133,9 @@ class ModelConfig:
     prior_components: int = 1000
     backbone: Literal["dense", "residual"] = "dense"
     inner_elu: bool = True
+    activation: Literal["elu", "clipped_relu"] = "elu"
+    kernels: tuple[int, int, int] = (3, 3, 3)
+    depthwise: bool = False
     shared: bool = False
     width: float = 1.0
     depth: float = 1.0
@@ -152,6 +158,7 @@ class ModelConfig:
             ("latents", ("all", "top", "none")),
             ("coefficients", ("raw", "residual")),
             ("backbone", BACKBONES),
+            ("activation", ACTIVATIONS),
         ):
             if not isinstance(getattr(self, field), str) or getattr(self, field) not in known:
                 raise ValueError(f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}")
@@ -160,6 +167,14 @@ class ModelConfig:
                 "posterior=uniform and prior=logistic go together; got "
                 f"posterior={self.posterior}, prior={self.prior}"
             )
+        kernels = self.kernels
+        if (
+            not isinstance(kernels, Sequence)
+            or len(kernels) != 3
+            or any(k not in (1, 3, 5, 7) for k in kernels)
+        ):
+            raise ValueError(f"kernels must be three sizes of 1, 3, 5 or 7; got {kernels!r}")
+        object.__setattr__(self, "kernels", tuple(kernels))
         for field, kinds in (
             ("width", (int, float)), ("depth", (int, float)), ("latent_channels", int), ("components", int),
             ("prior_components", int), ("num_values", int),
@@ -168,7 +183,7 @@ class ModelConfig:
             if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
                 kind = "whole number" if kinds is int else "number"
                 raise ValueError(f"{field} must be a positive {kind}; got {value!r}")
-        for field in ("consistent", "residual_mean", "shared", "inner_elu"):
+        for field in ("consistent", "residual_mean", "shared", "inner_elu", "depthwise"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be true or false; got {getattr(self, field)!r}")
         if self.shared and (self.latents != "none" or self.backbone != "residual"):
@@ -394,7 +409,14 @@ class _Plan:
         growth = part.growth * (0.75 if self.dense and resize == "up" else 0.5) ** max(0, extra)
         steps = self.deep(part.steps)
         if not self.dense:
+            plain = self.config.latents != "none"
             options: dict[str, Any] = {"stem": self.wide(stem), "backbone": self.config.backbone}
+            if not plain:
+                options |= {
+                    "activation": self.config.activation,
+                    "kernels": self.config.kernels[:2],
+                    "depthwise": self.config.depthwise,
+                }
             return Branch(self.wide(growth), steps, scales, resize, **options)
         growth *= 0.85 if self.top > 1 else 1.0
         options = {"last": resize == "down", "out": out, "kernel": kernel}
@@ -433,7 +455,9 @@ class _Plan:
         if config.shared and not is_top:
             if (str(t), spec) not in self.shared:
                 body = self.branch(_Part(256, 12, 1), stem=256)
-                self.shared[str(t), spec] = Decoder(context + Shared.PLANES, 0, params, None, body)
+                self.shared[str(t), spec] = Decoder(
+                    context + Shared.PLANES, 0, params, None, body, config.kernels[2]
+                )
             return Shared(self.shared[str(t), spec])
         joint: Branch | None = None
         if not is_top and self.dense:
@@ -444,7 +468,9 @@ class _Plan:
             joint = self.branch(_Part(256, round(12 * part), 1), stem=256)
         latent = config.latent_channels if self.has_latent(k) else 0
         z = self._z_branch(k, scale, 0 if is_top else params) if latent else None
-        return Decoder(context, latent, params, z, joint, kernel=1 if self.dense and not is_top else 3)
+        return Decoder(
+            context, latent, params, z, joint, kernel=1 if self.dense and not is_top else config.kernels[2]
+        )
 
     def _z_branch(self, k: int, scale: tuple[int, int], out: int) -> Branch:
         part, downs = self.parts(k)["decoder"], self.downs(k)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 __all__ = [
+    "ACTIVATIONS",
     "BACKBONES",
     "Block",
     "ChannelAttention",
@@ -55,14 +56,16 @@ class Conv(nn.Module):
         stride: int = 1,
         transposed: bool = False,
         init_scale: float = 1.0,
+        groups: int = 1,
     ) -> None:
         super().__init__()
-        shape = (in_channels, out_channels) if transposed else (out_channels, in_channels)
+        shape = (in_channels, out_channels) if transposed else (out_channels, in_channels // groups)
         self.direction = nn.Parameter(torch.randn(*shape, kernel, kernel) * 0.05)
         self.gain = nn.Parameter(torch.ones(out_channels))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.register_buffer("initialised", torch.tensor(False))
         self.stride, self.transposed, self.init_scale = stride, transposed, init_scale
+        self.groups = groups
         self.padding = (kernel - 1) // 2
         self.initialising = False
         self._kept: tuple[Tensor, Tensor, Any, Tensor] | None = None
@@ -104,7 +107,7 @@ class Conv(nn.Module):
                 x, weight, self.bias, self.stride, self.padding,
                 output_padding=self.stride + 2 * self.padding - self.direction.shape[-1],
             )  # fmt: skip
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, groups=self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.initialising:
@@ -203,13 +206,35 @@ class DenseBlock(nn.Sequential):
         self.out_channels = wide
 
 
-class ResidualLayer(nn.Sequential):
-    """ELU, 3x3 conv, ELU, 1x1 conv, add; the last convolution starts near zero."""
+class ClippedReLU(nn.Module):
+    """max(0, min(x, 127/32)): 128 steps of 1/32 hold it, so that a network of integers can take it over."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(
-            nn.ELU(), Conv(channels, channels), nn.ELU(), Conv(channels, channels, 1, init_scale=0.1)
-        )
+    LIMIT = 127 / 32
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(0.0, self.LIMIT)
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"elu": nn.ELU, "clipped_relu": ClippedReLU}
+
+
+class ResidualLayer(nn.Sequential):
+    """Activation, k x k convolution, activation, 1x1 convolution, add; the last one starts near zero.
+
+    depthwise: the k x k convolution works on each channel by itself and a 1x1 convolution to twice the
+    channels follows it.
+    """
+
+    def __init__(
+        self, channels: int, kernel: int = 3, activation: str = "elu", depthwise: bool = False
+    ) -> None:
+        act = ACTIVATIONS[activation]
+        if depthwise:
+            first = [Conv(channels, channels, kernel, groups=channels), Conv(channels, 2 * channels, 1)]
+        else:
+            first = [Conv(channels, channels, kernel)]
+        wide = 2 * channels if depthwise else channels
+        super().__init__(act(), *first, act(), Conv(wide, channels, 1, init_scale=0.1))
 
     def forward(self, x: Tensor) -> Tensor:
         change: Tensor = super().forward(x)
@@ -219,10 +244,19 @@ class ResidualLayer(nn.Sequential):
 class ResidualBlock(nn.Module):
     """`steps` residual layers at a width of `growth` channels; it starts as the identity."""
 
-    def __init__(self, channels: int, growth: int, steps: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        growth: int,
+        steps: int,
+        kernel: int = 3,
+        activation: str = "elu",
+        depthwise: bool = False,
+    ) -> None:
         super().__init__()
         self.widen = nn.Identity() if channels == growth else Conv(channels, growth, 1)
-        self.layers = nn.Sequential(*(ResidualLayer(growth) for _ in range(steps)))
+        layers = (ResidualLayer(growth, kernel, activation, depthwise) for _ in range(steps))
+        self.layers = nn.Sequential(*layers)
         self.out_channels = growth
 
     def forward(self, x: Tensor) -> Tensor:

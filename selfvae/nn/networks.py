@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfvae.nn.layers import BACKBONES, Block, Conv, DenseBlock, Down, Up
+from selfvae.nn.layers import ACTIVATIONS, Block, Conv, DenseBlock, Down, ResidualBlock, Up
 
 __all__ = ["Branch", "Constant", "Decoder", "Encoder", "PriorNet", "Shared"]
 
@@ -37,6 +37,7 @@ class Branch:
         out, kernel: channels and size of a convolution at the end; out=0: none.
         backbone: of `BACKBONES`.
         inner_elu: of dense blocks, see there.
+        activation, kernels, depthwise: of residual blocks; kernels of the stem and of each layer.
     """
 
     growth: int
@@ -49,6 +50,9 @@ class Branch:
     kernel: int = 1
     backbone: str = "dense"
     inner_elu: bool = True
+    activation: str = "elu"
+    kernels: tuple[int, int] = (3, 3)
+    depthwise: bool = False
 
     def build(self, channels: int) -> Stack:
         """The stack for an input of that many channels."""
@@ -58,7 +62,7 @@ class Branch:
         """One block."""
         if self.backbone == "dense":
             return DenseBlock(channels, growth, self.steps, self.inner_elu)
-        return BACKBONES[self.backbone](channels, growth, self.steps)
+        return ResidualBlock(channels, growth, self.steps, self.kernels[1], self.activation, self.depthwise)
 
 
 class Stack(nn.Sequential):
@@ -68,14 +72,14 @@ class Stack(nn.Sequential):
         modules: list[nn.Module] = []
         growth, dense = branch.growth, branch.backbone == "dense"
         if branch.stem:
-            modules += [Conv(channels, branch.stem), nn.ELU()]
+            modules += [Conv(channels, branch.stem, branch.kernels[0]), ACTIVATIONS[branch.activation]()]
             channels = branch.stem
         for i in range(branch.blocks + branch.last):
             block = branch.block(channels, growth)
             modules.append(block)
             channels = block.out_channels
             if not dense:
-                modules.append(nn.ELU())
+                modules.append(ACTIVATIONS[branch.activation]())
             if branch.resize != "flat" and i < branch.blocks:
                 resize = (Down if branch.resize == "down" else Up)(channels)
                 modules.append(resize)

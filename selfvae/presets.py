@@ -281,6 +281,8 @@ def configure(
         options = {**options, **_DENSE_SIZES[size], **overrides}
     elif options["backbone"] == "residual" and options.get("prior", "flow") == "flow":
         options["prior"] = overrides.get("prior", "flow-residual")
+    if options.get("prior") != "mog" and "prior_components" not in overrides:
+        options.pop("prior_components", None)
     return ModelConfig.from_dict(options)
 
 

@@ -112,7 +112,7 @@ class TrainConfig:
             )
         if self.cuda_graphs and self.kl_warmup:
             raise ValueError(
-                "cuda_graphs replays one weight of the KL terms: set kl_warmup to 0 or cuda_graphs to false; "
+                "cuda_graphs replays one weight of the KL terms: set kl_warmup=0 or cuda_graphs=false; "
                 f"got kl_warmup {self.kl_warmup}"
             )
         if not 0 <= self.ema < 1:

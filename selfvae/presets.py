@@ -110,7 +110,7 @@ class ModelConfig:
         backbone: "dense" (the papers') or "residual".
         inner_elu: in dense blocks, an ELU between a step's two convolutions and inside the attention (the
             thesis has it, the configuration published with the paper does not).
-        activation: of residual networks without latents, "elu" or "clipped_relu".
+        activation: of residual networks without latents, "elu", "clipped_relu" or "hard_elu".
         kernels: sizes of their first convolution, of each layer's and of the last one.
         depthwise: their layers' convolutions are depthwise.
         shared: levels of one transform share one decoder; without latents and with "residual" only.
@@ -133,7 +133,7 @@ class ModelConfig:
     prior_components: int = 1000
     backbone: Literal["dense", "residual"] = "dense"
     inner_elu: bool = True
-    activation: Literal["elu", "clipped_relu"] = "elu"
+    activation: Literal["elu", "clipped_relu", "hard_elu"] = "elu"
     kernels: tuple[int, int, int] = (3, 3, 3)
     depthwise: bool = False
     shared: bool = False

@@ -215,7 +215,16 @@ class ClippedReLU(nn.Module):
         return x.clamp(0.0, self.LIMIT)
 
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"elu": nn.ELU, "clipped_relu": ClippedReLU}
+class HardELU(nn.Module):
+    """max(-1, min(x, 127/32)): like `ClippedReLU`, with the negative part of ELU as a straight line."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(-1.0, ClippedReLU.LIMIT)
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "elu": nn.ELU, "clipped_relu": ClippedReLU, "hard_elu": HardELU,
+}  # fmt: skip
 
 
 class ResidualLayer(nn.Sequential):

@@ -131,7 +131,9 @@ def ceiling(device: str) -> dict[str, float]:
     n = 8192 if device == "cuda" else 512
     found = {}
     for name, dtype, tf32 in (
-        ("bfloat16", torch.bfloat16, False), ("float32", torch.float32, False), ("tf32", torch.float32, True),
+        ("bfloat16", torch.bfloat16, False),
+        ("float32", torch.float32, False),
+        ("tf32", torch.float32, True),
     ):  # fmt: skip
         a, b = torch.randn(2, n, n, device=device).to(dtype)
         torch.backends.cuda.matmul.allow_tf32 = tf32

@@ -67,25 +67,42 @@ def golden_tables() -> list[np.ndarray]:
     ]  # fmt: skip
 
 
+_RESIDUAL = {"width": 0.03, "backbone": "residual"}
+_DENSE = {"width": 0.03, "depth": 0.4, "backbone": "dense", "inner_elu": True}
+
 # name: model and picture's size; "wide" has more positions than are coded at once, and several tiles
 GOLDEN_FILES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "colour": ({}, (3, 13, 9)),
     "grey": ({}, (1, 13, 9)),
     "one-pixel": ({}, (3, 1, 1)),
     "wide": ({}, (3, 100, 500)),
-    "means": ({"name": "selfvae", "transforms": ("mean2",), "width": 0.03}, (3, 9, 9)),
-    "greyscale": ({"name": "selfvae", "transforms": ("grey",), "width": 0.03}, (3, 9, 9)),
-    "bits": ({"name": "selfvae", "transforms": ("bits3",), "width": 0.03}, (3, 9, 9)),
-    "raw": ({"name": "srvae", "width": 0.03}, (3, 9, 9)),
+    "quincunx": ({"name": "selfvae-quincunx", "shared": True}, (3, 13, 9)),
+    "means": ({"name": "selfvae", "transforms": ("mean2",), **_DENSE}, (3, 9, 9)),
+    "greyscale": ({"name": "selfvae", "transforms": ("grey",), **_DENSE}, (3, 9, 9)),
+    "bits": ({"name": "selfvae", "transforms": ("bits3",), **_DENSE}, (3, 9, 9)),
+    "raw": ({"name": "srvae", **_DENSE}, (3, 9, 9)),
     "latents": (
-        {"name": "selfvae", "latents": "all", "posterior": "uniform", "prior": "logistic", "width": 0.03},
+        {"name": "selfvae", "latents": "all", "posterior": "uniform", "prior": "logistic", **_DENSE},
         (3, 9, 9),
     ),
-    "flow": ({"name": "selfvae", "latents": "all", "prior": "flow", "width": 0.03}, (3, 21, 30)),
-    "flow-plain": ({"name": "vae", "latents": "all", "prior": "flow", "width": 0.03}, (3, 1, 1)),
-    "mixture": ({"name": "selfvae-3", "latents": "all", "prior": "mog", "width": 0.03}, (3, 21, 30)),
-    "quincunx": ({"name": "selfvae-quincunx", "shared": True}, (3, 13, 9)),
-}
+    "flow": ({"name": "selfvae", "latents": "all", "prior": "flow", **_DENSE}, (3, 21, 30)),
+    "flow-plain": ({"name": "vae", "latents": "all", "prior": "flow", **_DENSE}, (3, 1, 1)),
+    "mixture": ({"name": "selfvae-3", "latents": "all", "prior": "mog-local", **_DENSE}, (3, 21, 30)),
+    "mixture-whole": (
+        {"name": "vae", "latents": "all", "prior": "mog", "prior_components": 10, **_DENSE}, (3, 15, 16),
+    ),
+    # written when their priors were called "flow" and "mog"
+    "residual-flow": (
+        {"name": "selfvae", "latents": "all", "prior": "flow-residual", **_RESIDUAL}, (3, 21, 30),
+    ),
+    "residual-flow-plain": (
+        {"name": "vae", "latents": "all", "prior": "flow-residual", **_RESIDUAL}, (3, 1, 1),
+    ),
+    "residual-mixture": (
+        {"name": "selfvae-3", "latents": "all", "prior": "mog-local", **_RESIDUAL}, (3, 21, 30),
+    ),
+}  # fmt: skip
+VERSION_1 = {"colour", "grey", "one-pixel", "wide"}  # the other models came later
 
 
 def golden_checksums() -> dict[str, Any]:
@@ -101,9 +118,6 @@ def golden_picture(shape: tuple[int, int, int]) -> Tensor:
     channels, height, width = shape
     i = torch.arange(channels * height * width).view(1, *shape)
     return ((i % width) + (i // width % height) * 2 + i * 7919 % 17).remainder(256).byte()
-
-
-VERSION_1 = set(GOLDEN_FILES) - {"quincunx"}  # models that format 1 knew
 
 
 def golden_album(n: int) -> list[tuple[str, Tensor]]:

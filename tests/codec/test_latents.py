@@ -64,7 +64,7 @@ def codec_input(codec: Codec, x: Tensor) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("prior", ["normal", "mog", "flow"])
+@pytest.mark.parametrize("prior", ["normal", "mog-local", "flow", "flow-residual"])
 @pytest.mark.parametrize("name", ["vae", "selfvae", "selfvae-3"])
 def test_gaussian_latents(name: str, prior: str, picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Single files near the bound, exact prefixes, cut files, albums of plain and other pictures, tiles."""
@@ -153,7 +153,7 @@ def test_noise_is_the_same_whatever_torch_is_told() -> None:
         torch.set_default_dtype(kept)
 
 
-@pytest.mark.parametrize("prior", ["normal", "mog", "flow"])
+@pytest.mark.parametrize("prior", ["normal", "mog", "mog-local", "flow", "flow-residual"])
 @pytest.mark.parametrize("name", ["vae", "selfvae-3"])
 def test_bits_back_costs_the_bound(name: str, prior: str, picture: Tensor) -> None:
     """An archive is as long as the ELBO says, to 1%: the latents' bits come back."""

@@ -29,9 +29,14 @@ _LOG_SCALE_START, _LOG_SCALE_START_RESIDUAL = -1.5, -3.5
 _REACH, _REACH_RESIDUAL = 1.0, 0.1
 
 
-def rand_like(x: Tensor) -> Tensor:
-    """Draw uniform numbers of x's shape; the same ones for every memory layout of x."""
-    return torch.rand_like(x, memory_format=torch.contiguous_format)
+def rand_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw uniform numbers of x's shape; the same ones for every memory layout of x.
+
+    Args:
+        x: Gives shape, dtype and device.
+        generator: On x's device; None: torch's global random state.
+    """
+    return torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
 
 
 def to_unit(x: Tensor, num_values: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -106,7 +111,9 @@ class _Logistics:
         ratio = _log_sigmoid_ratio(b, above) + _log_sigmoid_ratio(minus_a, below)
         return ratio + log1mexp(width) - log1mexp(full)
 
-    def sample(self, bounds: tuple[Tensor, Tensor], temperature: float) -> Tensor:
+    def sample(
+        self, bounds: tuple[Tensor, Tensor], temperature: float, generator: torch.Generator | None
+    ) -> Tensor:
         """Draw a value within the bounds by the inverse distribution function in the log domain: int64."""
         lo, hi = (edge.to(self.mean.dtype) for edge in bounds)
         inv = self.inverse_scale / max(temperature, 1e-6)
@@ -115,7 +122,7 @@ class _Logistics:
         low = torch.where(lo <= 0, -torch.inf, (lo - 0.5 - self.mean) * inv)
         high = torch.where(hi >= self.max_value, torch.inf, (hi + 0.5 - self.mean) * inv)
         low, high = torch.where(flip < 0, -high, low), torch.where(flip < 0, -low, high)
-        u = rand_like(self.mean).clamp(1e-7, 1 - 1e-7)
+        u = rand_like(self.mean, generator).clamp(1e-7, 1 - 1e-7)
         log_u = torch.logaddexp(
             F.logsigmoid(low) + torch.log1p(-u), F.logsigmoid(high) + torch.log(u)
         ).clamp(max=-1e-7)
@@ -264,12 +271,15 @@ class PixelMixture:
             table = table.masked_fill(outside[:, :, 0], -torch.inf)
         return table[:, 0]
 
-    def _fill(self, component: Tensor, temperature: float | None) -> Tensor:
+    def _fill(
+        self, component: Tensor, temperature: float | None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Fill in the entries in coding order.
 
         Args:
             component: Number of the component of each group and position, int64 (B, G, h, w).
             temperature: Of the logistics; None: take their means, rounded.
+            generator: On the parameters' device; None: torch's global random state.
 
         Returns:
             Images, uint8 (B, C, H, W).
@@ -285,7 +295,7 @@ class PixelMixture:
                 if temperature is None:
                     value = torch.round(own.mean.clamp(0, self.spec.max_value)).long().clamp(lo, hi)
                 else:
-                    value = own.sample((lo, hi), temperature)
+                    value = own.sample((lo, hi), temperature, generator)
                 v[:, group, channel] = value
         return self.support.merge(v).to(torch.uint8)
 
@@ -303,17 +313,18 @@ class PixelMixture:
         return _Components(means, select(self.inverse_scales), select(self.coefs))
 
     @torch.no_grad()
-    def sample(self, temperature: float = 1.0) -> Tensor:
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Draw images, uint8 (B, C, H, W): components first, then groups and channels in coding order.
 
         Args:
             temperature: Multiplies the logistics' scales and divides the components' log-weights; 0 is
                 `mode`.
+            generator: On the parameters' device; None: torch's global random state.
         """
         if temperature <= 0:
             return self.mode()
-        noise = -torch.log(-torch.log(rand_like(self.logits).clamp(1e-9, 1 - 1e-7)))
-        return self._fill((self.logits / temperature + noise).argmax(2), temperature)
+        noise = -torch.log(-torch.log(rand_like(self.logits, generator).clamp(1e-9, 1 - 1e-7)))
+        return self._fill((self.logits / temperature + noise).argmax(2), temperature, generator)
 
     @torch.no_grad()
     def mode(self) -> Tensor:

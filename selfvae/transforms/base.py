@@ -87,13 +87,13 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def round_up(n: int, multiple: int) -> int:
-    """Return the smallest multiple of `multiple` that is at least n.
+def round_up(size: tuple[int, int], multiple: tuple[int, int]) -> tuple[int, int]:
+    """Return the smallest height and width of at least `size` that the multiples divide.
 
-    >>> round_up(13, 4)
-    16
+    >>> round_up((5, 8), (2, 4))
+    (6, 8)
     """
-    return -(-n // multiple) * multiple
+    return -(-size[0] // multiple[0]) * multiple[0], -(-size[1] // multiple[1]) * multiple[1]
 
 
 def scale_slice(part: slice, size: int, units: int) -> slice:

@@ -36,9 +36,9 @@ def mixture(levels: int, components: int, n: int, seed: int = 0, spread: float =
     return PixelMixture(params, Support(torch.zeros(1, 3, 1, n), format), format)
 
 
-def through(p: PixelMixture, v: Tensor | None, coder: ANSCoder, notes: SideInformation) -> Tensor:
+def through(p: PixelMixture, v: Tensor | None, coder: ANSCoder, side: SideInformation) -> Tensor:
     grid, found = (
-        float64.QuantizedMixture(p, 0, notes),
+        float64.QuantizedMixture(p, 0, side),
         torch.zeros(1, 1, 3, 1, p.logits.shape[-1], dtype=torch.long),
     )
     weights = grid.weights()
@@ -54,25 +54,25 @@ def test_code_length_is_the_likelihood(levels: int, components: int) -> None:
     p = mixture(levels, components, 20_000, spread=1.0)
     torch.manual_seed(0)
     x = p.sample()
-    encoder, notes = ANSCoder(), SideInformation()
+    encoder, side = ANSCoder(), SideInformation()
     v = x[:, None].long()
-    assert torch.equal(through(p, v, encoder, notes), v)
+    assert torch.equal(through(p, v, encoder, side), v)
     encoder.push()
     words = encoder.words()
     ideal = -p.log_prob(x).item() / math.log(2)
     assert 32 * len(words) == pytest.approx(ideal, rel=2e-3, abs=100)
     decoder = ANSCoder(words)
-    assert torch.equal(through(p, None, decoder, SideInformation(notes.tobytes())), v)
+    assert torch.equal(through(p, None, decoder, SideInformation(side.tobytes())), v)
     assert decoder.left() == 0
 
 
 def test_values_far_from_every_mean_come_back() -> None:
     p = mixture(256, 2, 600, spread=30.0)  # sharp, far apart, some beyond the range
     for v in (torch.zeros(1, 1, 3, 1, 600).long(), torch.full((1, 1, 3, 1, 600), 255)):
-        encoder, notes = ANSCoder(), SideInformation()
-        through(p, v, encoder, notes)
+        encoder, side = ANSCoder(), SideInformation()
+        through(p, v, encoder, side)
         encoder.push()
-        assert torch.equal(through(p, None, ANSCoder(encoder.words()), SideInformation(notes.tobytes())), v)
+        assert torch.equal(through(p, None, ANSCoder(encoder.words()), SideInformation(side.tobytes())), v)
 
 
 def test_intervals() -> None:
@@ -97,22 +97,22 @@ def test_intervals() -> None:
 
 def test_rounding_near_a_border_follows_the_note(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.array([0.2, 0.5, 1.5 - 1e-9, -0.5 + 1e-9, 7.4999, 1e6 + 0.5])
-    notes = SideInformation()
-    whole = notes.quantize(values)
+    side = SideInformation()
+    whole = side.quantize(values)
     assert whole.tolist() == [0, 1, 1, 0, 7, 1000001]
     for shift in (-1e-7, 1e-7):
-        assert SideInformation(notes.tobytes()).quantize(values + shift).tolist() == whole.tolist()
+        assert SideInformation(side.tobytes()).quantize(values + shift).tolist() == whole.tolist()
     assert SideInformation(b"").quantize(values - 1e-7).tolist() != whole.tolist()
     plain = SideInformation()
     plain.quantize(np.array([0.2, 0.3]))
     assert plain.tobytes() == b""
-    again = SideInformation(notes.tobytes() + varint(2 * 90))
+    again = SideInformation(side.tobytes() + varint(2 * 90))
     again.quantize(values)
     with pytest.raises(CodecError, match="corrects a value that does not exist"):
         again.check_used()
     with pytest.raises(CodecError, match="corrects a value twice"):
         SideInformation(varint(4) + varint(0))
-    with pytest.raises(CodecError, match="corrects a value that needs none"):
+    with pytest.raises(CodecError, match="corrects a value that needs no correction"):
         SideInformation(varint(0)).quantize(values)  # the first
     with pytest.raises(CodecError, match="not finite"):
         plain.quantize(np.array([np.nan]))

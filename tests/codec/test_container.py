@@ -45,9 +45,9 @@ def test_hostile_headers(codec: Codec, picture: Tensor, changes: dict[str, Any],
 
 def test_notes_and_numbers_of_an_enemy(codec: Codec, picture: Tensor) -> None:
     header = read_header(codec.compress(picture))
-    notes = varint(2**62)
-    parts = (Part("y4", len(notes), 0, 0), *(Part("y0", 0, 0, 0) for _ in header.parts[1:]))
-    forged = Header(header.fingerprint, 3, 256, 24, 32, parts).to_bytes(notes) + notes
+    side = varint(2**62)
+    parts = (Part("y4", len(side), 0, 0), *(Part("y0", 0, 0, 0) for _ in header.parts[1:]))
+    forged = Header(header.fingerprint, 3, 256, 24, 32, parts).to_bytes(side) + side
     with pytest.raises(CodecError):
         codec.decompress(forged)
     with pytest.raises(CodecError, match="63 bits"):
@@ -72,7 +72,7 @@ def test_other_files(codec: Codec, data: bytes, words: str) -> None:
 def test_a_code_that_begins_with_zeros(codec: Codec, picture: Tensor) -> None:
     data = codec.compress(picture)
     header = read_header(data)
-    at = header.size + header.parts[0].notes
+    at = header.size + header.parts[0].side
     payload = data[header.size : at] + bytes(4) + data[at + 4 :]
     for damaged in (header.to_bytes(payload) + payload, (data[: header.size] + payload)[:-1]):
         with pytest.raises(CodecError, match="begins with zeros"):

@@ -68,7 +68,7 @@ def test_forged_latents(name: str, prior: str, picture: Tensor, monkeypatch: pyt
     codec = Codec(gaussian(name, prior))
     data = codec.compress(picture[:, :, :8, :8])
     header, rng = read_header(data), np.random.default_rng(0)
-    parts = tuple(Part(part.name, part.notes, part.words, 0) for part in header.parts)
+    parts = tuple(Part(part.name, part.side, part.words, 0) for part in header.parts)
     shown = refused = 0
     for i in range(30):
         payload = bytearray(data[header.size :])

@@ -72,7 +72,7 @@ def test_noise_below_the_margin_changes_nothing(
     monkeypatch.setattr(float64, "MARGIN", margin)
     codec = Codec(fixed())
     data = codec.compress(picture)
-    noted = sum(part.notes for part in read_header(data).parts)
+    noted = sum(part.side for part in read_header(data).parts)
     assert noted > 500 or margin == float64.MARGIN
     for seed in range(3):
         torch.manual_seed(seed)

@@ -18,7 +18,7 @@ from selfvae.codec import (
 )
 from selfvae.codec.ans import ANSCoder
 from selfvae.codec.float64 import SideInformation
-from selfvae.codec.latents import _BY_RATE, _ROUNDED, Gaussian, InsufficientBits, _Integers, _noise
+from selfvae.codec.latents import Coding, Gaussian, InsufficientBits, Mode, _Integers, _noise
 from selfvae.distributions.latents import DiagonalNormal
 from selfvae.operations import variables
 
@@ -96,42 +96,45 @@ def test_gaussian_latents(name: str, prior: str, picture: Tensor, monkeypatch: p
 
 
 def how_coded(codec: Codec, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """How the latents of a picture are coded: "drawn", "rounded" (on a grid) or "by rate"."""
-    kinds: list[int] = []
+    """How the latents of a picture are coded: "drawn", "rounded" or "rate-optimised"."""
+    modes: list[str] = []
     plain = Gaussian.code
 
-    def code(prior: Any, shape: Any, stack: Any, notes: Any, known: Any) -> Any:
-        kinds.append(known.kind)
-        return plain(prior, shape, stack, notes, known)
+    def code(prior: Any, shape: Any, stack: Any, side: Any, known: Any) -> Any:
+        modes.append(known.coding.mode.value)
+        return plain(prior, shape, stack, side, known)
 
     with monkeypatch.context() as patch:
         patch.setattr(Gaussian, "code", code)
         codec.push(x, ANSCoder())
     latents = [name for name in reversed(codec.names) if name[0] == "z"]
-    named = zip(latents, kinds[-len(latents) :], strict=True)  # the last try's
-    return {
-        name: "drawn" if kind < _BY_RATE else "rounded" if kind >= _ROUNDED else "by rate"
-        for name, kind in named
-    }
+    return dict(zip(latents, modes[-len(latents) :], strict=True))  # of the last attempt
+
+
+def test_codings_and_their_numbers_in_the_file() -> None:
+    numbers = {Coding.from_int(i): i for i in range(17)}
+    assert len(numbers) == 17 and all(coding.to_int() == i for coding, i in numbers.items())
+    assert numbers[Coding(Mode.DRAWN, 7)] == 7 and numbers[Coding(Mode.ROUNDED, 0)] == 9
+    assert numbers[Coding(Mode.RATE_OPTIMISED)] == 8 and Coding(Mode.ROUNDED, 3).step == 1 / 8
 
 
 def test_which_latents_are_drawn(picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that a picture's own bits suffice for; plain pictures take coarser grids, or none."""
     codec = Codec(gaussian("selfvae", "normal"))
     rich = how_coded(codec, picture, monkeypatch)
-    assert rich == {"z0": "by rate", "z1": "drawn"}
+    assert rich == {"z0": "rate-optimised", "z1": "drawn"}
     draw = Gaussian.draw
     for dry, expected in (
         (1.0, "drawn"),
-        (2.0, "by rate"),
+        (2.0, "rate-optimised"),
     ):  # as if the stack were too small for steps below
         seen = []
 
-        def tried(q: Any, stack: Any, notes: Any, fine: float, dry: float = dry, seen: Any = seen) -> Any:
+        def tried(q: Any, stack: Any, side: Any, fine: float, dry: float = dry, seen: Any = seen) -> Any:
             seen.append(fine)
             if fine < dry:
                 raise InsufficientBits
-            return draw(q, stack, notes, fine)
+            return draw(q, stack, side, fine)
 
         with monkeypatch.context() as patch:
             patch.setattr(Gaussian, "draw", tried)
@@ -139,7 +142,7 @@ def test_which_latents_are_drawn(picture: Tensor, monkeypatch: pytest.MonkeyPatc
         assert found["z1"] == expected and seen == 2 * [0.25, 0.5, 1.0]
     flow = Codec(gaussian("vae", "flow"))
     assert how_coded(flow, picture, monkeypatch)["z0"] == "rounded"
-    assert how_coded(flow, torch.zeros_like(picture)[:, :, :4, :4], monkeypatch)["z0"] == "by rate"
+    assert how_coded(flow, torch.zeros_like(picture)[:, :, :4, :4], monkeypatch)["z0"] == "rate-optimised"
 
 
 def test_noise_is_the_same_whatever_torch_is_told() -> None:
@@ -173,14 +176,14 @@ def test_a_flow_of_whole_numbers_is_one_to_one(grid: float) -> None:
     prior = level.prior(model.blank(2, 32, 32), None)
     v = torch.from_numpy(rng.integers(-500, 500, prior.shape))
     words = rng.integers(1, 2**31, 4000).astype(np.uint32)
-    stack, notes = ANSCoder(words), SideInformation()
+    stack, side = ANSCoder(words), SideInformation()
     with torch.no_grad():
-        noise = prior.flow.walk(v, _Integers(prior, grid, v.numel(), stack, notes).there)
+        noise = prior.flow.walk(v, _Integers(prior, grid, v.numel(), stack, side).there)
         exact = prior.flow(v.double() * grid)
         assert (noise - exact[0] / grid).abs().max() < (100 if grid == 1 else 40)  # rounded ten times
         spent = 32 * (len(words) - len(stack.words()))
         assert spent == pytest.approx(exact[1].sum().item() / math.log(2), rel=0.1, abs=100)
-        again = SideInformation(notes.tobytes())
+        again = SideInformation(side.tobytes())
         back = prior.flow.walk_back(noise, _Integers(prior, grid, v.numel(), stack, again).back)
     assert torch.equal(back, v) and np.array_equal(stack.words(), words)
 
@@ -190,11 +193,11 @@ def test_a_latent_is_drawn_as_its_posterior_says() -> None:
     mean = torch.linspace(-100, 100, 40_000).double().view(1, 1, 200, 200)
     q = DiagonalNormal(mean, torch.full_like(mean, -math.log(16)))  # a scale of 1/4
     words = np.random.default_rng(0).integers(1, 2**31, 40_000).astype(np.uint32)
-    stack, notes = ANSCoder(words), SideInformation()
-    latent = Gaussian.draw(q, stack, notes)
+    stack, side = ANSCoder(words), SideInformation()
+    latent = Gaussian.draw(q, stack, side)
     t = 4 * (latent.z - mean)
     assert latent.drawn and t.mean().abs() < 0.02 and (t.std() - 1).abs() < 0.02 and t.abs().max() < 6.1
-    Gaussian.give_back(q, stack, SideInformation(notes.tobytes()), latent)
+    Gaussian.give_back(q, stack, SideInformation(side.tobytes()), latent)
     assert np.array_equal(stack.words(), words)
     with pytest.raises(InsufficientBits):
         Gaussian.draw(q, ANSCoder(words[-100:]), SideInformation())

@@ -170,5 +170,5 @@ def test_wrong_input(codec: Codec, picture: Tensor) -> None:
         codec.compress(picture[:, :2])
     with pytest.raises(TypeError, match="uint8"):
         codec.compress(picture.float())
-    with pytest.raises(ValueError, match="levels 0 to 7"):
+    with pytest.raises(ValueError, match="values 0 to 7"):
         Codec(fixed(num_values=8)).compress(picture)

@@ -131,16 +131,7 @@ def pack(
     if block < 1:
         raise ValueError(f"block must be at least 1 picture; got {block}")
     named = list(pictures)
-    _check_names([name for name, _ in named])
-    for name, x in named:
-        try:
-            codec.check(x)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from None
-    entries = [
-        Entry(name, x.shape[2], x.shape[3], x.shape[1], zlib.crc32(x.cpu().contiguous().numpy().tobytes()))
-        for name, x in named
-    ]
+    entries = _check_pictures(codec, named)
     starts = range(0, len(named), block)
     if len(json.dumps(entries)) + 50 * len(starts) > _INDEX:
         raise ValueError(
@@ -176,6 +167,20 @@ def pack(
 
         distributed_map(check, range(len(starts)), track, "checking")
     return data
+
+
+def _check_pictures(codec: Codec, named: Sequence[Named]) -> list[Entry]:
+    """Check that pictures and their names can be packed, and return their entries in the index."""
+    _check_names([name for name, _ in named])
+    for name, x in named:
+        try:
+            codec.check(x)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+    return [
+        Entry(name, x.shape[2], x.shape[3], x.shape[1], zlib.crc32(x.cpu().contiguous().numpy().tobytes()))
+        for name, x in named
+    ]
 
 
 @torch.no_grad()

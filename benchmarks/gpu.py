@@ -76,9 +76,10 @@ class Results:
         print(f"{name} ({time.monotonic() - began:.0f} s): {value}", flush=True)
 
 
-def run_tests(device: str, seconds: float) -> str:
+def run_tests(seconds: float) -> str:
     """The last line of pytest over the tests marked `cuda`."""
-    words = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests", "-p", "no:cacheprovider"]
+    files = [file for file in Path("tests").rglob("test_*.py") if "mark.cuda" in file.read_text()]
+    words = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", *map(str, files)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=max(60, seconds), check=False)
     lines = done.stdout.strip().splitlines()
     return "; ".join([line for line in lines if line.startswith(("FAILED", "ERROR"))] + lines[-1:])
@@ -207,8 +208,8 @@ def as_graph(task: Task) -> Task:
     return graph.replay
 
 
-def measure_speed(results: Results, name: str, size: str, batch: int, device: str) -> None:
-    """Rates of one model, each written as it is known."""
+def measure_speed(results: Results, name: str, size: str, batch: int, device: str, compiled: bool) -> None:
+    """Rates of one model, each written as it is known; compiled: only that of the compiled model."""
     peak = results.found["ceiling"]["bfloat16"]
     model, x = model_and_images(name, size, batch)
     model, x = model.to(device), x.to(device)
@@ -239,9 +240,9 @@ def measure_speed(results: Results, name: str, size: str, batch: int, device: st
         ),
     }  # fmt: skip
     for kind, (make, images, work) in kinds.items():
-        if device != "cuda" and kind.endswith(("graph", "compiled")):
+        if kind.endswith("compiled") != compiled or (device != "cuda" and kind.endswith("graph")):
             continue
-        least = 90 if kind.endswith("compiled") else 20
+        least = 100 if compiled else 20
         results.once(f"{kind}_{name}", lambda: rate(make(), images, device, peak, work), least)  # noqa: B023
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -306,11 +307,12 @@ def main(
     results.once(
         "machine", lambda: {"device": what, "torch": torch.__version__, "batch": batch, "size": size}
     )
-    results.once("tests", lambda: run_tests(device, results.left / 3))
+    results.once("tests", lambda: run_tests(results.left / 3))
     results.once("files", lambda: cross_files(device))
     results.once("ceiling", lambda: ceiling(device))
-    for name in models:
-        measure_speed(results, name, size, batch, device)
+    for compiled in (False, True)[: 2 if device == "cuda" else 1]:  # compiling may take minutes
+        for name in models:
+            measure_speed(results, name, size, batch, device, compiled)
     for i, name in enumerate(trained):
         share = (results.left - 60) / (len(trained) - i)  # a minute to score
         if share > 10:

@@ -51,9 +51,9 @@ def _transform(transform: nn.Module, y: Tensor) -> Tensor:
         out: Tensor = transform(y)
         return out
     rows, cols = transform.scale
-    image = Image.fromarray(y[0].permute(1, 2, 0).numpy())
+    image = Image.fromarray(y[0].permute(1, 2, 0).cpu().numpy())
     small = image.resize((image.width // cols, image.height // rows), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].contiguous()
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].contiguous().to(y.device)
 
 
 def train_step(model: SelfVAE, ema: SelfVAE, optimizer: torch.optim.Optimizer, x: Tensor) -> None:

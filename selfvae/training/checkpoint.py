@@ -20,6 +20,7 @@ from selfvae.files import write_atomic, write_tensors
 from selfvae.model import SelfVAE
 from selfvae.presets import FORMAT, ModelConfig
 from selfvae.training.config import TrainConfig
+from selfvae.training.graphs import GraphedPass
 from selfvae.training.guard import Guard
 
 __all__ = ["Log", "State", "check_free", "check_same_model", "take_weights"]
@@ -58,6 +59,7 @@ class State:
     cpu_seconds: float = 0.0
     best: float = math.inf
     since_best: int = 0
+    graphed: GraphedPass | None = None  # where CUDA graphs are used
 
     _numbers = ("step", "seconds", "cpu_seconds", "best", "since_best")
 

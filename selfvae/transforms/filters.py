@@ -20,19 +20,21 @@ def _filter(x: Tensor, weights: Tensor) -> Tensor:
     return out.clamp(0, 255)
 
 
-def separable(x: Tensor, weights: Callable[[int], Tensor]) -> Tensor:
+def separable(x: Tensor, weights: Callable[[int, torch.device], Tensor]) -> Tensor:
     """Filter x uint8 (B, C, H, W) along its rows, then along its columns.
 
     Args:
         x: Images.
-        weights: Maps a length n to fixed-point weights (m, n), float64.
+        weights: Returns, for a length n and a device, fixed-point weights (m, n), float64. It must keep
+            those that it has made on the device, since nothing may be copied to the device while a CUDA
+            graph is recorded.
 
     Returns:
         uint8 (B, C, m(H), m(W)); each pass rounds half up.
     """
     h, w = x.shape[2:]
-    across = _filter(x.double(), weights(w).to(x.device, non_blocking=True))
-    down = _filter(across.transpose(2, 3), weights(h).to(x.device, non_blocking=True))
+    across = _filter(x.double(), weights(w, x.device))
+    down = _filter(across.transpose(2, 3), weights(h, x.device))
     return down.transpose(2, 3).to(torch.uint8).contiguous()
 
 

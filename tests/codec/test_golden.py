@@ -156,6 +156,7 @@ def test_the_margin_is_a_thousand_times_what_computers_differ_by(
     assert 1000 * max(differences) < float64.MARGIN
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_reads_what_a_cpu_wrote_and_the_other_way(picture: Tensor) -> None:
     mixtures = (

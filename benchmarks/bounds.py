@@ -1,14 +1,14 @@
-"""What the importance-weighted bounds cost, against as many full forward passes of the same model.
+"""Cost of the importance-weighted bounds, compared with as many full forward passes of the same model.
 
     python -m benchmarks.bounds RUN... [--draws 512] [--repeats 3] [--threads 2] [--json]
 
-Prints for every model, as medians of interleaved repeats, of one image:
-    full          seconds of `draws` forward passes, encoders and pyramid each time
-    iwae, pairs   seconds of `selfvae.iwae` at that many draws, without and with all pairs
+Prints for each model medians of interleaved repeats, for one image:
+    full          seconds for DRAWS forward passes, each with encoders and pyramid
+    iwae, tmc     seconds for `selfvae.iwae` with DRAWS draws, without and with all pairs (TMC)
     full_low, iwae_low
                   the same with the networks in bfloat16
-    speedup, speedup_low, speedup_both, pairs_cost
-                  full / iwae, full_low / iwae_low, full / iwae_low, pairs / iwae
+    speedup, speedup_low, speedup_both, tmc_cost
+                  full / iwae, full_low / iwae_low, full / iwae_low, tmc / iwae
 """
 
 from __future__ import annotations
@@ -35,6 +35,15 @@ def main(
     threads: int = 2,
     json: bool = False,
 ) -> None:
+    """Measure.
+
+    Args:
+        runs: folders of trained models, or names of bundled ones.
+        draws: importance draws.
+        repeats: of each task, interleaved.
+        threads: of torch.
+        json: print only a JSON object.
+    """
     torch.set_num_threads(threads)
     result: dict[str, dict[str, float]] = {}
     for run in runs:
@@ -57,7 +66,7 @@ def main(
             "speedup": row["full"] / row["iwae"],
             "speedup_low": row["full_low"] / row["iwae_low"],
             "speedup_both": row["full"] / row["iwae_low"],
-            "pairs_cost": row["tmc"] / row["iwae"],
+            "tmc_cost": row["tmc"] / row["iwae"],
             "parameters": sum(p.numel() for p in model.parameters()),
         }
         result[run.name] = row

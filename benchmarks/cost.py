@@ -1,10 +1,10 @@
-"""What models cost by the size of the images and the number of computed levels: seconds and memory.
+"""Time and memory of models by image size and number of computed images.
 
     python -m benchmarks.cost [--out results/cost] [--model selfvae] [--size small] [--batch 8]
 
-For squares of 32, 64 and 128 pixels and K = 0..3 levels of 2 x 2 means, each in a process of its own:
-seconds of a training step and of generating as many images, and the memory that training takes beyond the
-libraries themselves. Writes OUT/cost.json and OUT/cost.png.
+For square images of 32, 64 and 128 pixels and K = 0..3 transforms to 2 x 2 means, each in its own process:
+seconds per training step and per generated batch, and the memory that training needs beyond that of the
+libraries. Writes OUT/cost.json and OUT/cost.png.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIDES, LEVELS = (32, 64, 128), (0, 1, 2, 3)
 
 
 def measure(model: str, size: str, side: int, levels: int, batch: int, repeats: int) -> dict[str, Any]:
-    """One of them, in this process."""
+    """Measure one model in this process."""
     before = own_peak()
 
     def built() -> selfvae.SelfVAE:
@@ -54,9 +54,9 @@ def plot(rows: list[dict[str, Any]], batch: int, file: Path) -> None:
     for axis, (key, title, unit) in zip(
         axes,
         (
-            ("train", "a training step, seconds an image", batch),
-            ("generate", "generation, seconds an image", batch),
-            ("bytes", "memory of training, MB an image", 1e6 * batch),
+            ("train", "training step, seconds per image", batch),
+            ("generate", "generation, seconds per image", batch),
+            ("bytes", "training memory, MB per image", 1e6 * batch),
         ),
         strict=True,
     ):
@@ -65,7 +65,7 @@ def plot(rows: list[dict[str, Any]], batch: int, file: Path) -> None:
             axis.plot(
                 [row["side"] for row in found], [row[key] / unit for row in found], "o-", label=f"K = {k}"
             )
-        axis.set(xscale="log", yscale="log", title=title, xlabel="pixels of a side")
+        axis.set(xscale="log", yscale="log", title=title, xlabel="side of the image, pixels")
         axis.set_xticks(SIDES, SIDES)
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
@@ -90,10 +90,10 @@ def main(
         out: folder for the figures.
         model: preset whose transforms are replaced.
         size: of the models.
-        batch: images of a step.
-        repeats: of everything.
+        batch: images per step.
+        repeats: of each measurement.
         threads: of torch.
-        one: side and levels: measure this one in this process and print it.
+        one: side and number of transforms: measure only these, in this process, and print the result.
     """
     torch.set_num_threads(threads)
     if one:
@@ -108,8 +108,14 @@ def main(
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
             print(rows[-1], flush=True)
-    what = {"model": model, "size": size, "batch": batch, "threads": threads, "torch": torch.__version__}
-    write_atomic(out / "cost.json", (json.dumps({**what, "rows": rows}, indent=1) + "\n").encode())
+    settings = {
+        "model": model,
+        "size": size,
+        "batch": batch,
+        "threads": threads,
+        "torch": torch.__version__,
+    }
+    write_atomic(out / "cost.json", (json.dumps({**settings, "rows": rows}, indent=1) + "\n").encode())
     plot(rows, batch, out / "cost.png")
 
 

@@ -1,11 +1,11 @@
-"""Recipes side by side: the same data, the same seconds of one core each, bits/dim against seconds.
+"""Comparison of recipes at equal compute: the same data and time on one core; bits/dim against seconds.
 
     python -m benchmarks.equal_compute RECIPE... --data CIFAR10 --seconds 3600 --out results/equal-compute
 
-A recipe is a YAML file of the flags of `selfvae train`. Every one trains for so many seconds, one thread
-each, as many at a time as there are cores; then the averaged weights are scored on test images. Ended and
-called again, it goes on. Writes OUT/curves.png (validation bits/dim against seconds), OUT/result.json and
-OUT/result.md; the runs stay in OUT/runs.
+A recipe is a YAML file with flags of `selfvae train`. Each one trains for the given time on one thread,
+with as many runs at a time as there are cores; then the averaged weights are scored on test images. An
+interrupted comparison continues when it is started again. Writes OUT/curves.png (validation bits/dim
+against seconds), OUT/result.json and OUT/result.md; the runs remain in OUT/runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from selfvae.files import write_atomic
 
 
 def command(*words: object) -> str:
-    """What a command of selfvae prints, run on one thread."""
+    """Run a command of selfvae on one thread and return its output."""
     done = subprocess.run(
         [sys.executable, "-m", "selfvae.cli", *map(str, words)],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True,
@@ -38,13 +38,13 @@ def command(*words: object) -> str:
 def run(
     recipe: Path, seed: int, data: str, seconds: float, clock: str, limit: int, out: Path
 ) -> dict[str, Any]:
-    """Train, or go on, and score."""
+    """Train or resume a run, and score it."""
     folder = out / "runs" / f"{recipe.stem}-{seed}"
     ends = ["--max-seconds", seconds, "--clock", clock]
     if (folder / "checkpoint.safetensors").exists():
         command("train", "--resume", "--out", folder, *ends)
     else:
-        # what is not fixed by the recipe: the clock ends the run, not the steps
+        # overrides the recipe: the time ends the run, not the number of steps
         command(
             "train", "--config", recipe, "--data", data, "--seed", seed, "--out", folder, *ends,
             "--steps", 10**7,
@@ -67,7 +67,7 @@ def run(
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Validation bits/dim against seconds; one colour a recipe."""
+    """Plot validation bits/dim against seconds, with one colour per recipe."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -86,7 +86,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line a run."""
+    """Return a Markdown table with one line per run."""
     columns = "recipe, seed, parameters, steps, seconds (CPU), test ELBO (bits/dim), RE (nats), KL (nats)"
     lines = [f"| {columns.replace(', ', ' | ')} |", "|---" * 8 + "|"]
     for row in rows:
@@ -115,11 +115,11 @@ def main(
         recipes: YAML files with flags of `selfvae train`.
         data: as for train.
         out: folder for the results and the runs.
-        seconds: of training, each.
-        clock: what they count: wall, or cpu, the process's own time, on a machine that does other things.
-        seeds: every recipe is run with each.
-        limit: test images that are scored.
-        together: runs at a time.
+        seconds: training time per run.
+        clock: wall time, or the process's CPU time (cpu) on a machine that is busy otherwise.
+        seeds: each recipe is run with each seed.
+        limit: number of test images that are scored.
+        together: number of runs at a time.
     """
     if not seconds > 0 or not math.isfinite(seconds):
         raise ValueError(f"--seconds must be positive; got {seconds}")

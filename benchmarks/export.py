@@ -1,10 +1,11 @@
-"""Exported models beside PyTorch: sizes of files, seconds, and whether they say the same.
+"""Exported models compared with PyTorch: file sizes, seconds, and differences of the results.
 
     python -m benchmarks.export [MODEL...] [--repeats 5] [--threads 2] [--json]
 
-For the likeliest enhancement of one picture (192 x 128 of y1) and the decoder of the same: PyTorch, the
-program of torch.export, the ONNX file in onnxruntime; medians of interleaved repeats. off: the part of the
-values that differ from PyTorch's (enhancement), the largest difference over the largest value (decoder).
+For the most likely enhancement of one picture (y1 of 192 x 128 pixels) and for its decoder: PyTorch, the
+program of torch.export, and the ONNX file in onnxruntime; medians of interleaved repeats. off: the fraction
+of values that differ from PyTorch's (enhancement), or the largest difference divided by the largest value
+(decoder).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from selfvae.export import DecoderPart, Enhancement, write
 
 
 def measure(part: Enhancement | DecoderPart, repeats: int, threads: int) -> dict[str, Any]:
-    """One part: bytes, seconds, off; and the seconds that writing it took."""
+    """Measure one part: bytes, seconds, off, and the seconds for writing the files."""
     rows, cols = (n // m for n, m in zip((128, 192), part.model.multiples[1], strict=True))
     inputs: dict[str, Tensor] = part.example(1, rows, cols)
     for name, value in inputs.items():
@@ -77,10 +78,10 @@ def main(
     """Measure.
 
     Args:
-        models: folders of trained models, or names of shipped ones.
+        models: folders of trained models, or names of bundled ones.
         repeats: of each, interleaved.
         threads: of torch and of onnxruntime.
-        json: print one JSON object and nothing else.
+        json: print only a JSON object.
     """
     torch.set_num_threads(threads)
     found = {}

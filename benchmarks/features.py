@@ -1,11 +1,11 @@
-"""A small classifier of CIFAR-10, whose features judge samples where the Inception network cannot be had.
+"""A small CIFAR-10 classifier, whose features score samples where the Inception network is not available.
 
     python -m benchmarks.features CIFAR10 [--seconds 600] [--out results/features/cifar10.safetensors]
     selfvae quality RUN --data CIFAR10 --n 10000 --features benchmarks.features:Features
 
 CIFAR10 is a folder with train.npy, test.npy, train_labels.json and test_labels.json (lists of 0 to 9).
-Distances on these 128 features order models trained on CIFAR-10; they are no FID and compare with nobody
-else's.
+Distances between these 128 features rank models trained on CIFAR-10. They are not FID and cannot be
+compared with published values.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _WIDTHS = (32, 64, 128, 128)
 
 
 class _Block(nn.Module):
-    """Two convolutions around which the input is added."""
+    """Two convolutions with a skip connection."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _Block(nn.Module):
 
 
 class Features(nn.Module):
-    """uint8 (B, 3, 32, 32) -> 128 features, float (B, 128): the mean of the last map over its positions."""
+    """Maps uint8 (B, 3, 32, 32) to 128 features, float (B, 128): means of the last feature maps."""
 
     def __init__(self, weights: Path | None = WEIGHTS) -> None:
         super().__init__()
@@ -76,8 +76,8 @@ def main(data: Positional[Path], out: Path = WEIGHTS, seconds: float = 600, seed
     Args:
         data: folder with train.npy, test.npy and their labels.
         out: file for the weights, float16.
-        seconds: of training, this process's own.
-        seed: of everything random.
+        seconds: training time, CPU seconds of this process.
+        seed: of the training.
     """
     torch.manual_seed(seed)
     x = {part: torch.from_numpy(np.load(data / f"{part}.npy")) for part in ("train", "test")}

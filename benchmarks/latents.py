@@ -1,12 +1,12 @@
-"""What each variable carries: how much of an image comes back, coarse and fine, where that alone is kept.
+"""Information in each variable: how much of an image, coarse and fine, is recovered from it alone.
 
     python -m benchmarks.latents RUN... --data DATA [--limit 256] [--block 8] [--json]
 
-An image is cut into its coarse part, the means of BLOCK x BLOCK pixels, and its fine part, what these
-leave. The variables kept are inferred from x, all others drawn (temperature 1); for both parts
+An image is the sum of its coarse part, the means of BLOCK x BLOCK pixels, and its fine part, the residual.
+The variables kept are inferred from x, all others are drawn at temperature 1. The score of a part is
     1 - E|part(x) - part(drawn)|^2 / E|part(x) - part(x')|^2
-where x' is another image: 1 where all of it comes back, 0 where nothing does. The papers' claim is that u
-carries the global structure and z the details (selfVAE, section 4.3).
+where x' is another image: 1 if the part is recovered exactly, 0 if nothing of it is. The papers claim that
+u carries the global structure and z the details (selfVAE, section 4.3).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from selfvae.data.sheets import magnify
 
 
 def parts(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Coarse and fine part of images uint8 (B, C, H, W), float64 of that shape."""
+    """Return the coarse and the fine part of images uint8 (B, C, H, W), float64 of that shape."""
     coarse = magnify(F.avg_pool2d(x.double(), block), block)
     return coarse, x.double() - coarse
 
 
 def recovered(x: Tensor, drawn: Tensor, other: Tensor, block: int) -> tuple[float, float]:
-    """The share of the coarse and of the fine part of x that comes back."""
+    """Return the scores of the coarse and the fine part of x."""
     out = []
     for mine, theirs, others in zip(*(parts(images, block) for images in (x, drawn, other)), strict=True):
         out.append(1 - ((mine - theirs).square().mean() / (mine - others).square().mean()).item())
@@ -41,7 +41,7 @@ def recovered(x: Tensor, drawn: Tensor, other: Tensor, block: int) -> tuple[floa
 
 
 def kept(model: selfvae.SelfVAE) -> list[str]:
-    """The sets to compare: every latent alone, all of them, y1 alone and with z0."""
+    """Return the sets to compare: none, each latent, all latents, y1, and y1 with z0."""
     names = operations.variables(model)
     latents = [name for name in names if name[0] == "z"]
     sets = ["", *latents]
@@ -63,12 +63,12 @@ def main(
     """Measure.
 
     Args:
-        runs: folders of trained models, or names of shipped ones.
+        runs: folders of trained models, or names of bundled ones.
         data: as for train; the first LIMIT test images are taken.
-        limit: images.
+        limit: number of images.
         block: side of the blocks whose means are the coarse part, in pixels.
         seed: of the draws.
-        json: print one JSON object and nothing else.
+        json: print only a JSON object.
     """
     images = sources.load(data).test
     x = images.take(range(min(limit, len(images))))

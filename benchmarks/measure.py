@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: seconds side by side, FLOPs, what the processor can do at best."""
+"""Helpers of the benchmarks: interleaved timing, FLOPs, peak FLOP/s and memory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Task = Callable[[], object]
 
 
 def seconds(task: Task) -> float:
-    """Of one run."""
+    """Return the seconds of one run."""
     began = time.perf_counter()
     task()
     return time.perf_counter() - began
 
 
 def medians(tasks: Mapping[str, Task], repeats: int) -> dict[str, float]:
-    """Seconds of each task: medians of interleaved repeats, after one round that does not count."""
+    """Return the median seconds of each task over interleaved repeats, after one warm-up round."""
     found: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(repeats + 1):
         for name, task in tasks.items():
@@ -33,14 +33,14 @@ def medians(tasks: Mapping[str, Task], repeats: int) -> dict[str, float]:
 
 
 def flop_count(task: Task) -> int:
-    """FLOPs, multiplications and additions, of a task's convolutions and matrix products."""
+    """Return the FLOPs of a task's convolutions and matrix products, additions and multiplications."""
     with FlopCounterMode(display=False) as counter:
         task()
     return counter.get_total_flops()
 
 
 def peak_flops(dtype: torch.dtype) -> float:
-    """The most FLOP/s that torch reaches here in matrix products and 3x3 convolutions."""
+    """Return the highest FLOP/s that torch reaches in matrix products and 3x3 convolutions."""
     a, b = torch.rand(2, 2048, 2048).to(dtype)
     x = torch.rand(16, 128, 32, 32).to(dtype, memory_format=torch.channels_last)
     w = torch.rand(128, 128, 3, 3).to(dtype, memory_format=torch.channels_last)
@@ -50,8 +50,8 @@ def peak_flops(dtype: torch.dtype) -> float:
 
 
 def own_peak() -> int:
-    """Bytes of this process at its largest."""
-    try:  # what getrusage says may be of the process that started this one
+    """Return the peak memory of this process, bytes."""
+    try:  # getrusage may include the parent process
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     except OSError:

@@ -1,8 +1,8 @@
-"""How fast the shapes of a dense block run here: the rates behind the floors of NOTES.md.
+"""Rates of the convolutions of a dense block: the basis of the lower bounds in NOTES.md.
 
     python -m benchmarks.rates [--images 32] [--threads 2]
 
-Prints GFLOP/s, the best of some runs: forward, gradient of the input, gradient of the weights.
+Prints GFLOP/s, the best of eight runs: forward, gradient of the input, gradient of the weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def row(name: str, flops: int, tasks: tuple[Task, ...]) -> None:
 
 
 def gradient(which: int, grad: Tensor, x: Tensor, w: Tensor) -> object:
-    """Of the input (0) or the weights (1) of a convolution."""
+    """Compute the gradient of the input (0) or the weights (1) of a convolution."""
     mask = [i == which for i in range(3)]
     pad = w.shape[-1] // 2
     return torch.ops.aten.convolution_backward(
@@ -38,7 +38,7 @@ def main(images: int = 32, threads: int = 2) -> None:
     """Measure.
 
     Args:
-        images: of 32 x 32 positions.
+        images: number of images, of 32 x 32 positions.
         threads: of torch.
     """
     torch.set_num_threads(threads)

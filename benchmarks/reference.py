@@ -1,7 +1,7 @@
-"""What a researcher writes first, to measure against: the same models and operations, nothing made fast.
+"""A plain reference to measure against: the same models and operations without optimisations.
 
-float32, eager, contiguous layout; dense blocks without operations in place; transforms image by image
-through Pillow; encoders run again for every importance draw; one picture a file.
+float32, eager mode, contiguous layout; dense blocks without in-place operations; transforms image by image
+with Pillow; encoders run again for each importance draw; one picture per file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["compress", "decompress", "iwae", "plain", "train_step"]
 
 
 def plain(model: SelfVAE) -> SelfVAE:
-    """A copy of a model that computes the same, plainly."""
+    """Return a copy of a model that computes the same without optimisations."""
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for module in model.modules():
         if isinstance(module, nn.ELU):
@@ -57,7 +57,7 @@ def _transform(transform: nn.Module, y: Tensor) -> Tensor:
 
 
 def train_step(model: SelfVAE, ema: SelfVAE, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
-    """One step as the papers make it, with gradient clipping and an average of the weights."""
+    """Make a training step as in the papers, with gradient clipping and averaging of the weights."""
     optimizer.zero_grad()
     (-model(x).elbo.mean() / x[0].numel()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -69,14 +69,16 @@ def train_step(model: SelfVAE, ema: SelfVAE, optimizer: torch.optim.Optimizer, x
 
 @torch.no_grad()
 def iwae(model: SelfVAE, x: Tensor, draws: int) -> Tensor:
-    """As many whole passes as there are draws."""
+    """Return the importance-weighted bound from one full pass per draw."""
     weights = torch.stack([model(x).elbo for _ in range(draws)])
     return torch.logsumexp(weights, 0) - math.log(draws)
 
 
 def compress(codec: Codec, x: Tensor) -> list[bytes]:
+    """Compress each image to a file."""
     return [codec.compress(image[None], verify=False) for image in x]
 
 
 def decompress(codec: Codec, files: list[bytes]) -> Tensor:
+    """Decompress files of one size."""
     return torch.cat([codec.decompress(file) for file in files])

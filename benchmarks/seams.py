@@ -1,18 +1,18 @@
-"""Do tiles leave seams? Photographs become y1, are enhanced in tiles, and compared across the borders.
+"""Seams of tiled enhancement: differences of neighbouring pixels across tile borders and elsewhere.
 
     python -m benchmarks.seams RUN FOLDER [--tile 192] [--margin 32] [--limit N] [--out FOLDER] [--json]
 
-Prints, as means over the photographs, in grey levels:
+Photographs are reduced to y1 and enhanced in tiles. Prints means over the photographs, in grey levels:
     border, elsewhere
-        absolute difference of neighbouring rows and columns that belong to different tiles; of all others
-        that belong to different blocks of the transform
+        absolute difference of neighbouring rows and columns in different tiles; in different blocks of the
+        transform, but in one tile
     photo_border, photo_elsewhere
-        the same of the photographs themselves, at the same places
+        the same for the original photographs
     changed_border, changed_inside
-        absolute difference to the picture made without tiles (temperature 0), within 2 pixels of a
-        border; further away
+        absolute difference from the result without tiles (temperature 0), within 2 pixels of a border;
+        elsewhere
     consistency_error
-        distance of d(result) to y1
+        absolute difference between d(result) and y1
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from selfvae.operations import infer
 
 
 def jumps(x: Tensor, tile: int, scale: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Mean differences of neighbours across tile borders, and across other blocks; x (1, C, H, W)."""
+    """Return mean differences across tile borders and across other blocks, of x (1, C, H, W)."""
     across, within = [], []
     for dim, block in zip((2, 3), scale, strict=True):
         step = x.double().diff(dim=dim).abs().mean([d for d in range(4) if d != dim])
@@ -42,12 +42,12 @@ def jumps(x: Tensor, tile: int, scale: tuple[int, int]) -> tuple[Tensor, Tensor]
 
 
 def near_border(x: Tensor, tile: int, reach: int = 2) -> Tensor:
-    """Whether a pixel lies within `reach` pixels of a tile border: bool (H, W)."""
+    """Return whether each pixel lies within `reach` pixels of a tile border: bool (H, W)."""
     near = []
     for n in x.shape[2:]:
         at = torch.arange(n)
         to_border = torch.minimum(at % tile, tile - 1 - at % tile)
-        inner = (at >= reach) & (at < n - reach)  # the picture's own edges do not count
+        inner = (at >= reach) & (at < n - reach)  # the picture's edges are not borders
         near.append((to_border < reach) & inner)
     return near[0][:, None] | near[1][None]
 
@@ -61,7 +61,17 @@ def main(
     out: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Measure the seams of a model with computed images on a folder of photographs."""
+    """Measure.
+
+    Args:
+        model: folder of a trained model with computed images, or the name of a bundled one.
+        folder: of photographs.
+        tile: height and width of a tile, in pixels.
+        margin: pixels of context on each side of a tile.
+        limit: number of photographs; None: all.
+        out: folder for the results; None: they are not kept.
+        json: print only a JSON object.
+    """
     net = selfvae.load(model)
     unit = net.multiples[0]
     if tile % unit[0] or tile % unit[1]:

@@ -1,19 +1,19 @@
-"""How much faster operations are than what one writes first (see reference.py), in one run.
+"""Speed of the operations relative to a plain implementation of the same models (see reference.py).
 
     python -m benchmarks.speed [--quick] [--json] [--models srvae vae selfvae] [--size paper] [--threads 2]
 
-Ratios, reference / ours, of the medians of interleaved repeats, by name:
-    train_M       seconds of a training step, with Guard, AdaMax and EMA, at the same batch
+Prints ratios, reference / ours, of medians of interleaved repeats, for each model M:
+    train_M       seconds per training step, with Guard, AdaMax and EMA, at the same batch size
     memory_M      peak memory of a process that makes two such steps, bytes
     generateN_M   seconds for N images
-    iwae512_M     seconds of IWAE-512 of one image; the reference's from fewer draws, to which it is linear
+    iwae512_M     seconds for IWAE-512 of one image; the reference's are extrapolated from fewer draws
     compress_M, decompress_M
-                  seconds of a few images: one archive against files of their own
-Ours uses what nobody has to ask for. "seconds" and "bytes" hold both sides' figures, (reference, ours);
-"floor" what ours would take if its convolutions and matrix products (its "flops") were all there is,
-and ran as fast as the best of them does here; "at_most" the reference's seconds over that floor: the
-ratio that no rewriting with the same operations and numbers can pass (left out for files: these are
-computed in float64, and most of it is coding).
+                  seconds for a few images: one archive, compared with one file per image
+Ours uses default settings. "seconds" and "bytes" are the values of both, (reference, ours). "floor" is the
+time of ours if it consisted only of its convolutions and matrix products ("flops"), at the highest rate
+that these reach on this machine. "at_most" is the reference's time divided by that floor: no implementation
+of the same operations can be faster by more. Both are omitted for files, which are computed in float64 and
+take most of their time for entropy coding.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Pair = tuple[Task, Task]  # the reference's and ours
 def model_and_images(
     name: str, size: str, n: int, initialise: bool = True
 ) -> tuple[selfvae.SelfVAE, Tensor]:
-    """A model and smooth images with noise, uint8 (n, 3, 32, 32)."""
+    """Return a model and smooth images with noise, uint8 (n, 3, 32, 32)."""
     torch.manual_seed(0)
     model = selfvae.build(name, size)
     coarse = torch.nn.functional.interpolate(torch.rand(n, 3, 4, 4), 32, mode="bicubic")
@@ -57,7 +57,7 @@ def model_and_images(
 
 
 def plain_training(model: selfvae.SelfVAE, x: Tensor) -> Task:
-    """A step of the reference."""
+    """Return a training step of the reference."""
     model = reference.plain(model)
     average = copy.deepcopy(model)
     optimizer = torch.optim.Adamax(model.parameters(), lr=1e-4, foreach=False)
@@ -65,7 +65,7 @@ def plain_training(model: selfvae.SelfVAE, x: Tensor) -> Task:
 
 
 def training(model: selfvae.SelfVAE, x: Tensor) -> Task:
-    """A step of ours."""
+    """Return a training step of ours."""
     config = TrainConfig(batch_size=len(x), lr=1e-4)
     fabric = Fabric(devices=1, accelerator="cpu", precision=resolve(config.precision, "cpu"))
     wrapped, state = prepare(copy.deepcopy(model), fabric, config)
@@ -73,14 +73,14 @@ def training(model: selfvae.SelfVAE, x: Tensor) -> Task:
 
 
 def few(draws: int) -> int:
-    """Draws of the reference: so many take too long."""
+    """Return the number of draws for the reference, which would take too long with all of them."""
     return max(1, draws // 32)
 
 
 def inference(
     model: selfvae.SelfVAE, x: Tensor, generated: tuple[int, ...], draws: int, files: int
 ) -> dict[str, Pair]:
-    """All that is done with a trained model."""
+    """Return the operations of a trained model, of the reference and of ours."""
     slow = reference.plain(model)
     fast = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     low = resolve("auto", "cpu")
@@ -112,10 +112,46 @@ def inference(
 
 
 def peak(side: int, name: str, size: str, batch: int, threads: int) -> int:
-    """Bytes of a process of its own that trains, by the reference (0) or ours (1)."""
+    """Return the peak memory, bytes, of a separate process that trains the reference (0) or ours (1)."""
     command = [sys.executable, "-m", "benchmarks.speed", "--peak-of", str(side), "--models", name]
     command += ["--size", size, "--batch", str(batch), "--threads", str(threads)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+class _Race:
+    """Times the reference and ours, and collects the results.
+
+    Args:
+        repeats: Of each measurement.
+        quiet: Print nothing.
+    """
+
+    def __init__(self, repeats: int, quiet: bool) -> None:
+        self.repeats, self.quiet = repeats, quiet
+        self.precision = resolve("auto", "cpu")
+        self.rate = peak_flops(torch.bfloat16 if self.precision == "bf16-mixed" else torch.float32)
+        self.result: dict[str, Any] = {"seconds": {}, "bytes": {}, "flops": {}, "floor": {}, "at_most": {}}
+
+    def record(self, name: str, kind: str, reference: float, ours: float, more: str = "") -> None:
+        """Add a pair of seconds or bytes."""
+        self.result[name] = round(reference / ours, 2)
+        self.result[kind][name] = [round(reference, 4), round(ours, 4)]
+        if not self.quiet:
+            ratio = self.result[name]
+            print(f"{name:20} {ratio:6.2f}  {kind} {reference:.4g} -> {ours:.4g}{more}", flush=True)
+
+    def compare(self, name: str, pair: Pair, scale: tuple[float, float] = (1, 1)) -> None:
+        """Time a pair of tasks; their seconds are multiplied by `scale`."""
+        found = medians(dict(zip("ab", pair, strict=True)), self.repeats)
+        a, b = found["a"] * scale[0], found["b"] * scale[1]
+        more = ""
+        if "compress" not in name:
+            count = flop_count(pair[1]) * scale[1]
+            floor = count / self.rate
+            self.result["flops"][name], self.result["floor"][name] = count, round(floor, 4)
+            self.result["at_most"][name] = round(a / floor, 2)
+            more = f", floor {floor:.4g}, at most {a / floor:.2f}"
+        self.record(name, "seconds", a, b, more)
 
 
 def main(
@@ -133,16 +169,16 @@ def main(
     Args:
         models: presets.
         size: of the models.
-        batch: images of a training step.
-        repeats: of everything.
+        batch: images per training step.
+        repeats: of each measurement.
         threads: of torch.
         quick: fewer images, draws and repeats: under five minutes.
-        json: print one JSON object and nothing else.
-        peak_of: only train and print the peak memory: of the reference (0) or ours (1).
+        json: print only a JSON object.
+        peak_of: only train the reference (0) or ours (1), and print the peak memory.
     """
     torch.set_num_threads(threads)
     if peak_of is not None:
-        # without the initialisation, which runs layer by layer
+        # without data-dependent initialisation, whose memory is not that of training
         task = (plain_training, training)[peak_of](*model_and_images(models[0], size, batch, False))
         task()
         task()
@@ -151,46 +187,26 @@ def main(
     generated, draws, files = (1, 20, 100), 512, 8
     if quick:
         models, batch, repeats, generated, draws, files = models[:2], 4, 1, (20,), 64, 2
-    precision = resolve("auto", "cpu")
-    rate = peak_flops(torch.bfloat16 if precision == "bf16-mixed" else torch.float32)
-    out: dict[str, Any] = {"seconds": {}, "bytes": {}, "flops": {}, "floor": {}, "at_most": {}}
-
-    def note(name: str, kind: str, a: float, b: float, more: str = "") -> None:
-        out[name] = round(a / b, 2)
-        out[kind][name] = [round(a, 4), round(b, 4)]
-        if not json:
-            print(f"{name:20} {out[name]:6.2f}  {kind} {a:.4g} -> {b:.4g}{more}", flush=True)
-
-    def compare(name: str, pair: Pair, scale: tuple[float, float] = (1, 1)) -> None:
-        found = medians(dict(zip("ab", pair, strict=True)), repeats)
-        a, b = found["a"] * scale[0], found["b"] * scale[1]
-        more = ""
-        if "compress" not in name:
-            count = flop_count(pair[1]) * scale[1]
-            floor = count / rate
-            out["flops"][name], out["floor"][name] = count, round(floor, 4)
-            out["at_most"][name] = round(a / floor, 2)
-            more = f", floor {floor:.4g}, at most {a / floor:.2f}"
-        note(name, "seconds", a, b, more)
-
+    race = _Race(repeats, quiet=json)
     for name in models:
         model, x = model_and_images(name, size, max(batch, 8))
-        compare(f"train_{name}", (plain_training(model, x[:batch]), training(model, x[:batch])))
-        note(f"memory_{name}", "bytes", *(peak(side, name, size, batch, threads) for side in (0, 1)))
+        race.compare(f"train_{name}", (plain_training(model, x[:batch]), training(model, x[:batch])))
+        bytes_ = [peak(side, name, size, batch, threads) for side in (0, 1)]
+        race.record(f"memory_{name}", "bytes", bytes_[0], bytes_[1])
         for kind, pair in inference(model, x, generated, draws, files).items():
             scale = (512 / few(draws), 512 / draws) if kind == "iwae512" else (1, 1)
-            compare(f"{kind}_{name}", pair, scale)
-    out["machine"] = {
+            race.compare(f"{kind}_{name}", pair, scale)
+    race.result["machine"] = {
         "processor": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "threads": threads,
-        "precision": precision,
-        "peak_flops": round(rate),
+        "precision": race.precision,
+        "peak_flops": round(race.rate),
         "size": size,
         "batch": batch,
     }
     if json:
-        print(jsonlib.dumps(out))
+        print(jsonlib.dumps(race.result))
 
 
 if __name__ == "__main__":

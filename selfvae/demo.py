@@ -1,4 +1,4 @@
-"""The first run: what the models that come with the package do, or training two small ones."""
+"""Demonstrations: the bundled models on two photographs, or the training of two small models."""
 
 from __future__ import annotations
 
@@ -31,10 +31,17 @@ __all__ = ["demo", "train_demo"]
 
 
 def demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, Any]:
-    """Use the shipped models on two photographs that they were not trained on: compress, enhance, generate.
+    """Compress and enhance two photographs that are not in the training data, and generate images.
 
-    Writes figure.png, result.json and the compressed photographs to `out`. Returns result.json's content:
-    the bytes of the files beside PNG's and WebP's, bits/dim, seconds. fast: a quarter of each photograph.
+    Writes figure.png, result.json and the compressed photographs.
+
+    Args:
+        out: Folder for the files.
+        fast: Use a quarter of each photograph.
+        seed: Of the random draws.
+
+    Returns:
+        The content of result.json: bytes, bits/dim of the files and of PNG and WebP, seconds.
     """
     began, out = time.monotonic(), Path(out)
     codec = Codec(hub.load("selfvae-photos"))
@@ -43,7 +50,7 @@ def demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, Any]:
         photos = {k: x[..., : x.shape[2] // 2, : x.shape[3] // 2].contiguous() for k, x in photos.items()}
     result: dict[str, Any] = {"subpixels": sum(x.numel() for x in photos.values()), "bytes": 0}
     for name, x in photos.items():
-        file = codec.compress(x)  # it decodes the file and compares
+        file = codec.compress(x)  # decodes the file and compares
         write_atomic(out / f"{name}.svae", file)
         result["bytes"] += len(file)
     result["bits_per_dim"] = round(8 * result["bytes"] / result["subpixels"], 4)
@@ -57,7 +64,7 @@ def demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, Any]:
 
 
 def _rows(photos: dict[str, Tensor], seed: int) -> list[tuple[str, Tensor]]:
-    """The figure's rows: title and images uint8 (B, 3, h, w)."""
+    """Return the figure's rows: title and images, uint8 (B, 3, h, w)."""
     x2, photo, cifar = (hub.load(f"selfvae-{name}") for name in ("photos-x2", "photos", "cifar10-small"))
     n, size = 8, 64
     random = torch.Generator().manual_seed(0)
@@ -69,32 +76,43 @@ def _rows(photos: dict[str, Tensor], seed: int) -> list[tuple[str, Tensor]]:
     x = torch.cat(crops)
     small, kept = MeanDownscale(2)(x), photo.pyramid(x)[2]
     return [
-        ("photographs that no model has seen, 64 x 64", x),
+        ("photographs that are not in the training data, 64 x 64", x),
         ("2 x 2 means", small),
         ("enlarged by bicubic interpolation", baseline_enhancement(x2, small)),
         (
-            "a draw given the means (selfvae-photos-x2, temperature 0.5)",
+            "sampled given the means (selfvae-photos-x2, temperature 0.5)",
             enhance(x2, small, 1, temperature=0.5, seed=seed),
         ),
-        ("every second row and column; what a file of selfvae-photos holds first", kept),
-        ("the rest, most likely (selfvae-photos)", enhance(photo, kept, 2, decode="mode")),
-        ("drawn from nothing, 32 x 32 (selfvae-cifar10-small)", generate(cifar, n, seed=seed)),
+        ("every second row and column, the first bytes of a file of selfvae-photos", kept),
+        ("most likely picture given these (selfvae-photos)", enhance(photo, kept, 2, decode="mode")),
+        ("unconditional samples, 32 x 32 (selfvae-cifar10-small)", generate(cifar, n, seed=seed)),
     ]
 
 
-# the model with the best likelihood in the time, and one with latents beside it; seconds of training
+# a chain, which reaches the best likelihood in the time given, and a model with latents
 _CHAIN: dict[str, Any] = {"name": "selfvae-halve", "size": "small", "width": 0.25, "depth": 0.5}
 _LATENT: dict[str, Any] = {
     "name": "selfvae", "size": "tiny", "width": 0.25, "backbone": "residual"
 }  # fmt: skip
-_SECONDS, _FAST_SECONDS = (105.0, 75.0), (18.0, 12.0)
+_SECONDS, _FAST_SECONDS = (105.0, 75.0), (18.0, 12.0)  # of training, each
 
 
 def train_demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, Any]:
-    """Train, score and draw; writes figure.png, result.json and both models to `out`.
+    """Train two small models, score them and draw samples.
 
-    Returns result.json's content: bits_per_dim of the better model on held-out crops (the ELBO),
-    png_bits_per_dim and webp_bits_per_dim of the same crops, seconds, parameters, and the latent model's.
+    Writes figure.png, result.json and both models.
+
+    Args:
+        out: Folder for the files.
+        fast: Train for half a minute instead of three minutes.
+        seed: Of the training and the draws.
+
+    Returns:
+        The content of result.json: bits/dim (ELBO) of the chain and of the latent model on held-out crops,
+        of PNG and WebP on the same crops, parameters, seconds.
+
+    Raises:
+        FileExistsError: A model's folder exists already.
     """
     began, out = time.monotonic(), Path(out)
     for options in (_CHAIN, _LATENT):
@@ -137,18 +155,18 @@ def _spread(n: int, count: int = 10) -> Tensor:
 
 
 def _trained_rows(chain: SelfVAE, latent: SelfVAE, x: Tensor, seed: int) -> list[tuple[str, Tensor]]:
-    """The figure's rows: title and images uint8 (B, 3, h, w)."""
+    """Return the figure's rows: title and images, uint8 (B, 3, h, w)."""
     halved, mean = chain.pyramid(x)[2], latent.pyramid(x)[1]
     n, _, h, w = x.shape
-    # after so short a training pixel noise would hide the picture
+    # after short training, samples at temperature 1 are dominated by pixel noise
     calm: dict[str, Any] = {"temperature": 0.3, "seed": seed}
     return [
         ("held-out photographs, 32 x 32", x),
         ("every second row and column", halved),
-        ("the rest drawn given these (selfvae-halve, temperature 0.3)", enhance(chain, halved, 2, **calm)),
+        ("sampled given these (selfvae-halve, temperature 0.3)", enhance(chain, halved, 2, **calm)),
         ("2 x 2 means", mean),
-        ("enhanced from these alone (selfvae, temperature 0.3)", enhance(latent, mean, 1, **calm)),
-        ("reconstructed from the latents alone (selfvae, temperature 0.3)", reconstruct(latent, x, **calm)),
-        ("generated from nothing (selfvae-halve)", generate(chain, n, h, w, seed=seed)),
-        ("generated from nothing (selfvae, temperature 0.3)", generate(latent, n, h, w, **calm)),
+        ("enhanced from these only (selfvae, temperature 0.3)", enhance(latent, mean, 1, **calm)),
+        ("reconstructed from the latents only (selfvae, temperature 0.3)", reconstruct(latent, x, **calm)),
+        ("unconditional samples (selfvae-halve)", generate(chain, n, h, w, seed=seed)),
+        ("unconditional samples (selfvae, temperature 0.3)", generate(latent, n, h, w, **calm)),
     ]

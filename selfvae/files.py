@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and files that are found."""
+"""Atomic writing of files, and search for files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ __all__ = ["atomic_path", "below", "write_atomic", "write_tensors"]
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Where to write a file or folder that becomes `path` at the end, or nothing if anything fails."""
+    """Yield a temporary path that is renamed to `path` at the end, or removed if an exception is raised.
+
+    Args:
+        path: A file, or a folder that does not exist yet.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -35,7 +39,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
@@ -43,7 +47,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """A safetensors file, written whole or not at all."""
+    """Write a safetensors file atomically."""
     with atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # safetensors would write it for the owner alone
@@ -52,5 +56,5 @@ def write_tensors(
 
 
 def below(folder: Path, endings: Collection[str]) -> list[Path]:
-    """All files in a folder and the folders in it whose ending, in small letters, is among these."""
+    """Return all files below a folder whose suffix, in lower case, is one of these, sorted."""
     return sorted(f for f in folder.rglob("*") if f.suffix.lower() in endings and f.is_file())

@@ -1,4 +1,4 @@
-"""One level of the hierarchy: it explains the image y[k] given y[k+1] = d(y[k]) with a latent z[k]."""
+"""A level of the hierarchy: the distribution of y[k] given y[k+1] = d(y[k]), with a latent z[k]."""
 
 from __future__ import annotations
 
@@ -20,19 +20,23 @@ Posterior = DiagonalNormal | UnitUniform
 
 
 class Level(nn.Module):
-    """q(z | y), p(z | y_up, z_up) and p(y | y_up, z) for images y of one spec.
+    """The distributions q(z | y), p(z | y_up, z_up) and p(y | y_up, z) for images y of one spec.
 
-    Arguments:
-        spec: channels and levels of y.
-        transform: d, with y_up = d(y). At the top it is `Null`: y_up tells the size and nothing else.
-        decoder: network (context, z) -> pixel parameters, at y's resolution, or one position a block where
-            the transform keeps pixels (`Subsampling`): then only the dropped ones are modelled.
-        encoder, prior: networks of the latent; both None for a level without one.
-        consistent: truncate the likelihood to the images with d(y) = y_up, where d tells them.
-        anchored: add d's plain estimate of y to every component's mean.
-        rounded: the latent's posterior is a `UnitUniform`, its conditional prior a `NoisyLogistic`; else
-            both are Gaussian.
-        coefficients: how earlier channels shift later ones (see `PixelMixture`).
+    Args:
+        spec: Of y.
+        transform: d, with y_up = d(y). At the top it is `Null`: y_up contains only the size.
+        decoder: Network (context, z) -> pixel parameters at y's resolution. Where the transform keeps
+            pixels (`Subsampling`), it has one position per block and models only the dropped pixels.
+        encoder: Network of q(z | y); None for a level without a latent.
+        prior: Network of p(z | y_up, z_up); None for a level without a latent.
+        consistent: Truncate the likelihood to the images with d(y) = y_up, if d has a support.
+        residual_mean: Add the transform's estimate of y to the means of all components.
+        rounded: The posterior is a `UnitUniform` and the conditional prior a `NoisyLogistic`; else both
+            are Gaussian.
+        coefficients: How earlier channels shift later ones (see `PixelMixture`).
+
+    Raises:
+        ValueError: Only one of encoder and prior is given.
     """
 
     def __init__(
@@ -58,11 +62,12 @@ class Level(nn.Module):
 
     @property
     def has_latent(self) -> bool:
+        """Whether the level has a latent."""
         return self.encoder is not None
 
     @property
     def multiple(self) -> int:
-        """What the height and width of y must be divisible by for the latent's networks, in pixels."""
+        """The number of pixels by which the latent's networks need y's height and width to be divisible."""
         if not self.has_latent:
             return 1
         encoder: Any = self.encoder
@@ -70,22 +75,22 @@ class Level(nn.Module):
         return prior.multiple if isinstance(self.transform, Null) else encoder.stride
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Channels, height and width of z for y of a height and width in pixels."""
+        """Return channels, height and width of z for y of that height and width, in pixels."""
         encoder: Any = self.encoder
         return encoder.latent, height // encoder.stride, width // encoder.stride
 
     @property
     def keeps(self) -> Subsampling | None:
-        """The transform, if y_up keeps pixels of y, so that the level models the others, block by block."""
+        """The transform, if y_up contains pixels of y, so that the level models only the others."""
         return self.transform if self.consistent and isinstance(self.transform, Subsampling) else None
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the networks."""
+        """The networks' dtype."""
         return next(self.decoder.parameters()).dtype
 
     def context(self, y_up: Tensor) -> Tensor:
-        """What the decoder sees of y_up: (B, C', h, w) in [-1, 1]; no channels at the top."""
+        """Return the decoder's view of y_up: (B, C', h, w) in [-1, 1], without channels at the top."""
         if y_up.shape[1] == 0:
             return y_up.to(self.dtype)
         if self.keeps:
@@ -95,22 +100,22 @@ class Level(nn.Module):
         return to_unit(y_up, self.spec.num_values, self.dtype)
 
     def encode(self, y: Tensor) -> Tensor:
-        """Parameters of q(z | y) for y uint8 (B, C, H, W), as `q` takes them."""
+        """Return the parameters of q(z | y), for `q`, given y uint8 (B, C, H, W)."""
         assert self.encoder is not None
         params: Tensor = self.encoder(to_unit(y, self.spec.num_values, self.dtype))
         return params
 
     @property
     def q(self) -> Callable[[Tensor], Posterior]:
-        """q(z | y) from its parameters."""
+        """The constructor of q(z | y) from its parameters."""
         return UnitUniform.from_params if self.rounded else DiagonalNormal.from_params
 
     def posterior(self, y: Tensor) -> Posterior:
-        """q(z | y) for y uint8 (B, C, H, W)."""
+        """Return q(z | y) for y uint8 (B, C, H, W)."""
         return self.q(self.encode(y))
 
     def prior(self, y_up: Tensor, z_up: Tensor | None) -> LatentDistribution:
-        """p(z | y_up, z_up)."""
+        """Return p(z | y_up, z_up), given y_up uint8 (B, c, h, w) and the next level's latent."""
         assert self.prior_net is not None
         if y_up.shape[1] == 0:
             top: LatentDistribution = self.prior_net(y_up.to(self.dtype), z_up)
@@ -120,7 +125,13 @@ class Level(nn.Module):
         return NoisyLogistic.from_params(params) if self.rounded else DiagonalNormal.from_params(params)
 
     def likelihood(self, y_up: Tensor, z: Tensor | None, interior: Interior | None = None) -> PixelMixture:
-        """p(y | y_up, z); with `interior`, rows and columns of y_up, of y's part there alone."""
+        """Return p(y | y_up, z).
+
+        Args:
+            y_up: uint8 (B, c, h, w).
+            z: The latent; None for a level without one.
+            interior: Rows and columns of y_up: return the distribution of that part of y only.
+        """
         params = self.decoder(self.context(y_up), z)
         guess = self.transform.estimate(y_up.to(self.dtype), self.spec) if self.residual_mean else None
         if interior is not None:

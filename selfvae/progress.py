@@ -1,4 +1,8 @@
-"""Hooks that show progress: given steps and what they are for, a hook hands the steps on, one by one."""
+"""Hooks that show progress.
+
+A hook takes a sequence of steps and the name of the activity, and yields the steps one by one, as
+`rich.progress.track` does.
+"""
 
 from __future__ import annotations
 
@@ -11,5 +15,5 @@ Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
 
 def no_progress(steps: Sequence[Any], text: str) -> Iterable[Any]:
-    """The hook that shows nothing."""
+    """Return the steps, showing nothing."""
     return steps

@@ -23,6 +23,7 @@ from selfvae.transforms import (
     Support,
     check_image,
 )
+from selfvae.transforms.base import round_up, scale_slice
 
 RGB = ImageSpec(3)
 NAMES = [*TRANSFORMS, "grey+mean2", "mean2+bits3"]
@@ -234,7 +235,7 @@ def test_errors_say_what_came() -> None:
     with pytest.raises(ValueError, match="did you mean 'mean2'"):
         transform("maen2")
     for d in (BitDepth(2), BicubicDownscale(2), GaussianBlur(), Sketch()):
-        with pytest.raises(ValueError, match="256 levels"):
+        with pytest.raises(ValueError, match="256 values per channel"):
             d.output_spec(ImageSpec(3, 8))
     for wrong in (lambda: MeanDownscale(1, 1), lambda: BitDepth(8), lambda: GaussianBlur(0), Chain):
         with pytest.raises(ValueError, match="got"):
@@ -246,3 +247,25 @@ def test_unrestricted_support() -> None:
     support = Support(x[:, :0], RGB)
     assert torch.equal(support.merge(support.split(x)), x)
     assert bool(support.allows(x).all())
+
+
+def test_multiples_and_slices() -> None:
+    assert round_up((0, 1), (4, 4)) == (0, 4) and round_up((4, 5), (4, 2)) == (4, 6)
+    assert scale_slice(slice(1, 3), 8, 4) == slice(2, 6)
+
+
+@pytest.mark.parametrize("name", [*RESTRICTING, "bicubic2"])
+def test_a_step_agrees_with_all_steps_at_once(name: str) -> None:
+    """`step_bounds` and `refine_group`, which sampling calls, are parts of `bounds` and `refine`."""
+    d, x = transform(name), noise(b=2)
+    y = d(x)
+    weights = torch.randn(2, 12, 6, 12)
+    support = d.support(y, RGB, weights) if isinstance(d, Checkerboard) else d.support(y, RGB)
+    v = support.split(x).long()
+    bounds, estimate = support.bounds(v), 255 * torch.rand(v.shape)
+    refined = support.refine(estimate, v)
+    for group in range(v.shape[1]):
+        assert torch.equal(support.refine_group(estimate, v, group), refined[:, group])
+        for channel in range(3):
+            for one, every in zip(support.step_bounds(v, group, channel), bounds, strict=True):
+                assert torch.equal(one, every[:, group, channel])

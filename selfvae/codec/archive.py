@@ -1,16 +1,15 @@
-"""Many pictures in one file: blocks that are decoded alone, and an index.
+"""Archives of many pictures in one file: an index, and blocks that are decoded independently.
 
-Format 2 (1 coded what lies beyond the pictures' borders as well):
+Format 2 (format 1 also coded the padding beyond the pictures' borders):
 
     magic "SVAS", version (1 byte), fingerprint of the model (8 bytes)
-    length of the index, CRC-32 of the 13 bytes before and of the index (4 bytes each)
-    the index: JSON, deflated
+    length of the index, CRC-32 of the preceding 13 bytes and the index (4 bytes each)
+    the index: JSON, compressed by deflate
     the blocks
 
-The index holds every picture's name, height, width, channels and checksum, and every block's number of
-pictures, length and checksum. A block is one stack for all of its pictures: those of one size are computed
-together, and no picture pays for a beginning and an end of its own. To take one out, its block is decoded
-as far as to it.
+The index holds name, height, width, channels and checksum of each picture, and number of pictures, length
+and checksum of each block. A block is one ANS stack for all of its pictures: those of one size are computed
+together, and the stack's overhead is shared. Reading one picture decodes its block up to that picture.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ __all__ = ["Archive", "Entry", "pack"]
 
 MAGIC, VERSION = b"SVAS", 2
 _TOGETHER = 1 << 18  # pixels that are computed at once; part of the format
-_INDEX = 1 << 24  # bytes of an index, at most
+_INDEX = 1 << 24  # the largest length of an index, bytes
 
 Named = tuple[str, Tensor]
 
 
 class Entry(NamedTuple):
-    """What the index says of a picture: its size in pixels, and the checksum of these."""
+    """A picture in the index: name, size in pixels, channels, and checksum of the pixels."""
 
     name: str
     height: int
@@ -55,15 +54,21 @@ class Entry(NamedTuple):
 
 
 class _Block(NamedTuple):
+    """A block in the index: number of pictures, length in bytes, and checksum."""
+
     pictures: int
     size: int
     crc: int
 
 
 def _groups(codec: Codec, entries: Sequence[Entry]) -> list[list[int]]:
-    """Which pictures of a block are computed together: neighbours of one size, up to some pixels.
+    """Group the pictures of a block that are computed together: neighbours of one size.
 
-    With bits-back also no more than come after them: those are on the stack first, to draw latents from.
+    With bits-back coding a group is at most as large as all groups after it, which are on the stack before
+    it and provide the bits for its latents.
+
+    Returns:
+        Indices of the pictures of each group.
     """
     groups: list[list[int]] = []
     after = 0
@@ -84,7 +89,11 @@ def _groups(codec: Codec, entries: Sequence[Entry]) -> list[list[int]]:
 
 
 def _check_names(names: Sequence[str]) -> None:
-    """Raise CodecError unless each is a path of its own inside the archive, on every system."""
+    """Check that the names are different relative paths that stay inside a folder on every system.
+
+    Raises:
+        CodecError: They are not.
+    """
     for name in names:
         parts = PurePosixPath(name).parts
         plain = PurePosixPath(name).as_posix() == name != "."
@@ -102,31 +111,27 @@ def pack(
     verify: bool = True,
     track: Track = no_progress,
 ) -> bytes:
-    """An archive of pictures.
+    """Compress pictures to an archive. Several processes share the work.
 
-    Arguments:
-        pictures: name and pixels uint8 (1, C, H, W) of each, in the order to be kept.
-        block: pictures in a block: more are smaller, fewer are quicker to take one out of.
-        verify: decode everything and compare.
-        track: given the blocks and what is done with them, hands them on: to show progress.
+    Args:
+        codec: Of the model to use.
+        pictures: Name and pixels, uint8 (1, C, H, W), of each, in the order of the archive.
+        block: Pictures per block: larger blocks are smaller in all, smaller ones faster to read one from.
+        verify: Decode the archive and compare.
+        track: Receives the blocks and the name of the activity, and yields the blocks, to show progress.
 
-    Several processes share the work.
+    Returns:
+        The archive.
 
-    Raises ValueError for pictures that do not fit the model, or names that come twice.
+    Raises:
+        TypeError: A picture is not uint8.
+        ValueError: A picture does not fit the model, a name is not allowed, or there are too many.
+        CodecError: A decoded picture differs from the original.
     """
     if block < 1:
         raise ValueError(f"block must be at least 1 picture; got {block}")
     named = list(pictures)
-    _check_names([name for name, _ in named])
-    for name, x in named:
-        try:
-            codec.check(x)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from None
-    entries = [
-        Entry(name, x.shape[2], x.shape[3], x.shape[1], zlib.crc32(x.cpu().contiguous().numpy().tobytes()))
-        for name, x in named
-    ]
+    entries = _check_pictures(codec, named)
     starts = range(0, len(named), block)
     if len(json.dumps(entries)) + 50 * len(starts) > _INDEX:
         raise ValueError(
@@ -164,20 +169,39 @@ def pack(
     return data
 
 
+def _check_pictures(codec: Codec, named: Sequence[Named]) -> list[Entry]:
+    """Check that pictures and their names can be packed, and return their entries in the index."""
+    _check_names([name for name, _ in named])
+    for name, x in named:
+        try:
+            codec.check(x)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+    return [
+        Entry(name, x.shape[2], x.shape[3], x.shape[1], zlib.crc32(x.cpu().contiguous().numpy().tobytes()))
+        for name, x in named
+    ]
+
+
 @torch.no_grad()
 def _pack_block(codec: Codec, entries: Sequence[Entry], pictures: Sequence[Tensor]) -> bytes:
-    stack, notes = ANSCoder(), []
+    stack, side = ANSCoder(), list[bytes]()
     for members in reversed(_groups(codec, entries)):
         written = codec.push(torch.cat([pictures[i] for i in members]), stack)
-        notes.append([written[name].notes for name in codec.names])
-    noted = b"".join(varint(len(n)) + n for group in reversed(notes) for n in group)
-    return noted + stack.words()[::-1].astype("<u4").tobytes()
+        recorded = (written[name].side for name in codec.names)
+        side.append(b"".join(varint(len(data)) + data for data in recorded))
+    return b"".join(reversed(side)) + stack.words()[::-1].astype("<u4").tobytes()
 
 
 class Archive:
-    """Reads an archive: its length, its `entries`, a picture by name or number, all of them in order.
+    """Reads an archive: `len`, `entries`, a picture by name or number, and iteration over all of them.
 
-    Raises CodecError that says what is wrong with the file, or that it is not of this model.
+    Args:
+        codec: Of the model that wrote it.
+        data: The file.
+
+    Raises:
+        CodecError: The file is damaged, truncated, or written with another model.
     """
 
     def __init__(self, codec: Codec, data: bytes) -> None:
@@ -199,7 +223,13 @@ class Archive:
         return len(self.entries)
 
     def __getitem__(self, which: str | int) -> Tensor:
-        """One picture, uint8 (1, C, H, W); of its block only what lies before it is decoded."""
+        """Decode one picture, uint8 (1, C, H, W), by name or number.
+
+        Raises:
+            KeyError: No picture has that name.
+            IndexError: The number is out of range.
+            CodecError: The block is damaged.
+        """
         if isinstance(which, str):
             if which not in self._numbers:
                 raise KeyError(f"no picture {which!r} in the archive")
@@ -216,20 +246,20 @@ class Archive:
 
     @torch.no_grad()
     def block(self, number: int) -> Iterator[Named]:
-        """The pictures of one of the `blocks`, each decoded when it is asked for."""
+        """Iterate over the pictures of one of the `blocks`, each decoded when it is requested."""
         data = bytes(self._data[number])
         if zlib.crc32(data) != self.blocks[number].crc:
             raise CodecError(f"block {number} of the archive is damaged: its checksum does not fit")
         entries = self.entries[self._first[number] : self._first[number + 1]]
         reader, groups = Reader(data, f"block {number}"), _groups(self.codec, entries)
-        notes = [[reader.take(reader.varint()) for _ in self.codec.names] for _ in groups]
+        side = [[reader.take(reader.varint()) for _ in self.codec.names] for _ in groups]
         if (len(data) - reader.at) % 4:
             raise CodecError(f"block {number} of the archive is damaged: it ends inside a word")
         stack = ANSCoder(np.frombuffer(data, "<u4", offset=reader.at)[::-1].astype(np.uint32))
-        for members, noted in zip(groups, notes, strict=True):
+        for members, recorded in zip(groups, side, strict=True):
             first = entries[members[0]]
             size = first.height, first.width
-            x = self.codec.pop(len(members), size, stack, noted, padded=self._padded)
+            x = self.codec.pop(len(members), size, stack, recorded, padded=self._padded)
             for i, picture in zip(members, x.split(1), strict=True):
                 picture = picture[:, : entries[i].channels].contiguous()
                 if zlib.crc32(picture.numpy().tobytes()) != entries[i].crc:
@@ -238,7 +268,7 @@ class Archive:
 
 
 def _read_index(codec: Codec, data: bytes) -> tuple[list[Entry], list[_Block], int, int]:
-    """Pictures, blocks, grey levels; and where the blocks begin."""
+    """Return the pictures, the blocks, the number of values, and the position of the first block."""
     if len(data) < 21:
         raise CodecError(f"the file ends inside its header: {len(data)} bytes are there")
     size, crc = struct.unpack("<II", data[13:21])
@@ -251,7 +281,7 @@ def _read_index(codec: Codec, data: bytes) -> tuple[list[Entry], list[_Block], i
         index = json.loads(inflate.decompress(packed, _INDEX))
         entries = [Entry(str(name), *map(int, rest)) for name, *rest in index["pictures"]]
         blocks = [_Block(*map(int, block)) for block in index["blocks"]]
-        levels = int(index["levels"])
+        num_values = int(index["levels"])
     except (zlib.error, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise CodecError(f"the archive's index makes no sense: {error}") from None
     _check_names([entry.name for entry in entries])
@@ -266,4 +296,4 @@ def _read_index(codec: Codec, data: bytes) -> tuple[list[Entry], list[_Block], i
         raise CodecError("the archive's index makes no sense: its blocks do not hold its pictures")
     if len(data) != whole:
         raise CodecError(f"the archive must be {whole} bytes long; {len(data)} are there: it is damaged")
-    return entries, blocks, levels, 21 + size
+    return entries, blocks, num_values, 21 + size

@@ -1,4 +1,4 @@
-"""The codec beside PNG, WebP, JPEG XL and JPEG 2000, and its prefixes beside JPEG, WebP and AVIF."""
+"""The codec compared with PNG, WebP, JPEG XL and JPEG 2000, its prefixes with JPEG, WebP and AVIF."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _OURS = "selfvae"
 
 
 def _known(formats: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
-    """Those that Pillow can write here."""
+    """Return the formats that this installation of Pillow can write."""
     with contextlib.suppress(ImportError):
         import pillow_jxl  # noqa: F401 (registers JPEG XL)
     Image.init()
@@ -87,11 +87,22 @@ def bench(
     prefixes: bool = True,
     track: Track = no_progress,
 ) -> dict[str, Any]:
-    """Sizes and speeds over pictures, uint8 (1, C, H, W) each; every lossless file is decoded and compared.
+    """Measure sizes and speeds. Each lossless file is decoded and compared with its picture.
 
-    Returns {"pictures", "subpixels", "lossless": {name: {bytes, bits_per_subpixel, encode_mb_s,
-    decode_mb_s}}, "lossy": {name: [{setting, bits_per_subpixel, psnr, ms_ssim}]}}: means over pictures (of
-    bytes: sums); MB are of raw pixels. "selfvae" in "lossy" are the prefixes of its file, part by part.
+    Args:
+        codec: Of the model to measure.
+        pictures: uint8 (1, C, H, W) each.
+        prefixes: Measure lossy formats and the prefixes of the codec's files as well.
+        track: Receives the pictures and the name of the activity, and yields the pictures.
+
+    Returns:
+        {"pictures", "subpixels", "lossless": {name: {bytes, bits_per_subpixel, encode_mb_s, decode_mb_s}},
+        "lossy": {name: [{setting, bits_per_subpixel, psnr, ms_ssim}]}}: sums of bytes, means of the other
+        quantities; MB are of raw pixels. "selfvae" in "lossy" are the prefixes of its files, part by part.
+
+    Raises:
+        ValueError: There are no pictures.
+        RuntimeError: A decoded picture differs from the original.
     """
     if not pictures:
         raise ValueError("at least one picture is needed")
@@ -124,7 +135,7 @@ def bench(
             back = decode(data)
             decoded = time.perf_counter()
             if not torch.equal(back, x):
-                raise RuntimeError(f"{name} did not give the picture back")
+                raise RuntimeError(f"{name} did not return the same picture")
             total = totals.setdefault(name, dict.fromkeys(("bytes", "encode", "decode"), 0.0))
             total["bytes"] += len(data)
             total["encode"] += encoded - began
@@ -176,7 +187,7 @@ def _mean(points: list[tuple[float, float, float | None]]) -> dict[str, float | 
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables."""
+    """Return the results as Markdown tables."""
     lines = [
         "| lossless | bytes | bits per sub-pixel | encode, MB/s | decode, MB/s |",
         "|---|---|---|---|---|",
@@ -201,7 +212,15 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Sizes as bars; PSNR and MS-SSIM against real bytes."""
+    """Draw sizes as bars, and PSNR and MS-SSIM against bits per sub-pixel.
+
+    Args:
+        result: What `bench` returned.
+        path: Of the PNG file.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
     try:
         import matplotlib
     except ImportError:

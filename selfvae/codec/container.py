@@ -1,16 +1,16 @@
-"""The file: a header, then the parts in the order of the walk, the coarsest first.
+"""The file format: a header, then one part per image or latent, coarsest first.
 
-Format 2 (1 coded what lies beyond the picture's borders as well):
+Format 2 (format 1 also coded the padding beyond the picture's borders):
 
     magic "SVAE", version (1 byte), fingerprint of the model (8 bytes)
-    channels, num_values - 1, height, width, number of parts, which of them are latents (a bit
-        each): varints
-    for every part: bytes of notes, words of code (varints), CRC-32 of the image or latent (4 bytes)
-    CRC-32 of all that follows the header (4 bytes), CRC-32 of the header (4 bytes)
-    the parts: notes, then words of 4 bytes
+    channels, num_values - 1, height, width, number of parts, bit mask of the parts that are latents:
+        varints
+    per part: bytes of side information, words of code (varints), CRC-32 of the image or latent (4 bytes)
+    CRC-32 of everything after the header (4 bytes), CRC-32 of the header (4 bytes)
+    the parts: side information, then words of 4 bytes
 
-Numbers are little-endian; a varint has 7 bits a byte, the lowest first, and the high bit set in all but the
-last byte. The words are one ANS stack, its top first: a prefix of the file decodes a prefix of the parts.
+Numbers are little-endian. A varint has 7 bits per byte, lowest first; the high bit is set in all bytes but
+the last. The words are one ANS stack, its top first: a prefix of the file contains a prefix of the parts.
 """
 
 from __future__ import annotations
@@ -23,23 +23,29 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from selfvae.codec.tables import Words
+
 __all__ = ["CodecError", "Header", "Part", "Reader", "check_size", "read", "varint", "write"]
 
 MAGIC, VERSION = b"SVAE", 2
-PADDED = 1  # the version until which pixels beyond a picture's borders were coded
+PADDED = 1  # the last version that coded pixels beyond a picture's borders
 CHANGED = (
-    "does not come back as it was: the file is damaged, or the model computes something else here (then "
-    "please report it, with the file)"
+    "does not come back as it was: the file is damaged, or the model computes different values on this "
+    "machine (in that case please report it, with the file)"
 )
-_PARTS = 64  # more are in no model
+_PARTS = 64  # no model has more
 
 
 class CodecError(ValueError):
-    """The file cannot be decoded; the message says why."""
+    """A file cannot be written or decoded; the message says why."""
 
 
 def varint(n: int) -> bytes:
-    """A number >= 0, 7 bits a byte."""
+    """Encode a number >= 0, 7 bits per byte.
+
+    >>> varint(300).hex()
+    'ac02'
+    """
     out = bytearray()
     while n > 127:
         out.append(n & 127 | 128)
@@ -48,13 +54,22 @@ def varint(n: int) -> bytes:
 
 
 class Reader:
-    """Reads from the front of bytes; what is not there is an error."""
+    """Reads bytes from the front.
+
+    Args:
+        data: The bytes.
+        what: Their name in error messages.
+    """
 
     def __init__(self, data: bytes, what: str = "the file's header") -> None:
         self.data, self.at, self.what = data, 0, what
 
     def take(self, n: int) -> bytes:
-        """The next n bytes."""
+        """Read the next n bytes.
+
+        Raises:
+            CodecError: Fewer are left.
+        """
         part = self.data[self.at : self.at + n]
         if len(part) < n:
             raise CodecError(f"the file is damaged or cut short: {self.what} ends too early")
@@ -62,7 +77,11 @@ class Reader:
         return part
 
     def varint(self) -> int:
-        """The next number."""
+        """Read the next number.
+
+        Raises:
+            CodecError: The data end too early, or the number has more than 63 bits.
+        """
         n = 0
         for shift in range(0, 63, 7):
             byte = self.take(1)[0]
@@ -74,22 +93,22 @@ class Reader:
 
 @dataclass(frozen=True)
 class Part:
-    """One image or latent: its name, bytes of notes, words of code, checksum."""
+    """One image or latent: its name, bytes of side information, words of code, and checksum."""
 
     name: str
-    notes: int
+    side: int
     words: int
     crc: int
 
     @property
     def size(self) -> int:
-        """Bytes in the file."""
-        return self.notes + 4 * self.words
+        """Length in the file, bytes."""
+        return self.side + 4 * self.words
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself. parts: in the order of the walk."""
+    """The header of a file; its parts are in coding order."""
 
     fingerprint: bytes
     channels: int
@@ -97,41 +116,47 @@ class Header:
     height: int
     width: int
     parts: tuple[Part, ...]
-    size: int = 0  # bytes of the header
-    crc: int = 0  # of all that follows it
+    size: int = 0  # of the header, bytes
+    crc: int = 0  # of everything after it
     version: int = VERSION
 
     def ends(self) -> list[tuple[str, int]]:
-        """Every part's name, and the bytes of the file up to its end."""
+        """Return each part's name and the length of the file up to its end, in bytes."""
         sizes = itertools.accumulate((part.size for part in self.parts), initial=self.size)
         return [
             (part.name, end) for part, end in zip(self.parts, itertools.islice(sizes, 1, None), strict=True)
         ]
 
     def to_bytes(self, payload: bytes) -> bytes:
-        """The header of that payload."""
+        """Encode the header of a file with that payload."""
         out = bytearray(MAGIC + bytes([self.version]) + self.fingerprint)
         latents = sum(1 << i for i, part in enumerate(self.parts) if part.name[0] == "z")
         for n in (self.channels, self.num_values - 1, self.height, self.width, len(self.parts), latents):
             out += varint(n)
         for part in self.parts:
-            out += varint(part.notes) + varint(part.words) + struct.pack("<I", part.crc)
+            out += varint(part.side) + varint(part.words) + struct.pack("<I", part.crc)
         out += struct.pack("<I", zlib.crc32(payload))
         return bytes(out + struct.pack("<I", zlib.crc32(out)))
 
 
-def write(header: Header, notes: list[bytes], words: list[np.ndarray]) -> bytes:
-    """A file from its parts; words uint32, in the order of the file."""
-    payload = b"".join(n + w.astype("<u4").tobytes() for n, w in zip(notes, words, strict=True))
+def write(header: Header, side: list[bytes], words: list[Words]) -> bytes:
+    """Encode a file from the side information and the words of its parts, in the file's order."""
+    payload = b"".join(n + w.astype("<u4").tobytes() for n, w in zip(side, words, strict=True))
     return header.to_bytes(payload) + payload
 
 
-def read(data: bytes, partial: bool = False) -> tuple[Header, list[tuple[bytes, np.ndarray]]]:
-    """The header of a file, and notes and words of its parts.
+def read(data: bytes, partial: bool = False) -> tuple[Header, list[tuple[bytes, Words]]]:
+    """Read a file.
 
-    partial: take a file that was cut short; the parts that are whole are returned.
+    Args:
+        data: The file.
+        partial: Accept a truncated file, and return the parts that are complete.
 
-    Raises CodecError that says what is wrong.
+    Returns:
+        The header, and side information and words of each part.
+
+    Raises:
+        CodecError: The file is damaged or truncated.
     """
     header = read_header(data)
     payload = data[header.size :]
@@ -144,8 +169,8 @@ def read(data: bytes, partial: bool = False) -> tuple[Header, list[tuple[bytes, 
     if len(payload) < whole:
         if not partial:
             raise CodecError(
-                f"the file is cut short: {len(data)} of {header.size + whole} bytes are there; what they "
-                "hold can be had as a partial picture (partial=True, or --partial)"
+                f"the file is cut short: {len(data)} of {header.size + whole} bytes are there; decode them "
+                "as a partial picture with partial=True, or --partial"
             )
     elif zlib.crc32(payload) != header.crc:
         raise CodecError("the file is damaged: its checksum does not fit")
@@ -153,20 +178,24 @@ def read(data: bytes, partial: bool = False) -> tuple[Header, list[tuple[bytes, 
     for part in header.parts:
         if at + part.size > len(payload):
             break
-        words = np.frombuffer(payload, "<u4", part.words, at + part.notes).astype(np.uint32)
-        parts.append((payload[at : at + part.notes], words))
+        words = np.frombuffer(payload, "<u4", part.words, at + part.side).astype(np.uint32)
+        parts.append((payload[at : at + part.side], words))
         at += part.size
     return header, parts
 
 
 def _names(count: int, latents: int) -> list[str]:
-    """z1, y1, z0, y0, ... from which of the parts are latents."""
+    """Return the names of the parts, e.g. z1, y1, z0, y0, from the bit mask of the latents."""
     kinds = ["z" if latents >> i & 1 else "y" for i in range(count)]
     return [f"{kind}{kinds[i:].count('y') - 1}" for i, kind in enumerate(kinds)]
 
 
 def check_size(height: int, width: int) -> None:
-    """Raise CodecError for more pixels than Pillow would open without a warning."""
+    """Check a picture's size against Pillow's limit.
+
+    Raises:
+        CodecError: The picture has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+    """
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and height * width > limit:
         raise CodecError(
@@ -176,7 +205,14 @@ def check_size(height: int, width: int) -> None:
 
 
 def check_start(data: bytes, magic: bytes, version: int, kind: str) -> int:
-    """The version of data; CodecError if that is above `version`, or it begins with another magic."""
+    """Check magic and version of data.
+
+    Returns:
+        The version.
+
+    Raises:
+        CodecError: The magic is another one, or the version is above `version`.
+    """
     if not data:
         raise CodecError("the file is empty")
     if data[:4] != magic[: len(data)]:
@@ -188,7 +224,11 @@ def check_start(data: bytes, magic: bytes, version: int, kind: str) -> int:
 
 
 def read_header(data: bytes) -> Header:
-    """The header alone; data may end anywhere after it."""
+    """Read only the header; the data may end anywhere after it.
+
+    Raises:
+        CodecError: The header is damaged or truncated, or the file is of another kind.
+    """
     version = check_start(data, MAGIC, VERSION, ".svae file")
     reader = Reader(data)
     reader.take(5)
@@ -206,7 +246,7 @@ def read_header(data: bytes) -> Header:
         raise CodecError("the file is damaged: its header's checksum does not fit")
     if not (height and width and 1 <= channels <= 4 and 1 <= top <= 255 and parts):
         raise CodecError(
-            f"the header makes no sense: {channels} channels of {top + 1} num_values, {height} x {width} "
+            f"the header makes no sense: {channels} channels of {top + 1} values, {height} x {width} "
             f"pixels, {count} parts"
         )
     return Header(fingerprint, channels, top + 1, height, width, parts, reader.at, crc, version)

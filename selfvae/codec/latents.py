@@ -1,28 +1,32 @@
-"""How a latent z is written: as whole numbers.
+"""Coding of a latent z as integers.
 
-- `Rounded`: the posterior is a `UnitUniform`; its nearest whole number is coded, which costs the KL.
-- `Gaussian`: a value is drawn from the posterior with bits that are on the stack already, and the decoder,
-  which can tell the posterior once it has the image, puts them back: the cost is the KL ("bits-back").
-  Sources: Hinton and van Camp 1993; Townsend et al. 2019; for the order of pops and pushes, which lets few
-  bits suffice, Kingma et al. 2019 (Bit-Swap).
+- `Rounded`: the posterior is a `UnitUniform`. The integer nearest to its mean is coded, at the KL.
+- `Gaussian`: the posterior is normal. A latent is *drawn* from it with bits popped from the stack; the
+  decoder, which knows the posterior once it has the image, pushes them back, so that the net length is the
+  KL ("bits-back coding", Hinton and van Camp 1993; Townsend et al. 2019). The order of pops and pushes that
+  needs few initial bits is that of Bit-Swap (Kingma et al. 2019).
 
-  Where the stack holds too little, as for the finest latent of a file's first picture, the latent is chosen
-  *by rate*: every channel gets a step, and of its multiples those are taken that cost least, their own bits
-  and the image's. The multiples are shifted as if by chance, and a channel that tells too little is noise:
-  a decoder that was trained with noise is at a loss without it (z = 0 costs a fifth to a third more).
+  Where the stack holds too few bits, as for the finest latent of the first picture in a file, the latent is
+  *rate-optimised*: each channel is quantized with its own step, to the multiples that minimise the bits of
+  the latent plus those of the image. The multiples are dithered, and a channel that carries too little
+  information is replaced by fixed noise: a decoder trained with noisy latents needs it (z = 0 costs a fifth
+  to a third more).
 
-The flow prior is coded through its base space: it maps whole numbers one to one, dividing with a remainder
-that goes to the stack (Zhang et al. 2021, iFlow). By rate a latent is rounded to a coarse grid, the rest of
-its digits filled up from the stack; where that holds too little, steps are taken in the base space itself.
+With a flow as the prior, a latent is coded in the flow's base space. The flow maps integers one to one; the
+remainders of its divisions go to the stack (iFlow, Zhang et al. 2021). For this, a latent that is not drawn
+is *rounded* to a coarse grid, and its further digits are filled up from the stack; if that holds too few
+bits, the latent is rate-optimised in the base space.
 """
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -37,53 +41,110 @@ from selfvae.distributions.latents import (
     NoisyLogistic,
     UnitUniform,
 )
-from selfvae.distributions.priors import FlowDistribution
+from selfvae.distributions.priors import FlowDistribution, LatentDistribution
 from selfvae.nn.flows import Coupling
 
-__all__ = ["FINE", "Gaussian", "InsufficientBits", "Latent", "Rounded", "fixed_noise_sample"]
+__all__ = [
+    "FINE",
+    "Coding",
+    "Gaussian",
+    "InsufficientBits",
+    "Latent",
+    "Mode",
+    "Rounded",
+    "fixed_noise_sample",
+]
 
 # all of these are part of the format
-_LEVELS = 256  # whole numbers of a latent that is rounded or chosen by rate
-# by rate, in standard deviations of the prior; 0 stands for noise that is always the same
+_VALUES = 256  # integers of a latent that is rate-optimised, or whose posterior is uniform
+# steps of rate-optimised channels, in standard deviations of the prior; 0 stands for fixed noise
 _STEPS = (*(2.0 ** (j / 2 - 4) for j in range(13)), 0.0)
-_NOWHERE = 256.0  # the step of noise, whose numbers are all 0 and cost nothing
-_GRIDS = tuple(2.0**-j for j in range(8))  # of a latent that is drawn
-# kinds: drawn on a grid, by rate in multiples of standard deviations of the prior, rounded to a grid
-_BY_RATE, _ROUNDED = len(_GRIDS), len(_GRIDS) + 1
-_KINDS = _ROUNDED + len(_GRIDS)
-_MANY = 1 << 15  # whole numbers of a latent that is drawn
-_WIDTH = 6  # deviations from its mean, at most, that a latent is drawn
-_FAR = float(1 << 20)  # steps of the grid that a flow may shift by
-_WILD = 1 << 44  # a flow's products, at most: the next ones might not fit 64 bits
-_AT_ONCE = 64  # values that a flow maps
-_LATER = 1 << 40  # numbers of a posterior's values in the notes: the decoder meets them later
+_NOWHERE = 256.0  # the step used for fixed noise, whose integers are all 0 and cost nothing
+_GRIDS = 8  # steps of 2^0, 2^-1, ... for latents that are drawn or rounded
+_MANY = 1 << 15  # integers of a latent that is drawn or rounded
+_WIDTH = 6  # standard deviations from its mean within which a latent is drawn
+_FAR = float(1 << 20)  # the largest shift of a flow, in grid steps
+_WILD = 1 << 44  # the largest product in a flow: later ones might exceed 64 bits
+_AT_ONCE = 64  # values that a flow maps at once
+_LATER = 1 << 40  # number of the posterior's first value in the side information: decoded later
 
-# the encoder's choice: a grid's step, in deviations of the posterior (a tenth of the latent may be
-# narrower); the first that the stack has enough for
+# steps that the encoder tries in turn for drawing, in standard deviations of the posterior (of which a
+# tenth may be smaller), until the stack holds enough bits
 FINE = (0.25, 0.5, 1.0)
 
 
-class InsufficientBits(Exception):  # noqa: N818 (no error: the caller has another way)
-    """The stack holds too little to draw a latent, or a flow takes it out of what can be coded."""
+class Mode(enum.Enum):
+    """How the integers of a latent are chosen."""
+
+    DRAWN = "drawn"  # from the posterior, on a grid
+    RATE_OPTIMISED = "rate-optimised"  # multiples of standard deviations of the prior
+    ROUNDED = "rounded"  # to the nearest point of a grid
+
+
+class Coding(NamedTuple):
+    """How a latent is coded: the mode, and the grid of its values, whose step is 2^-grid.
+
+    Rate-optimised latents have a step per channel instead; their grid is 0.
+    """
+
+    mode: Mode
+    grid: int = 0
+
+    @property
+    def step(self) -> float:
+        """The grid's step."""
+        return 2.0**-self.grid
+
+    def to_int(self) -> int:
+        """Return the number in the file: 0..7 drawn, 8 rate-optimised, 9..16 rounded."""
+        first = {Mode.DRAWN: 0, Mode.RATE_OPTIMISED: _GRIDS, Mode.ROUNDED: _GRIDS + 1}
+        return first[self.mode] + self.grid
+
+    @classmethod
+    def from_int(cls, number: int) -> Coding:
+        """Invert `to_int`."""
+        if number < _GRIDS:
+            return cls(Mode.DRAWN, number)
+        return cls(Mode.ROUNDED, number - _GRIDS - 1) if number > _GRIDS else cls(Mode.RATE_OPTIMISED)
+
+
+_CODINGS = 2 * _GRIDS + 1
+
+
+class InsufficientBits(Exception):  # noqa: N818 (not an error: the caller has an alternative)
+    """The stack holds too few bits to draw a latent, or a flow maps it beyond the coded range."""
 
 
 class Latent(NamedTuple):
-    """A latent as it is coded, and as the networks see it, float64 (B, C, h, w), both on the CPU."""
+    """A latent as coded and as the networks see it, both on the CPU.
 
-    numbers: np.ndarray  # int8 or int16
+    Attributes:
+        numbers: The integers; for a rate-optimised latent preceded by the channels' steps.
+        z: float64 (B, C, h, w).
+        coding: How the integers were chosen.
+    """
+
+    numbers: npt.NDArray[np.int8] | npt.NDArray[np.int16]
     z: Tensor
-    kind: int
+    coding: Coding
 
     @property
     def drawn(self) -> bool:
-        """Whether the posterior's bits are to be given back."""
-        return self.kind < _BY_RATE
+        """Whether the posterior's bits must be pushed back."""
+        return self.coding.mode is Mode.DRAWN
+
+
+Normal = DiagonalNormal | GaussianMixture | LocalGaussianMixture
 
 
 class _Normals(NamedTuple):
-    """Mixtures of M Gaussians, all of a position's channels from one component: (M,), (M, B, C, h, w).
+    """Mixtures of M Gaussians, on the CPU, float64.
 
-    On the CPU, float64. whole: all of a latent is from one component.
+    Attributes:
+        log_weights: (M,), nats.
+        mean: (M, B, C, h, w).
+        log2_scale: (M, B, C, h, w).
+        whole: Whether a whole latent is from one component; else each position, with all channels, is.
     """
 
     log_weights: Tensor
@@ -92,7 +153,8 @@ class _Normals(NamedTuple):
     whole: bool = False
 
     @classmethod
-    def of(cls, p: DiagonalNormal | GaussianMixture | LocalGaussianMixture) -> _Normals:
+    def of(cls, p: Normal) -> _Normals:
+        """Convert a distribution."""
         if isinstance(p, DiagonalNormal):
             mean, log_var = (x.double().cpu()[None] for x in (p.mean, p.log_var))
             return cls(torch.zeros(1), mean, log_var / math.log(4))
@@ -108,17 +170,17 @@ class _Normals(NamedTuple):
         return cls(torch.log_softmax(p.logits.double().cpu(), 0), mean, log_var / math.log(4))
 
     def scaled(self, shift: Tensor | float, step: Tensor | float) -> _Normals:
-        """Of (z - shift) / step."""
+        """Return the distribution of (z - shift) / step."""
         octaves = torch.as_tensor(step, dtype=torch.float64).log2()
         return self._replace(mean=(self.mean - shift) / step, log2_scale=self.log2_scale - octaves)
 
     def component(self, which: Ints) -> _Normals:
-        """One Gaussian an image, the components' numbers (B,)."""
+        """Return one Gaussian per image, given the components' numbers (B,)."""
         images, at = torch.arange(len(which)), torch.from_numpy(which)
         return _Normals(torch.zeros(1), self.mean[at, images][None], self.log2_scale[at, images][None])
 
     def nearest(self, numbers: Ints) -> Ints:
-        """The component that is densest at (B, C, h, w), image by image: (B,)."""
+        """Return, per image, the component of the highest density at (B, C, h, w): (B,)."""
         v, nats = torch.from_numpy(numbers).double(), []
         for mean, log2_scale in zip(self.mean, self.log2_scale, strict=True):
             square = ((v - mean) / torch.exp2(log2_scale)) ** 2
@@ -129,76 +191,90 @@ class _Normals(NamedTuple):
         self,
         num_values: int,
         stack: ANSCoder,
-        notes: SideInformation,
-        known: np.ndarray | None,
+        side: SideInformation,
+        known: npt.NDArray[np.integer] | None,
         *,
         drawn: bool = False,
     ) -> Ints:
-        """Whole numbers (B, C, h, w), -num_values / 2 and on; `known` are pushed, else they are popped.
+        """Code integers (B, C, h, w) of -num_values / 2 on.
 
-        drawn: as by a posterior: none far out, where the tables end and all would be alike likely; its
-            values have other numbers in the notes.
+        Args:
+            num_values: Number of integers.
+            stack: Where to queue known integers or pop unknown ones.
+            side: Records or applies the rounding.
+            known: The integers, to be queued; None: pop them.
+            drawn: Pop or push a posterior's integers: none in the far tails, where the tables end and the
+                distribution would become uniform, and with numbers of their own in the side information.
         """
-        known = None if known is None else known.astype(np.int64)
+        given = None if known is None else known.astype(np.int64)
         if self.whole and len(self.mean) > 1:
-            # the densest component is chosen: the others' densities add next to nothing to a whole latent's
+            # only one component is used: the others add next to nothing to the density of a whole latent
             many = np.full(self.mean.shape[1], len(self.mean))
-            which = stack.uniform(many, None if known is None else self.nearest(known))
-            return self.component(which).code(num_values, stack, notes, known)
+            which = stack.uniform(many, None if given is None else self.nearest(given))
+            return self.component(which).code(num_values, stack, side, known)
         shape, n = self.mean.shape[1:], self.mean[0, :, 0].numel()
         if len(self.mean) == 1:  # all channels at once
-            flat = None if known is None else known.reshape(-1) + num_values // 2
+            flat = None if given is None else given.reshape(-1) + num_values // 2
             channel = values(
                 self.mean.reshape(1, -1).numpy(), self.log2_scale.reshape(1, -1).numpy(), num_values,
-                "normal", notes, _LATER if drawn else None,
+                "normal", side, _LATER if drawn else None,
             )  # fmt: skip
             bounds = channel.within(_WIDTH, num_values) if drawn else None
             found, _ = code(stack, np.full_like(channel.mean, 1 << 20), channel, num_values, bounds, flat)
             return found.reshape(shape) - num_values // 2
-        w = weights(self.log_weights.numpy()[:, None].repeat(n, 1), notes)
+        w = weights(self.log_weights.numpy()[:, None].repeat(n, 1), side)
         out = np.zeros(shape, np.int64)
         for c in range(shape[1]):
             mean, log2_scale = (x[:, :, c].flatten(1).numpy() for x in (self.mean, self.log2_scale))
-            channel = values(mean, log2_scale, num_values, "normal", notes)
-            flat = None if known is None else known[:, c].reshape(-1) + num_values // 2
+            channel = values(mean, log2_scale, num_values, "normal", side)
+            flat = None if given is None else given[:, c].reshape(-1) + num_values // 2
             found, w = code(stack, w, channel, num_values, None, flat)
             out[:, c] = found.reshape(out[:, c].shape) - num_values // 2
         return out
 
 
 class Rounded:
-    """Latents with a `UnitUniform` posterior and a `NoisyLogistic` prior, as whole numbers."""
+    """Coding of latents with a `UnitUniform` posterior and a `NoisyLogistic` prior."""
 
     @staticmethod
     def choose(posterior: UnitUniform) -> Latent:
+        """Return the integers nearest to the posterior's mean."""
         z = posterior.mode().double().cpu()
-        return Latent(z.numpy().astype(np.int8), z, _ROUNDED)
+        return Latent(z.numpy().astype(np.int8), z, Coding(Mode.ROUNDED))
 
     @staticmethod
-    def code(prior: NoisyLogistic, stack: ANSCoder, notes: SideInformation, known: Latent | None) -> Latent:
+    def code(prior: NoisyLogistic, stack: ANSCoder, side: SideInformation, known: Latent | None) -> Latent:
+        """Queue a `known` latent, or pop it."""
         mean, octaves = prior.mean.flatten(), prior.log_scale.flatten() / math.log(2)
         channel = values(
             mean.double().cpu().numpy()[None],
             octaves.double().cpu().numpy()[None],
-            _LEVELS,
+            _VALUES,
             "logistic",
-            notes,
+            side,
         )
-        flat = None if known is None else known.numbers.reshape(-1).astype(np.int64) + _LEVELS // 2
-        found, _ = code(stack, np.full_like(channel.mean, 1 << 20), channel, _LEVELS, None, flat)
-        numbers = (found - _LEVELS // 2).astype(np.int8).reshape(prior.mean.shape)
-        return Latent(numbers, torch.from_numpy(numbers).double(), _ROUNDED)
+        flat = None if known is None else known.numbers.reshape(-1).astype(np.int64) + _VALUES // 2
+        found, _ = code(stack, np.full_like(channel.mean, 1 << 20), channel, _VALUES, None, flat)
+        numbers = (found - _VALUES // 2).astype(np.int8).reshape(prior.mean.shape)
+        return Latent(numbers, torch.from_numpy(numbers).double(), Coding(Mode.ROUNDED))
 
 
 class _Base(NamedTuple):
-    """Where a prior is about the standard normal: the way there and back, and what it is there."""
+    """A space in which a prior is approximately the standard normal.
+
+    Attributes:
+        to: Maps a latent there.
+        back: Maps it back.
+        normals: The prior in that space, for latents like the argument.
+    """
 
     to: Callable[[Tensor], Tensor]
     back: Callable[[Tensor], Tensor]
     normals: Callable[[Tensor], _Normals]
 
     @classmethod
-    def of(cls, prior: Any) -> _Base:
+    def of(cls, prior: FlowDistribution | Normal) -> _Base:
+        """Return the base space of a flow; that of a Gaussian or a mixture is standardised."""
         if isinstance(prior, FlowDistribution):
             return cls(
                 lambda z: prior.flow(z)[0], lambda e: prior.flow.inverse(e.to(prior.device)), _standard
@@ -218,152 +294,178 @@ class _Base(NamedTuple):
 
 
 def _standard(like: Tensor) -> _Normals:
+    """Return the standard normal for latents of that shape."""
     zeros = torch.zeros(1, *like.shape, dtype=torch.float64)
     return _Normals(torch.zeros(1), zeros, zeros)
 
 
 class Gaussian:
-    """Latents with a Gaussian posterior: drawn on a grid, or chosen by rate."""
+    """Coding of latents with a Gaussian posterior: drawn, rounded or rate-optimised."""
 
     @staticmethod
     def draw(
-        posterior: DiagonalNormal, stack: ANSCoder, notes: SideInformation, fine: float = FINE[0]
+        posterior: DiagonalNormal, stack: ANSCoder, side: SideInformation, fine: float = FINE[0]
     ) -> Latent:
-        """Pop a latent by its posterior, from the grid's range at most.
+        """Draw a latent by popping from the stack.
 
-        Raises Dry if the stack does not hold enough, and spoils it.
+        Args:
+            posterior: q(z | y).
+            stack: Random bits, in effect.
+            side: Records the rounding.
+            fine: The grid's step in standard deviations of the posterior.
+
+        Raises:
+            InsufficientBits: The stack holds too few bits; its content is lost.
         """
-        kind = _kind(fine * _deviation(posterior, 0.1))
-        grid = _Normals.of(posterior).scaled(0.0, _GRIDS[kind])
-        numbers = grid.code(_MANY, stack, notes, None, drawn=True)
+        coding = Coding(Mode.DRAWN, _nearest_grid(fine * _deviation(posterior, 0.1)))
+        grid = _Normals.of(posterior).scaled(0.0, coding.step)
+        numbers = grid.code(_MANY, stack, side, None, drawn=True)
         if stack.left() == 0:
             raise InsufficientBits
-        return _on_grid(numbers, kind)
+        return _on_grid(numbers, coding)
 
     @staticmethod
-    def give_back(
-        posterior: DiagonalNormal, stack: ANSCoder, notes: SideInformation, known: Latent
-    ) -> None:
-        """Push what drawing a latent popped."""
-        grid = _Normals.of(posterior).scaled(0.0, _GRIDS[known.kind])
-        grid.code(_MANY, stack, notes, known.numbers, drawn=True)
+    def give_back(posterior: DiagonalNormal, stack: ANSCoder, side: SideInformation, known: Latent) -> None:
+        """Push the bits that drawing a latent popped."""
+        grid = _Normals.of(posterior).scaled(0.0, known.coding.step)
+        grid.code(_MANY, stack, side, known.numbers, drawn=True)
         stack.push()
 
     @staticmethod
-    def choose(prior: Any, posterior: DiagonalNormal, plain: bool) -> Latent:
-        """By rate; `plain` in a way that takes nothing from the stack."""
-        if isinstance(prior, FlowDistribution) and not plain:
-            kind = _kind(math.sqrt(12) * _deviation(posterior, 0.5))  # where bits and errors balance
-            numbers = torch.round(posterior.mean / _GRIDS[kind]).clamp(-_MANY // 2, _MANY // 2 - 1)
-            return _on_grid(numbers.long().cpu().numpy(), _ROUNDED + kind)
+    def choose(prior: FlowDistribution | Normal, posterior: DiagonalNormal, rate_optimised: bool) -> Latent:
+        """Choose a latent without popping bits.
+
+        Args:
+            prior: p(z | y_up, z_up).
+            posterior: q(z | y).
+            rate_optimised: Whether it must be rate-optimised; else it is rounded if the prior is a flow,
+                which takes bits from the stack when the latent is coded.
+        """
+        if isinstance(prior, FlowDistribution) and not rate_optimised:
+            step = math.sqrt(12) * _deviation(posterior, 0.5)  # bits and errors balance
+            coding = Coding(Mode.ROUNDED, _nearest_grid(step))
+            numbers = torch.round(posterior.mean / coding.step).clamp(-_MANY // 2, _MANY // 2 - 1)
+            return _on_grid(numbers.long().cpu().numpy(), coding)
         base = _Base.of(prior)
         mean, beside = base.to(posterior.mean), base.to(posterior.mean + torch.exp(0.5 * posterior.log_var))
-        return _by_rate(base, *_cheapest(mean.cpu(), (beside - mean).cpu() ** 2))
+        return _rate_optimised(base, *_cheapest(mean.cpu(), (beside - mean).cpu() ** 2))
 
     @staticmethod
     def code(
-        prior: Callable[[bool], Any],
+        prior: Callable[[bool], LatentDistribution],
         shape: tuple[int, int, int, int],
         stack: ANSCoder,
-        notes: SideInformation,
+        side: SideInformation,
         known: Latent | None,
     ) -> Latent:
-        """Push a `known` latent, or pop it. Raises Dry as `draw` does, and leaves the stack in between.
+        """Queue a `known` latent, or pop it.
 
-        prior: p(z | y_up, z_up), given whether z is drawn. If it is not, it was chosen before z_up was
-            known, and the prior must be told another draw of z_up (`fixed_noise_sample`).
+        Args:
+            prior: Returns p(z | y_up, z_up), given whether z is drawn. A latent that is not drawn was
+                chosen before z_up was known; its prior is conditioned on `fixed_noise_sample` of z_up.
+            shape: Of z, (B, C, h, w).
+            stack: Where to queue the latent or pop it.
+            side: Records or applies the rounding.
+            known: The latent; None: pop it.
+
+        Raises:
+            InsufficientBits: The stack holds too few bits for a flow; its content is lost.
         """
-        kind = _pop_kind(stack) if known is None else known.kind
-        p = prior(kind < _BY_RATE)
-        if kind == _BY_RATE:
-            return _code_by_rate(p, shape, stack, notes, known)
+        coding = _pop_coding(stack) if known is None else known.coding
+        p = prior(coding.mode is Mode.DRAWN)
+        assert isinstance(p, FlowDistribution | Normal)
+        if coding.mode is Mode.RATE_OPTIMISED:
+            return _code_rate_optimised(p, shape, stack, side, known)
         if isinstance(p, FlowDistribution):
-            return _code_by_flow(p, shape, stack, notes, known, kind)
+            return _code_by_flow(p, shape, stack, side, known, coding)
         if known is not None:
-            _push_kind(stack, known)
+            _push_coding(stack, known)
         own = None if known is None else known.numbers
-        found = _Normals.of(p).scaled(0.0, _grid(kind)).code(_MANY, stack, notes, own)
-        return _on_grid(found, kind) if known is None else known
+        found = _Normals.of(p).scaled(0.0, coding.step).code(_MANY, stack, side, own)
+        return _on_grid(found, coding) if known is None else known
 
 
-def _pop_kind(stack: ANSCoder) -> int:
-    return int(stack.uniform(np.array([_KINDS]))[0])
+def _pop_coding(stack: ANSCoder) -> Coding:
+    return Coding.from_int(int(stack.uniform(np.array([_CODINGS]))[0]))
 
 
-def _push_kind(stack: ANSCoder, known: Latent) -> None:
-    stack.uniform(np.array([_KINDS]), np.array([known.kind]))
+def _push_coding(stack: ANSCoder, known: Latent) -> None:
+    stack.uniform(np.array([_CODINGS]), np.array([known.coding.to_int()]))
 
 
 def _deviation(posterior: DiagonalNormal, share: float) -> float:
-    """The posterior's standard deviation, below which is a share of the latent."""
+    """Return the quantile of the posterior's standard deviations below which `share` of them lie.
+
+    Raises:
+        CodecError: The posterior is not finite.
+    """
     log_var = posterior.log_var.flatten()
     if not (log_var.isfinite().all() and posterior.mean.isfinite().all()):
         raise CodecError(NOT_FINITE)
     return math.exp(0.5 * log_var.kthvalue(max(1, int(share * log_var.numel()))).values.item())
 
 
-def _kind(step: float) -> int:
-    """The grid next to a step."""
-    return min(max(round(-math.log2(step)), 0), len(_GRIDS) - 1)
+def _nearest_grid(step: float) -> int:
+    """Return the number of the grid with the nearest step."""
+    return min(max(round(-math.log2(step)), 0), _GRIDS - 1)
 
 
-def _grid(kind: int) -> float:
-    return _GRIDS[kind if kind < _BY_RATE else kind - _ROUNDED]
+def _on_grid(numbers: Ints, coding: Coding) -> Latent:
+    return Latent(numbers.astype(np.int16), coding.step * torch.from_numpy(numbers).double(), coding)
 
 
-def _on_grid(numbers: Ints, kind: int) -> Latent:
-    return Latent(numbers.astype(np.int16), _grid(kind) * torch.from_numpy(numbers).double(), kind)
-
-
-def _code_by_rate(
-    prior: Any,
+def _code_rate_optimised(
+    prior: FlowDistribution | Normal,
     shape: tuple[int, int, int, int],
     stack: ANSCoder,
-    notes: SideInformation,
+    side: SideInformation,
     known: Latent | None,
 ) -> Latent:
     if known is not None:
-        _push_kind(stack, known)
+        _push_coding(stack, known)
     n = shape[0] * shape[1]
-    kinds = _code_kinds(n, stack, None if known is None else known.numbers[:n])
+    choices = _code_steps(n, stack, None if known is None else known.numbers[:n])
     base, own = _Base.of(prior), None if known is None else known.numbers[n:].reshape(shape)
-    step = _steps(kinds.reshape(shape[:2]))
+    step = _steps(choices.reshape(shape[:2]))
     shift = step * _dither(shape)
     step = torch.where(step > 0, step, _NOWHERE)
     grid = base.normals(torch.zeros(shape)).scaled(shift, step)
-    found = grid.code(_LEVELS, stack, notes, own)
-    return _by_rate(base, kinds.reshape(shape[:2]), found) if known is None else known
+    found = grid.code(_VALUES, stack, side, own)
+    return _rate_optimised(base, choices.reshape(shape[:2]), found) if known is None else known
 
 
-def _code_kinds(n: int, stack: ANSCoder, known: np.ndarray | None) -> Ints:
-    """Which step each channel has: half of them, about, are noise."""
-    noise = stack.bits(np.full(n, 1 << 23), None if known is None else known == len(_STEPS) - 1)
-    kinds, others = np.full(n, len(_STEPS) - 1), np.full(n - noise.sum(), len(_STEPS) - 1)
-    kinds[~noise] = stack.uniform(others, None if known is None else known[~noise])
-    return kinds
+def _code_steps(n: int, stack: ANSCoder, known: npt.NDArray[np.integer] | None) -> Ints:
+    """Code the numbers of the channels' steps; about half of the channels are fixed noise."""
+    numbers = None if known is None else known.astype(np.int64)
+    noise = stack.bits(np.full(n, 1 << 23), None if numbers is None else numbers == len(_STEPS) - 1)
+    choices, others = np.full(n, len(_STEPS) - 1), np.full(n - noise.sum(), len(_STEPS) - 1)
+    choices[~noise] = stack.uniform(others, None if numbers is None else numbers[~noise])
+    return choices
 
 
-def _by_rate(base: _Base, kinds: Ints, found: Ints) -> Latent:
-    z = base.back(_values(kinds, torch.from_numpy(found))).double().cpu()
-    return Latent(np.concatenate([kinds.reshape(-1), found.reshape(-1)]).astype(np.int8), z, _BY_RATE)
+def _rate_optimised(base: _Base, choices: Ints, found: Ints) -> Latent:
+    """Return the latent of the steps' numbers (B, C) and of integers (B, C, h, w)."""
+    z = base.back(_dequantize(choices, torch.from_numpy(found))).double().cpu()
+    numbers = np.concatenate([choices.reshape(-1), found.reshape(-1)]).astype(np.int8)
+    return Latent(numbers, z, Coding(Mode.RATE_OPTIMISED))
 
 
-def _steps(kinds: Ints) -> Tensor:
-    """(B, C) -> (B, C, 1, 1)."""
-    return torch.tensor(_STEPS, dtype=torch.float64)[torch.from_numpy(kinds).long()][:, :, None, None]
+def _steps(choices: Ints) -> Tensor:
+    """Look up the steps: (B, C) -> (B, C, 1, 1)."""
+    return torch.tensor(_STEPS, dtype=torch.float64)[torch.from_numpy(choices).long()][:, :, None, None]
 
 
 def _code_by_flow(
     prior: FlowDistribution,
     shape: tuple[int, int, int, int],
     stack: ANSCoder,
-    notes: SideInformation,
+    side: SideInformation,
     known: Latent | None,
-    kind: int,
+    coding: Coding,
 ) -> Latent:
-    # a coarse grid is filled up to a fine one: the flow rounds at every step
-    fill = 0 if kind < _BY_RATE else len(_GRIDS) - 1 - (kind - _ROUNDED)
-    couple = _Integers(prior, _grid(kind) / 2**fill, math.prod(shape), stack, notes)
+    # the digits of a coarse grid are filled up to the finest one, since each coupling rounds
+    fill = 0 if coding.mode is Mode.DRAWN else _GRIDS - 1 - coding.grid
+    couple = _Integers(prior, coding.step / 2**fill, math.prod(shape), stack, side)
     low, noise = np.full(math.prod(shape), 1 << fill), None
     if known is not None:
         v = known.numbers.astype(np.int64) << fill
@@ -372,19 +474,19 @@ def _code_by_flow(
         noise = prior.flow.walk(torch.from_numpy(v), couple.there).numpy()
         if np.abs(noise).max() >= _MANY // 2 or stack.left() == 0:
             raise InsufficientBits
-        _push_kind(stack, known)
-    found = _standard(torch.zeros(shape)).scaled(0.0, couple.grid).code(_MANY, stack, notes, noise)
+        _push_coding(stack, known)
+    found = _standard(torch.zeros(shape)).scaled(0.0, couple.grid).code(_MANY, stack, side, noise)
     if known is not None:
         return known
     v = prior.flow.walk_back(torch.from_numpy(found), couple.back).numpy()
     if fill:
         stack.uniform(low, (v & (1 << fill) - 1).reshape(-1))
         stack.push()
-    return _on_grid(v >> fill, kind)
+    return _on_grid(v >> fill, coding)
 
 
 def _dither(shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Numbers between -1/2 and 1/2 like random ones, the same for every picture and machine."""
+    """Return pseudo-random numbers between -1/2 and 1/2, the same for every image and machine."""
     i = torch.arange(1, math.prod(shape[1:]) + 1).view(1, *shape[1:])
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 0x1B56C4E9)):
         i = (i ^ i >> shift) * factor & (1 << 31) - 1
@@ -392,77 +494,100 @@ def _dither(shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 
 def _noise(shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """A draw of the standard normal, always the same; float64."""
+    """Return a fixed draw of the standard normal, float64."""
     return torch.special.ndtri(_dither(shape) + 0.5)
 
 
 def fixed_noise_sample(q: DiagonalNormal) -> Tensor:
-    """A draw, always with the same noise."""
+    """Return a draw of the posterior with fixed noise, so that encoder and decoder obtain the same."""
     return q.mean + torch.exp(0.5 * q.log_var) * _noise(q.mean.shape).to(q.mean.device)
 
 
-def _values(kinds: Ints, numbers: Tensor) -> Tensor:
-    """What numbers (B, C, h, w) stand for: shifted multiples of their channel's step, or noise."""
+def _dequantize(choices: Ints, numbers: Tensor) -> Tensor:
+    """Return the values of integers (B, C, h, w): dithered multiples of the channel's step, or noise."""
     shift = _dither(numbers.shape)
-    step = _steps(kinds)
+    step = _steps(choices)
     return torch.where(step > 0, step * (numbers + shift), _noise(numbers.shape))
 
 
 def _cheapest(mean: Tensor, variance: Tensor) -> tuple[Ints, Ints]:
-    """Steps (B, C) and numbers (B, C, h, w) for a posterior, where the prior is the standard normal."""
-    precision = (1 / variance - 1).clamp(min=0)  # of what the image alone says
-    told = torch.where(precision > 1e-6, mean / variance / precision.clamp(min=1e-6), 0.0)
+    """Find the cheapest quantization of a latent whose prior is the standard normal.
+
+    The cost is the latent's own bits plus the image's, whose log-likelihood as a function of the latent is
+    taken as quadratic: the log-ratio of posterior and prior.
+
+    Args:
+        mean: Of the posterior, float64 (B, C, h, w).
+        variance: Of the posterior.
+
+    Returns:
+        Numbers of the steps, (B, C), and integers, (B, C, h, w).
+    """
+    precision = (1 / variance - 1).clamp(min=0)  # of the likelihood
+    peak = torch.where(precision > 1e-6, mean / variance / precision.clamp(min=1e-6), 0.0)
     shift = _dither(mean.shape)
-    kinds, numbers = torch.full(mean.shape[:2], len(_STEPS) - 1), torch.zeros_like(mean)
-    least = 0.5 * (precision * (_noise(mean.shape) - told) ** 2).sum((2, 3))
-    for kind, step in enumerate(_STEPS[:-1]):
+    choices, numbers = torch.full(mean.shape[:2], len(_STEPS) - 1), torch.zeros_like(mean)
+    least = 0.5 * (precision * (_noise(mean.shape) - peak) ** 2).sum((2, 3))
+    for number, step in enumerate(_STEPS[:-1]):
         nearest = torch.round(mean / step - shift)
         cost, found = torch.full_like(mean, math.inf), torch.zeros_like(mean)
         for i in (nearest, nearest - nearest.sign()):
-            i = i.clamp(-_LEVELS // 2 + 1, _LEVELS // 2 - 2)
+            i = i.clamp(-_VALUES // 2 + 1, _VALUES // 2 - 2)
             e = step * (i + shift)
-            own = _nats(e, step) + 0.5 * precision * (e - told) ** 2
+            own = _nats(e, step) + 0.5 * precision * (e - peak) ** 2
             found, cost = torch.where(own < cost, i, found), torch.minimum(own, cost)
         total = cost.sum((2, 3))
         better = total < least
-        least, kinds = torch.where(better, total, least), torch.where(better, kind, kinds)
+        least, choices = torch.where(better, total, least), torch.where(better, number, choices)
         numbers = torch.where(better[:, :, None, None], found, numbers)
-    return kinds.numpy(), numbers.numpy().astype(np.int64)
+    return choices.numpy(), numbers.numpy().astype(np.int64)
 
 
 def _nats(e: Tensor, step: float) -> Tensor:
-    """-ln of the standard normal's mass between e - step / 2 and e + step / 2."""
-    near, far = (torch.special.log_ndtr(-(e.abs() + side * step / 2)) for side in (-1, 1))
+    """Return -ln of the standard normal's mass between e - step / 2 and e + step / 2."""
+    near, far = (torch.special.log_ndtr(-(e.abs() + way * step / 2)) for way in (-1, 1))
     return -(near + torch.log1p(-torch.exp(far - near)))
 
 
 class _Integers:
-    """A flow's couplings as one-to-one maps of whole numbers: v -> v * ratio / 2^12 + shift.
+    """A flow's couplings as one-to-one maps of integers: v -> v * ratio / 2^12 + shift.
 
-    What the ratio's numerator multiplies is filled up from the stack, what its denominator divides leaves
-    a remainder for it: the bits that this costs or yields are the log-determinant.
+    The digits that the multiplication opens are popped from the stack, and the remainder of the division is
+    pushed to it: the net number of bits is the log-determinant (iFlow, Zhang et al. 2021).
+
+    Args:
+        prior: The flow.
+        grid: Step of the latent's grid.
+        n: Number of values.
+        stack: See above.
+        side: Records or applies the rounding.
     """
 
     def __init__(
-        self, prior: FlowDistribution, grid: float, n: int, stack: ANSCoder, notes: SideInformation
+        self, prior: FlowDistribution, grid: float, n: int, stack: ANSCoder, side: SideInformation
     ) -> None:
         flow, self.grid = prior.flow, grid
         couplings = [*flow.checker, *flow.channel, *flow.final]
-        first = notes.reserve(2 * n * len(couplings))  # they come in reverse in the decoder
+        first = side.reserve(2 * n * len(couplings))  # the decoder quantizes them in reverse
         self.at = {coupling: first + 2 * n * i for i, coupling in enumerate(couplings)}
-        self.n, self.device, self.stack, self.notes = n, prior.device, stack, notes
+        self.n, self.device, self.stack, self.side = n, prior.device, stack, side
 
     def _parameters(self, coupling: Coupling, v: Tensor) -> tuple[Tensor, Ints, Ints]:
-        """Which values change, their ratios and shifts."""
+        """Return the mask of the values that change, their ratios and their shifts."""
         moved = ~coupling.mask(v).expand(v.shape)
         log_scale, shift = (
             x.cpu()[moved].numpy() for x in coupling.affine(v.double().to(self.device) * self.grid)
         )
         at = self.at[coupling]
-        ratio = ratios(log_scale, self.notes, at)
-        return moved, ratio, self.notes.quantize(np.clip(shift / self.grid, -_FAR, _FAR), at + self.n)
+        ratio = ratios(log_scale, self.side, at)
+        return moved, ratio, self.side.quantize(np.clip(shift / self.grid, -_FAR, _FAR), at + self.n)
 
     def there(self, coupling: Coupling, v: Tensor) -> Tensor:
+        """Apply a coupling towards the base space.
+
+        Raises:
+            InsufficientBits: The stack holds too few bits, or a value becomes too large.
+        """
         moved, ratio, shift = self._parameters(coupling, v)
         values = v[moved].numpy()
         for some in _batches(len(values)):
@@ -476,6 +601,7 @@ class _Integers:
         return v.masked_scatter(moved, torch.from_numpy(values + shift))
 
     def back(self, coupling: Coupling, v: Tensor) -> Tensor:
+        """Invert `there`."""
         moved, ratio, shift = self._parameters(coupling, v)
         values = v[moved].numpy() - shift
         for some in reversed(_batches(len(values))):
@@ -487,5 +613,5 @@ class _Integers:
 
 
 def _batches(n: int) -> list[slice]:
-    """So many at a time, so that what is popped is soon pushed again."""
+    """Divide 0..n-1 into short slices, so that popped bits are soon pushed again."""
     return [slice(i, i + _AT_ONCE) for i in range(0, n, _AT_ONCE)]

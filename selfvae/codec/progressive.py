@@ -1,4 +1,9 @@
-"""Single pictures: the variables of the walk, one after the other, into one file and back."""
+"""Coding of single pictures: all variables of a model, one after the other, into one file and back.
+
+Each image is coded given the coarser one, as in SReC (Cao et al. 2020) and L3C (Mentzer et al. 2019), so
+that a prefix of the file contains a smaller version of the picture. Halving and quincunx chains code pixels
+in the order of FLIF's interlacing, with learnt interpolation as in LLICTI (Kamisli 2022).
+"""
 
 from __future__ import annotations
 
@@ -7,55 +12,110 @@ import itertools
 import math
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from selfvae.codec import container
-from selfvae.codec.ans import MOST, ANSCoder, code
+from selfvae.codec.ans import MAX_COMPONENTS, ANSCoder, code
 from selfvae.codec.container import CHANGED, PADDED, CodecError, Header, Part, check_size
 from selfvae.codec.float64 import QuantizedMixture, SideInformation
 from selfvae.codec.latents import FINE, Gaussian, InsufficientBits, Latent, Rounded, fixed_noise_sample
+from selfvae.codec.tables import Words
+from selfvae.distributions.latents import DiagonalNormal, UnitUniform
+from selfvae.distributions.pixels import PixelMixture
 from selfvae.hub import fingerprint
-from selfvae.level import Level
+from selfvae.level import Level, Posterior
 from selfvae.model import SelfVAE
 from selfvae.operations import SamplingOptions, complete, infer, variables
 from selfvae.progress import Track, no_progress
-from selfvae.tiling import split, tiled
+from selfvae.tiling import Tile, split, tiled
 from selfvae.transforms import check_image
+from selfvae.transforms.base import round_up, scale_slice
 
 __all__ = ["Codec"]
 
-# part of the format: the networks see tiles of so many rows and columns of y_up, and a margin around
+# rows and columns of y_up in a tile that the networks see at once, and in a margin; part of the format
 _TILE, _MARGIN = 192, 16
 
-Value = Any  # an image uint8 (B, C, H, W), or a Latent; kept beside them, a posterior
+
+@dataclass
+class _Known:
+    """The variables known so far, by level: padded, on the CPU.
+
+    Attributes:
+        images: uint8 (B, C, H, W) each.
+        latents: Only of levels that have one.
+        posteriors: Computed from the images, on the model's device.
+    """
+
+    images: dict[int, Tensor]
+    latents: dict[int, Latent] = field(default_factory=dict)
+    posteriors: dict[int, Posterior] = field(default_factory=dict)
+
+    def value(self, name: str) -> Tensor | Latent:
+        """Return the image or latent of that name."""
+        return (self.images if name[0] == "y" else self.latents)[level_of(name)]
+
+    def add(self, name: str, value: Tensor | Latent) -> None:
+        """Add the image or latent of that name."""
+        if isinstance(value, Latent):
+            self.latents[level_of(name)] = value
+        else:
+            self.images[level_of(name)] = value
 
 
-def _sum(value: Value) -> int:
-    """The checksum of an image's pixels, or of a latent's whole numbers."""
-    whole = value.numbers if isinstance(value, Latent) else value.numpy()
-    return zlib.crc32(whole.tobytes())
+def level_of(name: str) -> int:
+    """Return the level of a variable, e.g. 2 for "y2"."""
+    return int(name[1:])
 
 
-def _tensor(value: Value) -> Tensor:
-    found: Tensor = value.z if isinstance(value, Latent) else value
-    return found
+def _sum(value: Tensor | Latent) -> int:
+    """Return the checksum of an image's pixels, or of a latent's integers."""
+    return zlib.crc32((value.numbers if isinstance(value, Latent) else value.numpy()).tobytes())
 
 
-def _part(of: slice, length: int, whole: int) -> slice:
-    """A slice of something `whole` long, for something as wide and `length` long."""
-    return slice(of.start * length // whole, of.stop * length // whole)
+def _tensor(value: Tensor | Latent) -> Tensor:
+    return value.z if isinstance(value, Latent) else value
 
 
-def _up(n: int, unit: int) -> int:
-    return -(-n // unit) * unit
+def _flat(entries: Tensor) -> npt.NDArray[Any]:
+    flat: npt.NDArray[Any] = entries.reshape(-1).cpu().numpy()
+    return flat
+
+
+def _scaled(size: tuple[int, int], scale: tuple[int, int]) -> tuple[int, int]:
+    """Divide a size, rounding up."""
+    rows, cols = round_up(size, scale)
+    return rows // scale[0], cols // scale[1]
+
+
+def _tiles(level: Level, height: int, width: int) -> list[tuple[Tile, Tile]]:
+    """Divide an image y_up into tiles of whole blocks, and of whole positions of the latent."""
+    units = [
+        math.lcm(s, b, level.multiple) // s
+        for s, b in zip(level.transform.scale, level.transform.block, strict=True)
+    ]
+    tile = [max(_TILE // unit * unit, unit) for unit in units]
+    margin = round_up((_MARGIN, _MARGIN), (units[0], units[1]))
+    return [(r, c) for r in split(height, tile[0], margin[0]) for c in split(width, tile[1], margin[1])]
+
+
+def _pixels(x: Tensor, rows: slice, cols: slice, height: int, width: int) -> tuple[slice, slice]:
+    """Convert slices of an image of that height and width to slices of x, which covers the same area."""
+    return scale_slice(rows, x.shape[2], height), scale_slice(cols, x.shape[3], width)
+
+
+def _cut(x: Tensor, rows: slice, cols: slice, height: int, width: int) -> Tensor:
+    return x[(..., *_pixels(x, rows, cols, height, width))]
 
 
 def _mask(y: Tensor, inside: tuple[int, int] | None) -> Tensor:
-    """Which pixels of y are in its first rows and columns: bool, of y's shape."""
+    """Return whether each pixel of y is in the first rows and columns, bool of y's shape."""
     mask = torch.zeros_like(y, dtype=torch.bool)
     rows, cols = inside or y.shape[2:]
     mask[:, :, :rows, :cols] = True
@@ -63,27 +123,34 @@ def _mask(y: Tensor, inside: tuple[int, int] | None) -> Tensor:
 
 
 def _trimmed(level: Level, y_up: Tensor, y: Tensor, inside: tuple[int, int]) -> Tensor:
-    """y with what is dropped beyond the picture replaced by what the decoder puts there."""
-    support: Any = level.transform.support(y_up, level.spec)
+    """Return y with dropped pixels beyond the picture's borders as the decoder fills them in."""
+    support = level.transform.support(y_up, level.spec)
     return support.merge(torch.where(support.split(_mask(y, inside)), support.split(y), support.nearest()))
 
 
 class Written(NamedTuple):
-    """A variable on a stack."""
+    """A coded variable.
 
-    notes: bytes
-    start: int  # words below the state that neither it nor what was pushed later touched
+    Attributes:
+        side: Its side information.
+        start: Number of words at the bottom of the stack that are not part of it or of later variables.
+        crc: Its checksum.
+    """
+
+    side: bytes
+    start: int
     crc: int
 
 
 def _draws(names: Sequence[str]) -> dict[str, str]:
-    """Before which variables of the walk, coded in reverse, bits-back draws a latent, and which.
+    """Return, for variables before whose coding bits-back draws a latent, the name of that latent.
 
-    As late as may be, so that few bits need be there at the start: {"y0": "z0", "z0": "z1", "z1": "z2"}.
+    Variables are coded in reverse, and latents are drawn as late as possible, so that few initial bits are
+    needed: {"y0": "z0", "z0": "z1", "z1": "z2"} (Bit-Swap, Kingma et al. 2019).
     """
     out: dict[str, str] = {}
     for name in reversed(names):
-        k = int(name[1:])
+        k = level_of(name)
         latent = f"z{k}" if name[0] == "y" else f"z{k + 1}"
         if latent in names and latent not in out.values():
             out[name] = latent
@@ -91,19 +158,27 @@ def _draws(names: Sequence[str]) -> dict[str, str]:
 
 
 class Codec:
-    """Compresses pictures with a model, without loss: `compress` to bytes, `decompress` to the picture.
+    """Lossless compression of pictures with a model.
 
-    A model without latents (e.g. a halving chain) codes at its likelihood, one with latents near its bound:
-    see `latents` for how. It is copied in float64. A file can be read with the same weights alone. Images
-    are computed in tiles, latents and what is drawn from them for the whole picture.
+    For a model without latents, e.g. a halving chain, the length of a file is the negative log-likelihood;
+    for one with latents it is near the ELBO (see `latents`). The model is copied in float64. A file can be
+    read only with the weights that wrote it. Images are coded in tiles, latents as a whole.
+
+    Args:
+        model: Any model that `build` or `load` returns.
+
+    Raises:
+        ValueError: The model has too many components, or no config.
     """
 
     def __init__(self, model: SelfVAE) -> None:
-        if model.config is not None and model.config.components > MOST:
-            raise ValueError(f"at most {MOST} components can be coded; got {model.config.components}")
+        if model.config is not None and model.config.components > MAX_COMPONENTS:
+            raise ValueError(
+                f"at most {MAX_COMPONENTS} components can be coded; got {model.config.components}"
+            )
         self.fingerprint = fingerprint(model)
         plain = copy.deepcopy(model).eval().requires_grad_(False)
-        self._drawing = tiled(plain, _TILE, _MARGIN)  # what is missing in a file may be computed in haste
+        self._drawing = tiled(plain, _TILE, _MARGIN)  # the missing parts of a file need no float64
         self.model = copy.deepcopy(plain).double()
         self.names = variables(model)
         self.gaussian = model.has_latents and not any(level.rounded for level in model.levels)
@@ -111,14 +186,21 @@ class Codec:
 
     @torch.no_grad()
     def compress(self, x: Tensor, *, verify: bool = True, track: Track = no_progress) -> bytes:
-        """The file of a picture.
+        """Compress a picture.
 
-        Arguments:
-            x: uint8 (1, C, H, W), any size. One channel is taken as three equal ones by a model of three.
-            verify: decode the file and compare.
-            track: given a part's tiles and its name, hands them on: to show progress.
+        Args:
+            x: uint8 (1, C, H, W), of any size. A model of three channels takes one channel as three equal
+                ones.
+            verify: Decode the file and compare the result with x.
+            track: Receives the tiles of each image and its name, and yields the tiles, to show progress.
 
-        Raises ValueError for a picture that does not fit the model; CodecError if the check fails.
+        Returns:
+            The file.
+
+        Raises:
+            TypeError: x is not uint8.
+            ValueError: x does not fit the model.
+            CodecError: x has too many pixels, or the decoded file differs from it.
         """
         self.check(x)
         stack = ANSCoder()
@@ -126,14 +208,14 @@ class Codec:
         whole = stack.words()
         starts = [len(whole), *(written[name].start for name in self.names)]
         words = [whole[b:a][::-1] for a, b in itertools.pairwise(starts)]
-        notes = [written[name].notes for name in self.names]
+        side = [written[name].side for name in self.names]
         parts = tuple(
-            Part(name, len(noted), len(own), written[name].crc)
-            for name, noted, own in zip(self.names, notes, words, strict=True)
+            Part(name, len(recorded), len(own), written[name].crc)
+            for name, recorded, own in zip(self.names, side, words, strict=True)
         )
-        levels = self.model.spec.num_values
-        header = Header(self.fingerprint, x.shape[1], levels, x.shape[2], x.shape[3], parts)
-        data = container.write(header, notes, words)
+        num_values = self.model.spec.num_values
+        header = Header(self.fingerprint, x.shape[1], num_values, x.shape[2], x.shape[3], parts)
+        data = container.write(header, side, words)
         if verify and not torch.equal(self.decompress(data, track=track), x.cpu()):
             raise CodecError("the picture came back changed: please report this, with the picture")
         return data
@@ -148,15 +230,20 @@ class Codec:
         track: Track = no_progress,
         **how: Unpack[SamplingOptions],
     ) -> Tensor:
-        """The picture in a file, uint8 (1, C, H, W), bit for bit.
+        """Decompress a file.
 
-        Arguments:
-            data: the file.
-            upto: "y1", ...: the computed image of that name, exactly, without decoding the rest.
-            partial: take a file that was cut short; what is missing is drawn.
-            how: how it is drawn, see `tasks.SamplingOptions`; by default the most likely picture.
+        Args:
+            data: The file.
+            upto: "y0" for the picture; "y1", ... for a coarser image, exactly, without decoding the rest.
+            partial: Accept a truncated file; the missing variables are drawn.
+            track: As for `compress`.
+            how: How they are drawn, see `operations.SamplingOptions`; by default the most likely picture.
 
-        Raises CodecError that says what is wrong with the file, or that it is not of this model.
+        Returns:
+            uint8 (1, C, H, W), identical to the original.
+
+        Raises:
+            CodecError: The file is damaged, truncated, or written with another model.
         """
         header, parts = container.read(data, partial)
         self._check_header(header)
@@ -176,17 +263,17 @@ class Codec:
                 (1, *size),
                 **how,
             )
-        rows, cols = self.model.scale(int(upto[1:]))
-        out = _tensor(found[upto])[:, :, : -(-size[0] // rows), : -(-size[1] // cols)].cpu()
+        rows, cols = _scaled(size, self.model.scale(level_of(upto)))
+        out = _tensor(found[upto])[:, :, :rows, :cols].cpu()
         return out[:, : header.channels] if header.channels < out.shape[1] else out
 
     def _decode(
-        self, header: Header, parts: list[tuple[bytes, np.ndarray]], track: Track
-    ) -> dict[str, Value]:
-        """The first parts, by name, padded."""
+        self, header: Header, parts: list[tuple[bytes, Words]], track: Track
+    ) -> dict[str, Tensor | Latent]:
+        """Decode the first parts: values by name, padded."""
         words = np.concatenate([words for _, words in parts])[::-1]
         stack = ANSCoder(np.ascontiguousarray(words))
-        left, values = len(words), {}
+        left, values = len(words), dict[str, Tensor | Latent]()
         size, padded = (header.height, header.width), header.version <= PADDED
         found = self._variables(1, size, stack, [n for n, _ in parts], track, padded)
         for (name, value), part, (_, own) in zip(found, header.parts, parts, strict=False):
@@ -198,9 +285,17 @@ class Codec:
         return values
 
     def push(self, x: Tensor, stack: ANSCoder, track: Track = no_progress) -> dict[str, Written]:
-        """Put pictures x, uint8 (B, C, H, W), on a stack, all levels of all of them.
+        """Push pictures of one size to a stack.
 
-        Gaussian latents are drawn with what the stack holds, as far as that goes.
+        Gaussian latents are drawn with bits that the stack holds, if these suffice.
+
+        Args:
+            x: uint8 (B, C, H, W).
+            stack: May hold other pictures.
+            track: As for `compress`.
+
+        Returns:
+            The coded variables by name.
         """
         before = stack.copy()
         try:
@@ -210,55 +305,72 @@ class Codec:
             return self._push(x, stack, track, draw=False)
 
     def _push(self, x: Tensor, stack: ANSCoder, track: Track, draw: bool) -> dict[str, Written]:
-        x = x.expand(-1, self.model.spec.channels, -1, -1)
-        images = [name for name in self.names if name[0] == "y"]
-        known: dict[str, Value] = {name: y.cpu() for name, y in infer(self.model, x, images).items()}
         size = x.shape[2], x.shape[3]
-        for k in reversed(range(len(images))):
-            inside = self._inside(k, size)
-            if inside is not None:
-                known[f"y{k}"] = _trimmed(self.model.levels[k], known[f"y{k + 1}"], known[f"y{k}"], inside)
-        if self.model.has_latents and not self.gaussian:
-            for name in self.names:
-                if name[0] == "z":
-                    known[name] = Rounded.choose(self._posterior(name, known))
+        known = self._infer(x.expand(-1, self.model.spec.channels, -1, -1), size)
         written: dict[str, Written] = {}
-        for name in reversed(self.names):  # a stack: what is decoded last is coded first
-            stack.low, notes = stack.left(), SideInformation()
+        for name in reversed(self.names):  # a stack: the last one decoded is the first one coded
+            stack.low, side = stack.left(), SideInformation()
             if name in self._draws:
-                known[self._draws[name]], notes = self._draw(self._draws[name], known, stack, draw)
-            self._code(name, known, size, stack, notes, track, known[name])
+                k = level_of(self._draws[name])
+                known.latents[k], side = self._draw(k, known, stack, draw)
+            value = known.value(name)
+            self._code(name, known, size, stack, side, track, value)
             stack.push()
-            written[name] = Written(notes.tobytes(), stack.low, _sum(known[name]))
+            written[name] = Written(side.tobytes(), stack.low, _sum(value))
         least = stack.left()
         for name in self.names:
             least = min(least, written[name].start)
             written[name] = written[name]._replace(start=least)
         return written
 
-    def _draw(
-        self, name: str, known: dict[str, Value], stack: ANSCoder, draw: bool
-    ) -> tuple[Latent, SideInformation]:
-        """A Gaussian latent, drawn if that can be; and the notes of this."""
-        posterior, before = self._posterior(name, known), stack.copy()
+    def _infer(self, x: Tensor, size: tuple[int, int]) -> _Known:
+        """Compute the images that are coded, and latents that need no bits from the stack."""
+        levels = self.model.levels
+        values = infer(self.model, x, [f"y{k}" for k in range(len(levels))])
+        known = _Known({k: values[f"y{k}"].cpu() for k in range(len(levels))})
+        for k in reversed(range(len(levels))):
+            inside = self._inside(k, size)
+            if inside is not None:
+                known.images[k] = _trimmed(levels[k], known.images[k + 1], known.images[k], inside)
+        for k, level in enumerate(levels):
+            if level.rounded and level.has_latent:
+                posterior = self._posterior(k, known)
+                assert isinstance(posterior, UnitUniform)
+                known.latents[k] = Rounded.choose(posterior)
+        return known
+
+    def _draw(self, k: int, known: _Known, stack: ANSCoder, draw: bool) -> tuple[Latent, SideInformation]:
+        """Choose a Gaussian latent: draw it if the stack holds enough bits.
+
+        Returns:
+            The latent, and the side information of the draw.
+        """
+        posterior, before = self._gaussian_posterior(k, known), stack.copy()
         for fine in FINE if draw else ():
-            notes = SideInformation()
+            side = SideInformation()
             try:
-                return Gaussian.draw(posterior, stack, notes, fine), notes
+                return Gaussian.draw(posterior, stack, side, fine), side
             except InsufficientBits:
                 stack.become(before)
-        return Gaussian.choose(
-            self._prior(name, known, drawn=False), posterior, not draw
-        ), SideInformation()
+        prior = self._prior(k, known, drawn=False)
+        return Gaussian.choose(prior, posterior, rate_optimised=not draw), SideInformation()
 
     def pop(
-        self, n: int, size: tuple[int, int], stack: ANSCoder, notes: list[bytes], *, padded: bool = False
+        self, n: int, size: tuple[int, int], stack: ANSCoder, side: list[bytes], *, padded: bool = False
     ) -> Tensor:
-        """Take n pictures of a height and width off a stack: uint8 (n, C, H, W); notes as in the walk.
+        """Pop pictures of one size from a stack.
 
-        padded: what lies beyond the pictures' borders was coded with them.
+        Args:
+            n: Number of pictures.
+            size: Their height and width, in pixels.
+            stack: As `push` left it.
+            side: Side information of each variable, in coding order.
+            padded: Whether the padding beyond the pictures' borders was coded as well (format 1).
+
+        Returns:
+            uint8 (n, C, H, W).
         """
-        *_, (_, x) = self._variables(n, size, stack, notes, no_progress, padded)
+        *_, (_, x) = self._variables(n, size, stack, side, no_progress, padded)
         return _tensor(x)[:, :, : size[0], : size[1]]
 
     def _variables(
@@ -266,68 +378,82 @@ class Codec:
         n: int,
         size: tuple[int, int],
         stack: ANSCoder,
-        notes: list[bytes],
+        side: list[bytes],
         track: Track,
         padded: bool,
-    ) -> Iterator[tuple[str, Value]]:
-        """Names and values, padded, in the order of the walk, as far as there are notes."""
-        known: dict[str, Value] = {
-            f"y{len(self.model.levels)}": self.model.blank(n, *self.padded(*size)).cpu()
-        }
+    ) -> Iterator[tuple[str, Tensor | Latent]]:
+        """Decode variables in coding order, as many as there are entries of side information.
+
+        Yields:
+            The name and the value, padded.
+        """
+        known = _Known({len(self.model.levels): self.model.blank(n, *self.padded(*size)).cpu()})
         coded = self.padded(*size) if padded else size
-        for name, noted in zip(self.names, notes, strict=False):
-            found = SideInformation(noted)
-            known[name] = self._code(name, known, coded, stack, found, track)
-            latent = self._draws.get(name)
-            if latent and known[latent].drawn:
-                Gaussian.give_back(self._posterior(latent, known), stack, found, known[latent])
+        for name, data in zip(self.names, side, strict=False):
+            found = SideInformation(data)
+            value = self._code(name, known, coded, stack, found, track)
+            known.add(name, value)
+            if name in self._draws:
+                k = level_of(self._draws[name])
+                if known.latents[k].drawn:
+                    Gaussian.give_back(self._gaussian_posterior(k, known), stack, found, known.latents[k])
             found.check_used()
-            yield name, known[name]
+            yield name, value
 
-    def _above(self, name: str, known: dict[str, Value]) -> Tensor:
-        """The image above a variable, on the model's device."""
-        k = int(name[1:])
-        y = known[f"y{k + 1}"] if f"y{k + 1}" in known else _tensor(known[f"y{k}"])[:, :0]
-        return _tensor(y).to(self.model.device)
+    def _above(self, k: int, known: _Known) -> Tensor:
+        """Return the image above a level, on the model's device."""
+        y = known.images[k + 1] if k + 1 in known.images else known.images[k][:, :0]
+        return y.to(self.model.device)
 
-    def _prior(self, name: str, known: dict[str, Value], drawn: bool = True) -> Any:
-        """p(z | y_up, z_up); if z was chosen before z_up was drawn, it is told another draw."""
-        k = int(name[1:])
-        above, z_up = f"z{k + 1}", None
-        if above in self.names:
-            z_up = _tensor(known[above]) if drawn else fixed_noise_sample(self._posterior(above, known))
+    def _prior(self, k: int, known: _Known, drawn: bool = True) -> Any:
+        """Return p(z[k] | y[k+1], z[k+1]).
+
+        A latent that is not drawn was chosen before z[k+1] was known: a draw with fixed noise takes the
+        place of z[k+1].
+        """
+        z_up = None
+        if f"z{k + 1}" in self.names:
+            if drawn:
+                z_up = known.latents[k + 1].z
+            else:
+                z_up = fixed_noise_sample(self._gaussian_posterior(k + 1, known))
             z_up = z_up.to(self.model.device)
-        return self.model.levels[k].prior(self._above(name, known), z_up)
+        return self.model.levels[k].prior(self._above(k, known), z_up)
 
-    def _posterior(self, name: str, known: dict[str, Value]) -> Any:
-        """q(z | y), computed once for a picture."""
-        k, key = int(name[1:]), f"q({name})"
-        if key not in known:
-            known[key] = self.model.levels[k].posterior(_tensor(known[f"y{k}"]).to(self.model.device))
-        return known[key]
+    def _posterior(self, k: int, known: _Known) -> Posterior:
+        """Return q(z[k] | y[k]), which is computed only once."""
+        if k not in known.posteriors:
+            known.posteriors[k] = self.model.levels[k].posterior(known.images[k].to(self.model.device))
+        return known.posteriors[k]
+
+    def _gaussian_posterior(self, k: int, known: _Known) -> DiagonalNormal:
+        posterior = self._posterior(k, known)
+        assert isinstance(posterior, DiagonalNormal)
+        return posterior
 
     def _code(
         self,
         name: str,
-        known: dict[str, Value],
+        known: _Known,
         size: tuple[int, int],
         stack: ANSCoder,
-        notes: SideInformation,
+        side: SideInformation,
         track: Track,
-        value: Value | None = None,
-    ) -> Value:
-        """Push the value of a variable, or pop it if that is None, given those before it; returns it."""
-        k = int(name[1:])
-        level, y_up = self.model.levels[k], self._above(name, known)
+        value: Tensor | Latent | None = None,
+    ) -> Tensor | Latent:
+        """Queue a variable's value, or pop it if that is None, given the variables before it."""
+        k = level_of(name)
+        level, y_up = self.model.levels[k], self._above(k, known)
         if name[0] == "y":
-            z = _tensor(known[f"z{k}"]) if level.has_latent else None
-            inside = self._inside(k, size)
-            return self._image(level, y_up, z, inside, stack, notes, track, name, value)
+            assert not isinstance(value, Latent)
+            z = known.latents[k].z if level.has_latent else None
+            return self._image(level, y_up, z, self._inside(k, size), stack, side, track, name, value)
+        assert not isinstance(value, Tensor)
         if not self.gaussian:
-            return Rounded.code(self._prior(name, known), stack, notes, value)
+            return Rounded.code(self._prior(k, known), stack, side, value)
         rows, cols = level.transform.scale
         shape = y_up.shape[0], *level.latent_shape(y_up.shape[2] * rows, y_up.shape[3] * cols)
-        return Gaussian.code(lambda drawn: self._prior(name, known, drawn), shape, stack, notes, value)
+        return Gaussian.code(lambda drawn: self._prior(k, known, drawn), shape, stack, side, value)
 
     def _image(
         self,
@@ -336,44 +462,34 @@ class Codec:
         z: Tensor | None,
         inside: tuple[int, int] | None,
         stack: ANSCoder,
-        notes: SideInformation,
+        side: SideInformation,
         track: Track,
         name: str,
         known: Tensor | None,
     ) -> Tensor:
-        """Code y given y_up and z, tile by tile; only the rows and columns `inside` if these are told."""
+        """Code y given y_up and z, tile by tile; of y only the rows and columns `inside`, if given."""
         n, _, height, width = y_up.shape
-        scale = level.transform.scale
-        # a tile holds whole blocks, and whole positions of the latent
-        least = level.multiple if z is not None else 1
-        units = [math.lcm(s, b, least) // s for s, b in zip(scale, level.transform.block, strict=True)]
+        scale, device = level.transform.scale, self.model.device
         y = torch.zeros(n, level.spec.channels, height * scale[0], width * scale[1], dtype=torch.uint8)
         coded = _mask(y, inside)
-        tiles = [
-            (r, c)
-            for r in split(height, _TILE // units[0] * units[0] or units[0], _up(_MARGIN, units[0]))
-            for c in split(width, _TILE // units[1] * units[1] or units[1], _up(_MARGIN, units[1]))
-        ]
-        for r, c in track(tiles, name):
-            part = None
-            if z is not None:
-                rows, cols = (
-                    _part(t.outer, m, size)
-                    for t, m, size in zip((r, c), z.shape[2:], (height, width), strict=True)
-                )
-                part = z[..., rows, cols].to(self.model.device)
-            mixture = level.likelihood(
-                y_up[..., r.outer, c.outer].to(self.model.device), part, (r.inner, c.inner)
-            )
-            interior = (..., _part(r.interior, y.shape[2], height), _part(c.interior, y.shape[3], width))
+        for r, c in track(_tiles(level, height, width), name):
+            part = None if z is None else _cut(z, r.outer, c.outer, height, width).to(device)
+            context = y_up[..., r.outer, c.outer].to(device)
+            mixture = level.likelihood(context, part, (r.inner, c.inner))
+            interior = (slice(None), slice(None), *_pixels(y, r.interior, c.interior, height, width))
             given = None if known is None else known[interior]
-            y[interior] = self._mixture(mixture, stack, notes, coded[interior], given)
+            y[interior] = self._mixture(mixture, stack, side, coded[interior], given)
         return y
 
     def _mixture(
-        self, mixture: Any, stack: ANSCoder, notes: SideInformation, coded: Tensor, known: Tensor | None
+        self,
+        mixture: PixelMixture,
+        stack: ANSCoder,
+        side: SideInformation,
+        coded: Tensor,
+        known: Tensor | None,
     ) -> Tensor:
-        """Code the pixels that a mixture describes, where `coded` says so; returns them, uint8."""
+        """Code the pixels of a mixture where `coded` is true; return all of them, uint8."""
         support = mixture.support
         b, groups, channels, _, h, w = mixture.offsets.shape
         v = torch.zeros(b, groups, channels, h, w, dtype=torch.long, device=self.model.device)
@@ -382,39 +498,38 @@ class Codec:
             v = torch.where(mask, v, support.nearest().long())
         entries = None if known is None else support.split(known.to(v.device)).long()
         for group in range(groups):
-            lattice = QuantizedMixture(mixture, group, notes)
-            weights = lattice.weights()
+            quantized = QuantizedMixture(mixture, group, side)
+            weights = quantized.weights()
             for channel in range(channels):
-
-                def at(entries: Tensor, group: int = group, channel: int = channel) -> np.ndarray:
-                    flat: np.ndarray = entries[:, group, channel].reshape(-1).cpu().numpy()
-                    return flat
-
-                logistics = lattice.channel(v)
-                lo, hi = support.bounds(v) if support.truncates else (None, None)
-                here = slice(None) if whole else at(mask)
-                found = at(v).copy()
+                logistics = quantized.channel(v)
+                bounds = support.step_bounds(v, group, channel) if support.truncates else None
+                here = slice(None) if whole else _flat(mask[:, group, channel])
+                found = _flat(v[:, group, channel]).copy()
                 found[here], weights[:, here] = code(
                     stack, weights[:, here], logistics.part(here), mixture.spec.num_values,
-                    None if lo is None or hi is None else (at(lo)[here], at(hi)[here]),
-                    None if entries is None else at(entries)[here],
+                    None if bounds is None else (_flat(bounds[0])[here], _flat(bounds[1])[here]),
+                    None if entries is None else _flat(entries[:, group, channel])[here],
                 )  # fmt: skip
                 v[:, group, channel] = torch.from_numpy(found).view(b, h, w)
-        merged: Tensor = support.merge(v)
-        return merged.to(torch.uint8).cpu()
+        return support.merge(v).to(torch.uint8).cpu()
 
     def _inside(self, k: int, size: tuple[int, int]) -> tuple[int, int] | None:
-        """Rows and columns of y[k] that a picture of that height and width has; None if it is coded padded.
+        """Return the rows and columns of y[k] within a picture of that size; None if all of y[k] is coded.
 
-        Beyond them a level that fills in dropped pixels need not code: any values would do.
+        Beyond the picture's borders, a level that models dropped pixels codes nothing: any values would do.
         """
         if not all(level.keeps for level in self.model.levels[: k + 1]):
             return None
-        rows, cols = self.model.scale(k)
-        return -(-size[0] // rows), -(-size[1] // cols)
+        return _scaled(size, self.model.scale(k))
 
     def check(self, x: Tensor) -> None:
-        """Raise TypeError or ValueError if a picture does not fit the model."""
+        """Check that a picture fits the model.
+
+        Raises:
+            TypeError: It is not uint8.
+            ValueError: Its shape or a value does not fit.
+            CodecError: It has too many pixels.
+        """
         spec = self.model.spec
         check_image(x, x.shape[1] if x.ndim == 4 else spec.channels)
         if x.shape[0] != 1 or 0 in x.shape or x.shape[1] not in {1, spec.channels}:
@@ -425,20 +540,23 @@ class Codec:
         check_size(*self.padded(x.shape[2], x.shape[3]))
         if int(x.max()) > spec.max_value:
             raise ValueError(
-                f"the model has levels 0 to {spec.max_value}; the picture holds {int(x.max())}"
+                f"the model has values 0 to {spec.max_value}; the picture holds {int(x.max())}"
             )
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
-        """The size that is computed for a picture: what the model's levels divide, in pixels."""
-        rows, cols = self.model.multiples[0]
-        return _up(height, rows), _up(width, cols)
+        """Return the height and width, in pixels, to which a picture is padded for the model's levels."""
+        return round_up((height, width), self.model.multiples[0])
 
     def check_model(self, found: bytes) -> None:
-        """Raise CodecError if the fingerprint found in a file is not this model's."""
+        """Check the fingerprint in a file.
+
+        Raises:
+            CodecError: It is not this model's.
+        """
         if found != self.fingerprint:
             raise CodecError(
                 f"the file was written with another model: {found.hex()}; this one is "
-                f"{self.fingerprint.hex()}: give the model that wrote it"
+                f"{self.fingerprint.hex()}: use the model that wrote it"
             )
 
     def _check_header(self, header: Header) -> None:

@@ -1,4 +1,8 @@
-"""Distribution functions as integer tables, computed exactly by decimal arithmetic: the same everywhere."""
+"""Distribution functions as integer tables, the same on every machine.
+
+The tables are computed by decimal arithmetic, never by the platform's mathematical functions. Integer
+tables for learnt compression are due to Balle et al. 2019, who compute the networks in integers as well.
+"""
 
 from __future__ import annotations
 
@@ -7,35 +11,39 @@ from decimal import Context, Decimal, localcontext
 from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-__all__ = ["ONE", "Channel", "Ints", "Shape", "cumulative"]
+__all__ = ["ONE", "Bools", "Channel", "Floats", "Ints", "Shape", "Words", "cumulative"]
 
-
-Ints = np.ndarray  # int64
-
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+Words = npt.NDArray[np.uint32]
 
 Shape = Literal["logistic", "normal"]
-MEAN = 13  # bits: steps of 1/8192 of the range, 1/32 of 256 levels
-COEFFICIENT = 8  # bits
-WEIGHT, LEAST = 8, -128  # steps a nat of a log-weight; the least one that counts
-SCALE, FLATTEST, SHARPEST = 8, -18 * 8, 4 * 8  # steps an octave of a scale; log2 of its inverse
-REACH = 1 << 20  # what a mean may be at most, in steps
-_INVERSE = 20  # bits of an inverse scale
-UNIT = 5  # bits: a scale of 1 in steps of the means
-_ARGUMENT, _TABLE, _FAR = 12, 6, 32  # bits of a distribution's argument; bits of its table's; where it ends
-SHARES = 12  # bits of a flow's ratio of 1
-RATIO, STEEPEST = 256, 4 * 256  # steps a nat of a flow's ratio; the most of these
-ONE = 36  # bits of a probability in the tables
+# all of these are part of the format
+MEAN = 13  # bits of the range of means: steps of 1/32 grey level for 256 values
+COEFFICIENT = 8  # fractional bits of a coefficient
+WEIGHT, LEAST = 8, -128  # steps per nat of a log-weight; the smallest log-weight, in steps
+SCALE, FLATTEST, SHARPEST = 8, -18 * 8, 4 * 8  # steps per octave of an inverse scale; its range, in steps
+REACH = 1 << 20  # the largest absolute value of a mean, in steps
+_INVERSE = 20  # fractional bits of an inverse scale
+UNIT = 5  # bits of a scale of 1, in steps of the means
+# fractional bits of a distribution's argument; of the table's argument; end of the table
+_ARGUMENT, _TABLE, _FAR = 12, 6, 32
+SHARES = 12  # fractional bits of a flow's ratio
+RATIO, STEEPEST = 256, 4 * 256  # steps per nat of a flow's log-ratio; the largest one, in steps
+ONE = 36  # fractional bits of a probability in the tables
 
 
 def _exactly(fill: str, n: int) -> Ints:
-    """Whole numbers from an expression in Decimals, rounded: the same everywhere."""
+    """Tabulate an expression in Decimals at 0..n-1, rounded to integers."""
     with localcontext(Context(prec=50)):
         return np.array([int(_TABLES[fill](Decimal(i)).to_integral_value()) for i in range(n)], np.int64)
 
 
 def _normal_tail(t: Decimal) -> Decimal:
-    """The standard normal's mass beyond t >= 0, by the series of its distribution function."""
+    """Return the standard normal's mass beyond t >= 0, by the series of its distribution function."""
     term = total = t
     for n in range(3, 300, 2):
         term *= t * t / n
@@ -55,35 +63,38 @@ _TABLES = {
 
 @functools.cache
 def weight_table() -> Ints:
+    """Return 2^20 exp(-i / 8)."""
     return _exactly("weight", 1 - LEAST)
 
 
 @functools.cache
 def inverse_table() -> Ints:
+    """Return 2^20 times the inverse scales, from the flattest to the sharpest."""
     return _exactly("inverse", SHARPEST - FLATTEST + 1)
 
 
 @functools.cache
 def _tail_table(shape: Shape) -> tuple[Ints, Ints]:
-    """2^36 times the mass beyond t, at steps of 1/64, and its differences."""
+    """Return 2^36 times the mass beyond t, in steps of 1/64 of t, and its differences."""
     tail = np.zeros((_FAR << _TABLE) + 1, np.int64)
-    reach = len(tail) - 1 if shape == "logistic" else 8 << _TABLE  # beyond, less than 2^-36 is left
+    reach = len(tail) - 1 if shape == "logistic" else 8 << _TABLE  # less than 2^-36 lies beyond
     tail[:reach] = _exactly(shape, reach)
     return tail, np.append(np.diff(tail), 0)
 
 
 @functools.cache
 def ratio_table() -> Ints:
+    """Return 2^12 exp(i / 256 - 4)."""
     return _exactly("ratio", 2 * STEEPEST + 1)
 
 
 def level_bits(num_values: int) -> int:
-    """Bits of a level's width, in the steps of the means."""
+    """Return the bits of a grey level's width, in steps of the means."""
     return MEAN - (num_values - 1).bit_length()
 
 
 def cumulative(point: Ints, channel: Channel) -> Ints:
-    """2^36 times the distribution functions at a point (n,), in the unit of the means: (M, n)."""
+    """Return 2^36 times the distribution functions at points (n,), in steps of the means: (M, n)."""
     tail, slope = _tail_table(channel.shape)
     t = ((point[None] - channel.mean) * channel.inverse) >> (UNIT + _INVERSE - _ARGUMENT)
     far = np.minimum(np.abs(t), _FAR << _ARGUMENT)
@@ -93,19 +104,26 @@ def cumulative(point: Ints, channel: Channel) -> Ints:
 
 
 class Channel(NamedTuple):
-    """What n values are distributed as, one component or several."""
+    """Quantized distributions of n values, with M components each.
 
-    mean: Ints  # (M, n)
-    inverse: Ints  # (M, n), of the scale in 32 units of the means, times 2^20
-    bits: int  # of a value's width, in units of the means
+    Attributes:
+        mean: In steps, (M, n).
+        inverse: 2^20 times the inverse scales, in units of 32 steps of the means: (M, n).
+        bits: Of the width of a value, in steps of the means.
+        shape: Of the components.
+    """
+
+    mean: Ints
+    inverse: Ints
+    bits: int
     shape: Shape = "logistic"
 
     def within(self, width: int, num_values: int) -> tuple[Ints, Ints]:
-        """The least and largest values that lie so many scales around the mean of one component."""
+        """Return the smallest and largest values within `width` scales of the first component's mean."""
         reach = (width << UNIT + _INVERSE) // self.inverse[0]
-        low, high = ((self.mean[0] + side) >> self.bits for side in (-reach, reach + (1 << self.bits)))
+        low, high = ((self.mean[0] + way) >> self.bits for way in (-reach, reach + (1 << self.bits)))
         return np.clip(low, 0, num_values - 1), np.clip(high, 0, num_values - 1)
 
-    def part(self, at: slice | np.ndarray) -> Channel:
-        """Some of the values."""
+    def part(self, at: slice | Bools) -> Channel:
+        """Return the distributions of some of the values."""
         return self._replace(mean=self.mean[:, at], inverse=self.inverse[:, at])

@@ -1,9 +1,11 @@
-"""The likelihood of pixels: a mixture of discretized logistics, truncated to what y still allows.
+"""The likelihood of pixels: a mixture of discretized logistics, truncated to the possible values.
 
-Entries are in coding order, (B, G, C, h, w): G groups of C channels (see `transforms.Support`). Every
-group and position has its own mixture of M components; a component is one logistic a channel, whose
-mean is shifted by the earlier channels of the same position. Internally one level is the unit, so that
-differences between a value and a mean are exact where they matter; the networks see [-1, 1].
+Entries are in coding order, (B, G, C, h, w): G groups of C channels (see `transforms.Support`). Each group
+and position has a mixture of M components. A component is one logistic per channel, whose mean is shifted
+by the earlier channels of the same position. Means and scales are in grey levels, so that differences
+between a value and a mean are exact where they matter; the networks see values in [-1, 1].
+
+Source: docs/spec.md, sections Likelihood and Consistency.
 """
 
 from __future__ import annotations
@@ -19,53 +21,78 @@ from selfvae.transforms import ImageSpec, Support, at_least_float32
 
 __all__ = ["PixelMixture", "log1mexp", "param_count", "rand_like", "to_unit"]
 
-_LOG_SCALE_FLOOR = -7.0  # on the [-1, 1] scale: a bin may hold 0.973 of the mass
-_LOG_SCALE_TOP = 7.0  # beyond it a logistic is flat for every purpose
-# what a network's zero output stands for, and how far an output of one moves a mean: around an anchor
-# the residuals are small
+_LOG_SCALE_FLOOR = -7.0  # on the [-1, 1] scale: a bin can hold at most 0.973 of the mass
+_LOG_SCALE_TOP = 7.0  # flatter logistics do not differ
+# log-scale for a network output of zero, and change of a mean per unit of output: residuals around a
+# prediction are small
 _LOG_SCALE_START, _LOG_SCALE_START_RESIDUAL = -1.5, -3.5
 _REACH, _REACH_RESIDUAL = 1.0, 0.1
 
 
-def rand_like(x: Tensor) -> Tensor:
-    """Uniform numbers of x's shape, the same at the same places whatever x's memory layout."""
-    return torch.rand_like(x, memory_format=torch.contiguous_format)
+def rand_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw uniform numbers of x's shape; the same ones for every memory layout of x.
+
+    Args:
+        x: Gives shape, dtype and device.
+        generator: On x's device; None: torch's global random state.
+    """
+    return torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
 
 
 def to_unit(x: Tensor, num_values: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Values 0..num_values-1 (uint8 or float) -> [-1, 1], what the networks see."""
+    """Scale values 0..num_values-1, uint8 or float, to [-1, 1], the networks' range."""
     return x.to(dtype) * (2.0 / (num_values - 1)) - 1.0
 
 
 def param_count(channels: int, components: int) -> int:
-    """Parameters a pixel: for every component a weight, C means, C scales, C(C-1)/2 coefficients."""
+    """Return the number of parameters per pixel.
+
+    Each component has a weight, C means, C scales and C(C-1)/2 coefficients.
+
+    >>> param_count(3, 10)
+    100
+    """
     return components * (1 + 2 * channels + channels * (channels - 1) // 2)
 
 
 def log1mexp(d: Tensor) -> Tensor:
-    """ln(1 - e^-d) for d > 0; 0 at infinity."""
+    """Return ln(1 - e^-d) for d > 0; 0 at infinity."""
     return torch.log(-torch.expm1(-d))
 
 
 def _log_sigmoid_ratio(t: Tensor, e: Tensor) -> Tensor:
-    """ln sigmoid(t) - ln sigmoid(t + e) for e >= 0, without cancellation wherever t lies."""
+    """Return ln sigmoid(t) - ln sigmoid(t + e) for e >= 0, without cancellation for any t."""
     linear = torch.maximum(t.clamp(max=0.0), -e)
     return linear - torch.log1p(torch.exp(-t.abs())) + torch.log1p(torch.exp(-(t + e).abs()))
 
 
 @dataclass(frozen=True)
+class _Components:
+    """Means and inverse scales (B, G, C, M, h, w), and coefficients (B, G, C(C-1)/2, M, h, w)."""
+
+    means: Tensor
+    inverse_scales: Tensor
+    coefs: Tensor
+
+
+@dataclass(frozen=True)
 class _Logistics:
-    """The components of one channel: means in levels, inverse scales (1/levels); (B, G, M, h, w)."""
+    """Logistics of one channel, one per entry: means in grey levels and inverse scales, of one shape."""
 
     mean: Tensor
     inverse_scale: Tensor
     max_value: int
 
     def log_mass(self, v: Tensor, bounds: tuple[Tensor, Tensor] | None) -> Tensor:
-        """ln P(v), nats, for v that broadcasts with mean; truncated to bounds = (lo, hi) if given.
+        """Return ln P(v), nats, for v that broadcasts with the means.
 
-        With bin edges a < b, P = sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^(a-b)); the
-        lowest and the highest level reach to infinity. Each factor is divided by the interval's.
+        With bin edges a < b, P = sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^(a-b)); the bins
+        of the lowest and highest values extend to infinity. Under truncation each factor is divided by
+        that of the interval.
+
+        Args:
+            v: Values.
+            bounds: The interval (lo, hi) of each entry, inclusive; None: not truncated.
         """
         inv, top, inf = self.inverse_scale, self.max_value, torch.inf
         at_bottom, at_top = v <= 0, v >= top
@@ -84,16 +111,18 @@ class _Logistics:
         ratio = _log_sigmoid_ratio(b, above) + _log_sigmoid_ratio(minus_a, below)
         return ratio + log1mexp(width) - log1mexp(full)
 
-    def sample(self, bounds: tuple[Tensor, Tensor], temperature: float) -> Tensor:
-        """A value in the bounds, by the inverse distribution function in the log domain; int64."""
+    def sample(
+        self, bounds: tuple[Tensor, Tensor], temperature: float, generator: torch.Generator | None
+    ) -> Tensor:
+        """Draw a value within the bounds by the inverse distribution function in the log domain: int64."""
         lo, hi = (edge.to(self.mean.dtype) for edge in bounds)
         inv = self.inverse_scale / max(temperature, 1e-6)
-        # mirrored so that the interval lies in the lower tail, where ln sigmoid keeps its digits
+        # mirrored so that the interval lies in the lower tail, where ln sigmoid is precise
         flip = torch.where((lo + hi) / 2 > self.mean, -1.0, 1.0)
         low = torch.where(lo <= 0, -torch.inf, (lo - 0.5 - self.mean) * inv)
         high = torch.where(hi >= self.max_value, torch.inf, (hi + 0.5 - self.mean) * inv)
         low, high = torch.where(flip < 0, -high, low), torch.where(flip < 0, -low, high)
-        u = rand_like(self.mean).clamp(1e-7, 1 - 1e-7)
+        u = rand_like(self.mean, generator).clamp(1e-7, 1 - 1e-7)
         log_u = torch.logaddexp(
             F.logsigmoid(low) + torch.log1p(-u), F.logsigmoid(high) + torch.log(u)
         ).clamp(max=-1e-7)
@@ -102,14 +131,22 @@ class _Logistics:
 
 
 class PixelMixture:
-    """p(x | y, z): discretized logistic mixtures over the entries that y leaves open.
+    """p(x | y, z): mixtures of discretized logistics over the entries of x that y does not determine.
 
-    `params` is a network's output (B, G, P, h, w) with P = `param_count`; `support` lays out x and gives
-    the intervals; `prediction` (B, G, C, h, w), in pixel values, refined by the support as entries become
-    known, is added to every component's mean. Coefficients act on the earlier channels' values ("raw", in
-    PixelCNN++) or on their distance from the component's own mean ("residual").
+    Args:
+        params: A network's output (B, G, P, h, w) with P = `param_count`.
+        support: Lays out x as entries and bounds their values.
+        spec: Of x.
+        prediction: An estimate of the entries, (B, G, C, h, w), in grey levels, added to the means of all
+            components; the support refines it as entries become known.
+        coefficients: "raw", as in PixelCNN++: they multiply the values of earlier channels; "residual":
+            the differences of these values from the component's means.
 
-    Source: Salimans et al. 2017 (PixelCNN++), section 2.1; SPEC section 2 for the truncation.
+    Raises:
+        ValueError: The number of parameters fits no number of components.
+
+    Source: Salimans et al. 2017 (PixelCNN++), section 2.1; for the truncation docs/spec.md, section
+    Consistency.
     """
 
     def __init__(
@@ -151,35 +188,49 @@ class PixelMixture:
         return self.support.bounds(v) if self.support.truncates else None
 
     def means(self, v: Tensor) -> Tensor:
-        """The components' means before the channels' coefficients: (B, G, C, M, h, w), levels."""
+        """Return the components' means before the shift by earlier channels: (B, G, C, M, h, w).
+
+        Args:
+            v: Entries, int64 (B, G, C, h, w), in coding order.
+        """
         if self.prediction is None:
             return self.offsets
         return self.offsets + self.support.refine(self.prediction, v)[:, :, :, None]
 
-    def _channel(self, c: int, v: Tensor, means: Tensor) -> _Logistics:
-        """The logistics of channel c given `means` and the entries v of the channels before it."""
-        mean, first = means[:, :, c], c * (c - 1) // 2
+    def group_means(self, v: Tensor, group: int) -> Tensor:
+        """Return `means` of one group only: (B, C, M, h, w), given the entries of earlier groups."""
+        if self.prediction is None:
+            return self.offsets[:, group]
+        refined = self.support.refine_group(self.prediction, v, group)
+        return self.offsets[:, group] + refined[:, :, None]
+
+    def _components(self, v: Tensor) -> _Components:
+        return _Components(self.means(v), self.inverse_scales, self.coefs)
+
+    def _channel(self, c: int, v: Tensor, p: _Components) -> _Logistics:
+        """Return the logistics of channel c, (B, G, M, h, w), given the entries v before it."""
+        mean, first = p.means[:, :, c], c * (c - 1) // 2
         for j in range(c):
             known = v[:, :, j, None].to(mean.dtype)
             if self.coefficients == "residual":
-                known = known - means[:, :, j]
+                known = known - p.means[:, :, j]
             else:
                 known = known - self.spec.max_value / 2  # PixelCNN++ works on [-1, 1]
-            mean = mean + self.coefs[:, :, first + j] * known
-        return _Logistics(mean, self.inverse_scales[:, :, c], self.spec.max_value)
+            mean = mean + p.coefs[:, :, first + j] * known
+        return _Logistics(mean, p.inverse_scales[:, :, c], self.spec.max_value)
 
     def _component_masses(self, v: Tensor, channels: int) -> Tensor:
-        """ln of every component's weight times its mass of the first channels: (B, G, M, h, w)."""
-        bounds, means = self._bounds(v), self.means(v)
+        """Return ln of each component's weight times the mass of its first channels: (B, G, M, h, w)."""
+        bounds, components = self._bounds(v), self._components(v)
         out = self.logits
         for c in range(channels):
             at = None if bounds is None else (bounds[0][:, :, c, None], bounds[1][:, :, c, None])
             value = v[:, :, c, None].to(out.dtype)
-            out = out + self._channel(c, v, means).log_mass(value, at)
+            out = out + self._channel(c, v, components).log_mass(value, at)
         return out
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """ln p(x), nats (B,), of images x uint8 (B, C, H, W); -inf where y rules x out."""
+        """Return ln p(x), nats (B,), of images x uint8 (B, C, H, W); -inf where d(x) is not y."""
         v = self.support.split(x).long()
         out = torch.logsumexp(self._component_masses(v, v.shape[2]), 2).flatten(1).sum(1)
         if self.support.restricts:
@@ -187,19 +238,24 @@ class PixelMixture:
         return out
 
     def log_pmf(self, v: Tensor, group: int, channel: int) -> Tensor:
-        """ln P of every level at one step of the coding order, given the entries before it.
+        """Return ln P of each possible value of one group and channel, given the entries before it.
 
-        v: int64 (B, G, C, h, w); only earlier groups and channels are looked at. Returns
-        (B, h, w, levels) nats, -inf outside the interval. By the chain rule the steps sum to `log_prob`.
+        By the chain rule, the sum over all groups and channels at the true values is `log_prob`.
+
+        Args:
+            v: Entries, int64 (B, G, C, h, w); only those before the group and channel matter.
+            group: Number of the group.
+            channel: Number of the channel in coding order.
+
+        Returns:
+            (B, h, w, num_values), nats; -inf outside the interval.
         """
         one = slice(group, group + 1)
         weight = torch.log_softmax(self._component_masses(v, channel)[:, group], 1)  # B, M, h, w
-        logistics = self._channel(channel, v, self.means(v))
-        logistics = _Logistics(
-            logistics.mean[:, one, ..., None], logistics.inverse_scale[:, one, ..., None],
-            self.spec.max_value,
-        )  # fmt: skip
-        levels = torch.arange(self.spec.num_values, device=v.device, dtype=weight.dtype)
+        logistics = self._channel(channel, v, self._components(v))
+        mean, inverse_scale = logistics.mean[:, one, ..., None], logistics.inverse_scale[:, one, ..., None]
+        logistics = _Logistics(mean, inverse_scale, self.spec.max_value)
+        values = torch.arange(self.spec.num_values, device=v.device, dtype=weight.dtype)
         bounds = self._bounds(v)
         if bounds is None:
             at = None
@@ -207,48 +263,70 @@ class PixelMixture:
         else:
             lo, hi = (edge[:, one, channel, None, :, :, None] for edge in bounds)
             at = (lo, hi)
-            outside = (levels < lo) | (levels > hi)
-            levels = levels.clamp(lo, hi)
-        table = weight[:, None, :, :, :, None] + logistics.log_mass(levels, at)
+            outside = (values < lo) | (values > hi)
+            values = values.clamp(lo, hi)
+        table = weight[:, None, :, :, :, None] + logistics.log_mass(values, at)
         table = torch.logsumexp(table, 2)
         if outside is not None:
             table = table.masked_fill(outside[:, :, 0], -torch.inf)
         return table[:, 0]
 
-    def _fill(self, pick_component: Tensor, temperature: float | None) -> Tensor:
-        """Go through the coding order with one component a position; None takes its mean."""
-        b, g, c, _, h, w = self.offsets.shape
-        v = torch.zeros(b, g, c, h, w, dtype=torch.long, device=self.offsets.device)
-        pick = pick_component[:, :, None]
-        for group in range(g):
-            for channel in range(c):
-                lo, hi = self.support.bounds(v)
-                lo, hi = lo[:, group, channel], hi[:, group, channel]
-                every = self._channel(channel, v, self.means(v))
-                one = _Logistics(
-                    every.mean.gather(2, pick)[:, group, 0],
-                    every.inverse_scale.gather(2, pick)[:, group, 0],
-                    self.spec.max_value,
-                )
+    def _fill(
+        self, component: Tensor, temperature: float | None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Fill in the entries in coding order.
+
+        Args:
+            component: Number of the component of each group and position, int64 (B, G, h, w).
+            temperature: Of the logistics; None: take their means, rounded.
+            generator: On the parameters' device; None: torch's global random state.
+
+        Returns:
+            Images, uint8 (B, C, H, W).
+        """
+        b, groups, channels, _, h, w = self.offsets.shape
+        v = torch.zeros(b, groups, channels, h, w, dtype=torch.long, device=self.offsets.device)
+        for group in range(groups):
+            chosen = self._chosen(group, component, v)
+            for channel in range(channels):
+                lo, hi = self.support.step_bounds(v, group, channel)
+                both = self._channel(channel, v[:, group : group + 1], chosen)
+                own = _Logistics(both.mean[:, 0, 0], both.inverse_scale[:, 0, 0], self.spec.max_value)
                 if temperature is None:
-                    value = torch.round(one.mean.clamp(0, self.spec.max_value)).long().clamp(lo, hi)
+                    value = torch.round(own.mean.clamp(0, self.spec.max_value)).long().clamp(lo, hi)
                 else:
-                    value = one.sample((lo, hi), temperature)
+                    value = own.sample((lo, hi), temperature, generator)
                 v[:, group, channel] = value
         return self.support.merge(v).to(torch.uint8)
 
-    @torch.no_grad()
-    def sample(self, temperature: float = 1.0) -> Tensor:
-        """A draw, uint8 (B, C, H, W): the component, then channel after channel, phase after phase.
+    def _chosen(self, group: int, component: Tensor, v: Tensor) -> _Components:
+        """Return one component per position of a group, given the entries v of earlier groups."""
+        one = slice(group, group + 1)
+        at = component[:, one, None, None]
 
-        temperature scales the logistics and sharpens the choice of component; 0 is `mode`.
+        def select(x: Tensor) -> Tensor:
+            return x[:, one].gather(3, at.expand(-1, -1, x.shape[2], -1, -1, -1))
+
+        means = select(self.offsets)
+        if self.prediction is not None:
+            means = means + self.support.refine_group(self.prediction, v, group)[:, None, :, None]
+        return _Components(means, select(self.inverse_scales), select(self.coefs))
+
+    @torch.no_grad()
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Draw images, uint8 (B, C, H, W): components first, then groups and channels in coding order.
+
+        Args:
+            temperature: Multiplies the logistics' scales and divides the components' log-weights; 0 is
+                `mode`.
+            generator: On the parameters' device; None: torch's global random state.
         """
         if temperature <= 0:
             return self.mode()
-        noise = -torch.log(-torch.log(rand_like(self.logits).clamp(1e-9, 1 - 1e-7)))
-        return self._fill((self.logits / temperature + noise).argmax(2), temperature)
+        noise = -torch.log(-torch.log(rand_like(self.logits, generator).clamp(1e-9, 1 - 1e-7)))
+        return self._fill((self.logits / temperature + noise).argmax(2), temperature, generator)
 
     @torch.no_grad()
     def mode(self) -> Tensor:
-        """The most likely component's mean, rounded to a possible level: uint8 (B, C, H, W)."""
+        """Return the mean of the most likely component, rounded to a possible value: uint8 (B, C, H, W)."""
         return self._fill(self.logits.argmax(2), None)

@@ -1,4 +1,4 @@
-"""The deterministic maps d_k that compute y[k+1] = d_k(y[k])."""
+"""The deterministic maps y[k+1] = d_k(y[k]) (docs/spec.md, Transforms)."""
 
 from selfvae.transforms.base import (
     Chain,

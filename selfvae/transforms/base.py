@@ -1,11 +1,12 @@
-"""The deterministic maps d_k that compute y[k+1] = d(y[k]), and what each still allows y[k] to be.
+"""The deterministic maps y[k+1] = d_k(y[k]), and the set of y[k] that each y[k+1] leaves possible.
 
-Every transform takes and returns uint8 images (B, C, H, W), runs batched on the image's own device and
-gives the same bytes on every device and for every batch size: it uses integer arithmetic, or float64
-products of integers below 2**53, which are exact in any order of summation.
+A transform takes and returns uint8 images (B, C, H, W) and runs batched on the images' device. Its output
+is the same, byte for byte, on every device and for every batch size: it uses integer arithmetic, or float64
+sums of integers below 2**53, which are exact in any order of summation.
 
-A level models y[k] given y[k+1] through a `Support`: the same numbers in coding order, group after
-group and channel after channel, with the interval of values that each entry can still take.
+A level models y[k] given y[k+1] through a `Support`: the values of y[k] in coding order, group by group and
+channel by channel, with the interval of values that are possible for each entry (docs/spec.md,
+Consistency).
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ __all__ = [
     "at_least_float32",
     "check_image",
     "full_range",
+    "round_up",
+    "scale_slice",
 ]
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What an image is: its number of channels and of grey levels (values are 0..num_values-1)."""
+    """The number of channels of an image, and of values per channel: these are 0..num_values-1."""
 
     channels: int
     num_values: int = 256
@@ -40,7 +43,7 @@ class ImageSpec:
         if not 0 <= self.channels <= 4:
             raise ValueError(f"an image has 1 to 4 channels; got {self.channels}")
         if not 2 <= self.num_values <= 256:
-            raise ValueError(f"an image has 2 to 256 levels a channel; got {self.num_values}")
+            raise ValueError(f"an image has 2 to 256 values per channel; got {self.num_values}")
 
     @property
     def max_value(self) -> int:
@@ -48,7 +51,12 @@ class ImageSpec:
         return self.num_values - 1
 
     def check(self, x: Tensor, name: str = "x") -> None:
-        """Raise a `TypeError` or `ValueError` unless x is uint8 (B, C, H, W), not empty, of this spec."""
+        """Check that x is uint8 (B, C, H, W), not empty, and of this spec.
+
+        Raises:
+            TypeError: x is not uint8.
+            ValueError: The shape or a value is wrong.
+        """
         check_image(x, self.channels, name)
         if not x.numel():
             raise ValueError(f"{name} must hold at least one image and pixel; got {tuple(x.shape)}")
@@ -60,7 +68,12 @@ class ImageSpec:
 
 
 def check_image(x: Tensor, channels: int | None = None, name: str = "x") -> None:
-    """Raise a `TypeError` or `ValueError` unless x is uint8 (B, C, H, W) with the given channels."""
+    """Check that x is uint8 (B, C, H, W) with the given number of channels.
+
+    Raises:
+        TypeError: x is not uint8.
+        ValueError: The shape is wrong.
+    """
     c = "C" if channels is None else channels
     if x.dtype != torch.uint8 or x.ndim != 4 or (channels is not None and x.shape[1] != channels):
         kind = TypeError if x.dtype != torch.uint8 else ValueError
@@ -70,23 +83,43 @@ def check_image(x: Tensor, channels: int | None = None, name: str = "x") -> None
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """float64 as it is, all else as float32: what likelihoods are computed in."""
+    """Return x in the precision of likelihoods: float64 stays, every other dtype becomes float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-class Support:
-    """What y = d(x) leaves open of x, in coding order.
+def round_up(size: tuple[int, int], multiple: tuple[int, int]) -> tuple[int, int]:
+    """Return the smallest height and width of at least `size` that the multiples divide.
 
-    `split` lays x out as entries v of shape (B, G, C, h, w): G groups (the phases of a block, coded one
-    after the other) of C channels (coded in `order`); pixels that y already holds are left out. `merge`
-    is its inverse. `bounds` gives each entry's interval of possible values, and looks only at entries
-    coded earlier, so it serves scoring (all entries known) and sampling (filled step by step) alike.
+    >>> round_up((5, 8), (2, 4))
+    (6, 8)
+    """
+    return -(-size[0] // multiple[0]) * multiple[0], -(-size[1] // multiple[1]) * multiple[1]
+
+
+def scale_slice(part: slice, size: int, units: int) -> slice:
+    """Convert a slice in units, of which there are `units`, to one in the `size` pixels that they span.
+
+    >>> scale_slice(slice(1, 3), 8, 4)
+    slice(2, 6, None)
+    """
+    return slice(part.start * size // units, part.stop * size // units)
+
+
+class Support:
+    """The set of images x with d(x) = y, in coding order.
+
+    `split` lays out x as entries v of shape (B, G, C, h, w): G groups (the phases of a block), coded one
+    after the other, of C channels, coded in `order`. Pixels that y contains are left out. `merge` is the
+    inverse of `split`. `bounds` returns the interval of possible values of each entry; it depends only on
+    the entries coded before, so that it serves both scoring, where all entries are known, and sampling,
+    where they are filled in one after the other.
+
     This class is the support of a transform that restricts nothing.
     """
 
     groups = 1
-    restricts = False  # some x are ruled out
-    truncates = False  # `bounds` are narrower than 0..num_values-1
+    restricts = False  # whether some x are impossible
+    truncates = False  # whether `bounds` are narrower than 0..num_values-1
 
     def __init__(self, y: Tensor, spec: ImageSpec) -> None:
         self.y = y
@@ -94,19 +127,19 @@ class Support:
         self.order: tuple[int, ...] = tuple(range(spec.channels))
 
     def space_to_depth(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, G, C, h, w), channels untouched: also lays out a network's parameters."""
+        """Lay out (B, C, H, W) as (B, G, C, h, w), with any number of channels, in their order."""
         return x[:, None]
 
     def depth_to_space(self, v: Tensor) -> Tensor:
-        """(B, G, C, h, w) -> (B, C, H, W), the inverse of `space_to_depth`."""
+        """Invert `space_to_depth`: (B, G, C, h, w) -> (B, C, H, W)."""
         return v[:, 0]
 
     def split(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> entries v (B, G, C, h, w) in coding order, any dtype."""
+        """Lay out x (B, C, H, W), of any dtype, as entries (B, G, C, h, w) in coding order."""
         return self._permute(self.space_to_depth(x), self.order)
 
     def merge(self, v: Tensor) -> Tensor:
-        """Entries v (B, G, C, h, w) in coding order -> x (B, C, H, W)."""
+        """Put entries v (B, G, C, h, w) in coding order together to x (B, C, H, W)."""
         inverse = tuple(self.order.index(c) for c in range(len(self.order)))
         return self.depth_to_space(self._permute(v, inverse))
 
@@ -117,54 +150,90 @@ class Support:
         return torch.stack([v[:, :, c] for c in order], 2)
 
     def bounds(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Entries v, int64 (B, G, C, h, w) -> inclusive (lo, hi), int64 of v's shape."""
+        """Return the smallest and the largest possible value of each entry, inclusive.
+
+        Args:
+            v: Entries, int64 (B, G, C, h, w). The bounds of an entry depend only on earlier ones.
+
+        Returns:
+            (lo, hi), both int64 of v's shape.
+        """
         return torch.zeros_like(v), torch.full_like(v, self.max_value)
 
+    def step_bounds(self, v: Tensor, group: int, channel: int) -> tuple[Tensor, Tensor]:
+        """Return `bounds` of one group and channel only: int64 (B, h, w) each. Sampling calls this."""
+        if not self.truncates:
+            own = v[:, group, channel]
+            return torch.zeros_like(own), torch.full_like(own, self.max_value)
+        lo, hi = self.bounds(v)
+        return lo[:, group, channel], hi[:, group, channel]
+
     def refine(self, estimate: Tensor, v: Tensor) -> Tensor:
-        """A guess at the entries, float (B, G, C, h, w), corrected by what earlier entries of v tell."""
+        """Correct an estimate of the entries by the true values of earlier groups.
+
+        Args:
+            estimate: Float (B, G, C, h, w).
+            v: Entries, int64 of that shape. The correction of a group depends only on earlier groups.
+
+        Returns:
+            The corrected estimate, float (B, G, C, h, w).
+        """
         return estimate
 
+    def refine_group(self, estimate: Tensor, v: Tensor, group: int) -> Tensor:
+        """Return `refine` of one group only: float (B, C, h, w). Sampling calls this."""
+        return self.refine(estimate, v)[:, group]
+
+    def nearest(self) -> Tensor:
+        """Return, for each entry, a nearby pixel of y: uint8 (B, G, C, h, w). Subsampling only."""
+        raise TypeError(f"{type(self).__name__} keeps no pixels of the image")
+
     def allows(self, x: Tensor) -> Tensor:
-        """Whether x (B, C, H, W) maps to y: bool (B,)."""
+        """Return whether d(x) = y for each image x (B, C, H, W): bool (B,)."""
         v = self.split(x).long()
         lo, hi = self.bounds(v)
         return ((lo <= v) & (v <= hi)).flatten(1).all(1)
 
 
 class Transform(nn.Module):
-    """A deterministic map d: uint8 (B, C, H, W) -> uint8 (B, c, h, w), without parameters.
+    """A deterministic map d without parameters: uint8 (B, C, H, W) -> uint8 (B, c, h, w).
 
-    `support(y, spec)` tells what y = d(x) leaves open of an x of that spec. A transform without a
-    support of its own leaves everything open: the likelihood is then the unrestricted one.
+    `support(y, spec)` describes the images x with d(x) = y. A transform that does not define one restricts
+    nothing: the likelihood is then not truncated.
     """
 
-    scale: tuple[int, int] = (1, 1)  # rows and columns of x for one of y
+    scale: tuple[int, int] = (1, 1)  # rows and columns of x per row and column of y
 
     @property
     def block(self) -> tuple[int, int]:
-        """Rows and columns of x that belong together: its height and width are multiples of these."""
+        """Rows and columns of a block: the height and width of x must be multiples of these."""
         return self.scale
 
     def forward(self, x: Tensor) -> Tensor:
         raise TypeError("use a concrete transform")
 
     def output_spec(self, x: ImageSpec) -> ImageSpec:
-        """The spec of d(x) for x of the given spec."""
+        """Return the spec of d(x) for x of the given spec."""
         return x
 
     def support(self, y: Tensor, spec: ImageSpec) -> Support:
-        """What y (B, c, h, w) leaves open of x, whose spec is given."""
+        """Return the set of images x of the given spec with d(x) = y, for y (B, c, h, w)."""
         return Support(y, spec)
 
     def estimate(self, y: Tensor, spec: ImageSpec) -> Tensor:
-        """A plain guess at x from y alone: (B, C, H, W) on x's scale of 0..num_values-1.
+        """Estimate x from y without a network, e.g. by interpolation.
 
-        float64 for a y given in float64, float32 for any other.
+        Returns:
+            (B, C, H, W), values on x's scale of 0..num_values-1; float64 if y is, else float32.
         """
         return at_least_float32(y)
 
     def size(self, h: int, w: int) -> tuple[int, int]:
-        """The height and width of d(x) for x of height h and width w, in pixels."""
+        """Return height and width of d(x), in pixels, for x of height h and width w.
+
+        Raises:
+            ValueError: x is not made of whole blocks.
+        """
         rows, cols = self.block
         if h % rows or w % cols:
             raise ValueError(
@@ -175,7 +244,7 @@ class Transform(nn.Module):
 
 
 class Null(Transform):
-    """Forget everything but the size: d(x) has no channels. It is the context of the top level."""
+    """Discard everything except the size: d(x) has no channels. Its output is the top level's context."""
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(x)
@@ -190,7 +259,7 @@ class Null(Transform):
 
 
 class BlockSupport(Support):
-    """A support whose groups are the phases of n x m blocks, row by row."""
+    """A support whose groups are the phases of n x m blocks, row by row (a space-to-depth layout)."""
 
     def __init__(self, y: Tensor, spec: ImageSpec, scale: tuple[int, int]) -> None:
         super().__init__(y, spec)
@@ -209,19 +278,26 @@ class BlockSupport(Support):
 
 
 def full_range(transform: Transform, x: ImageSpec) -> ImageSpec:
-    """The spec, if it has all 256 levels: the transform's results would leave a smaller range."""
+    """Return x if it has 256 values per channel: the outputs of `transform` would exceed fewer.
+
+    Raises:
+        ValueError: x has fewer values.
+    """
     if x.num_values != 256:
-        raise ValueError(f"{transform} takes 256 levels; got {x.num_values}: put it before bit depths")
+        raise ValueError(
+            f"{transform} takes images of 256 values per channel; got {x.num_values}: "
+            "put it before a bit depth"
+        )
     return x
 
 
 class Chain(Transform):
-    """Several transforms, one after the other, taken as one. Its likelihood is the unrestricted one."""
+    """The composition of several transforms, first to last. Its support restricts nothing."""
 
     def __init__(self, *transforms: Transform) -> None:
         super().__init__()
         if not transforms:
-            raise ValueError("a chain has at least one transform; got none")
+            raise ValueError("a chain needs at least one transform; got none")
         self.transforms = nn.ModuleList(transforms)
         self.scale = (
             math.prod(t.scale[0] for t in transforms),
@@ -250,7 +326,7 @@ class Chain(Transform):
         return x
 
     def steps(self, x: ImageSpec) -> list[tuple[Transform, ImageSpec]]:
-        """The transforms, each with the spec of what it takes, for x of the given spec."""
+        """Return the transforms, each with the spec of its input, for x of the given spec."""
         out = []
         for transform in self._steps():
             out.append((transform, x))

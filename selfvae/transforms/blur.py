@@ -28,7 +28,11 @@ def _blur_weights(sigma: float, n: int, device: torch.device) -> Tensor:
 
 
 class GaussianBlur(Transform):
-    """Gaussian blur of standard deviation `sigma` pixels, cut at 3 sigma, edge pixels repeated."""
+    """Gaussian blur.
+
+    Args:
+        sigma: Standard deviation in pixels. The kernel is truncated at 3 sigma; edge pixels are repeated.
+    """
 
     def __init__(self, sigma: float = 1.0) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Smaller versions of an image: means of blocks, and bicubic downscaling."""
+"""Downscaling: block means and bicubic interpolation."""
 
 from __future__ import annotations
 
@@ -23,31 +23,49 @@ __all__ = ["BicubicDownscale", "MeanDownscale"]
 
 
 class _MeanSupport(BlockSupport):
-    """The block's sum is known up to rounding: a phase may take what the later ones can still complete."""
+    """The sum of a block is known up to rounding: a value is possible if later phases can complete it."""
 
     restricts = truncates = True
 
     def bounds(self, v: Tensor) -> tuple[Tensor, Tensor]:
         n = self.groups
-        total = n * self.y.long()[:, None]
-        left = torch.arange(n - 1, -1, -1, device=v.device).view(1, n, 1, 1, 1) * self.max_value
-        known = v.cumsum(1) - v
-        lo = (total - n // 2 - known - left).clamp(min=0)
-        hi = (total + (n + 1) // 2 - 1 - known).clamp(max=self.max_value)
+        later = torch.arange(n - 1, -1, -1, device=v.device).view(1, n, 1, 1, 1)
+        return self._interval(n * self.y.long()[:, None] - (v.cumsum(1) - v), later * self.max_value)
+
+    def step_bounds(self, v: Tensor, group: int, channel: int) -> tuple[Tensor, Tensor]:
+        n = self.groups
+        rest = n * self.y[:, channel].long() - v[:, :group, channel].sum(1)
+        return self._interval(rest, (n - 1 - group) * self.max_value)
+
+    def _interval(self, rest: Tensor, later: Tensor | int) -> tuple[Tensor, Tensor]:
+        """The interval of an entry, given the rest of the sum and the most that later phases can add."""
+        n = self.groups
+        lo = (rest - n // 2 - later).clamp(min=0)
+        hi = (rest + (n + 1) // 2 - 1).clamp(max=self.max_value)
         return lo, hi
 
     def refine(self, estimate: Tensor, v: Tensor) -> Tensor:
-        """What the sum still holds beyond the guesses is shared evenly among the phases to come: the
-        conditional mean of equal, independent Gaussians given their sum."""
+        """Share the difference between the remaining sum and the remaining estimates evenly among the
+        remaining phases: the conditional mean of independent Gaussians of equal variance given their sum.
+        """
         n = self.groups
         left = torch.arange(n, 0, -1, device=v.device).view(1, n, 1, 1, 1)
         rest = n * self.y.long()[:, None] - (v.cumsum(1) - v)
-        guessed = estimate.flip(1).cumsum(1).flip(1)
-        return estimate + (rest - guessed) / left
+        expected = estimate.flip(1).cumsum(1).flip(1)
+        return estimate + (rest - expected) / left
+
+    def refine_group(self, estimate: Tensor, v: Tensor, group: int) -> Tensor:
+        n = self.groups
+        rest = n * self.y.long() - v[:, :group].sum(1)
+        expected = estimate[:, group:].flip(1).cumsum(1)[:, -1]  # added in the order of `refine`
+        return estimate[:, group] + (rest - expected) / (n - group)
 
 
 class MeanDownscale(Transform):
-    """The mean of every block of `rows` x `cols` pixels, rounded half up.
+    """The mean of each block of `rows` x `cols` pixels, rounded half up.
+
+    The level above such a transform codes the pixels of a block given their mean, as SReC does with pooled
+    pyramids (Cao et al. 2020; see also L3C, Mentzer et al. 2019).
 
     >>> MeanDownscale(2, 2)(torch.tensor([[[[1, 2], [2, 1]]]], dtype=torch.uint8)).item()
     2
@@ -57,7 +75,7 @@ class MeanDownscale(Transform):
         super().__init__()
         self.scale = (rows, rows if cols is None else cols)
         if min(self.scale) < 1 or self.scale == (1, 1):
-            raise ValueError(f"a block has at least 2 pixels; got {self.scale[0]} x {self.scale[1]}")
+            raise ValueError(f"a block needs at least 2 pixels; got {self.scale[0]} x {self.scale[1]}")
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(x)
@@ -97,8 +115,8 @@ def _bicubic_weights(factor: int, n: int, device: torch.device) -> Tensor:
 class BicubicDownscale(Transform):
     """Antialiased bicubic downscaling by an integer factor (Keys' kernel, a = -1/2).
 
-    The arithmetic is Pillow's (`Image.resize(..., BICUBIC)`): 22-bit weights, the columns first, each
-    pass rounded to uint8. The bytes are the same.
+    The output equals Pillow's `Image.resize(..., BICUBIC)` byte for byte: weights of 22 bits, columns
+    first, and rounding to uint8 after each pass.
     """
 
     def __init__(self, factor: int = 2) -> None:

@@ -1,4 +1,4 @@
-"""Separable filters in fixed-point arithmetic: the same bytes on every device."""
+"""Separable filters in fixed-point arithmetic: the same result on every device."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ from torch import Tensor
 __all__ = ["fixed_point", "separable"]
 
 
-_BITS = 22  # of the fixed-point filter weights: 2**22 * 255 * taps stays far below float64's 2**53
+_BITS = 22  # of a weight: sums of 2**22 * 255 per tap stay far below float64's exact 2**53
 
 
 def _filter(x: Tensor, weights: Tensor) -> Tensor:
-    """Integer filter along the last axis: float64 x (..., n), fixed-point weights (m, n) -> (..., m)."""
+    """Filter float64 x (..., n) along the last axis by fixed-point weights (m, n): (..., m)."""
     out = torch.floor((x @ weights.T + 2 ** (_BITS - 1)) / 2**_BITS)
     return out.clamp(0, 255)
 
 
 def separable(x: Tensor, weights: Callable[[int, torch.device], Tensor]) -> Tensor:
-    """Filter the columns, then the rows; each pass rounds half up to a uint8 value.
+    """Filter x uint8 (B, C, H, W) along its rows, then along its columns.
 
-    weights: for a length in pixels, on a device; those it has made before must be there already, since
-        nothing may be copied to the device while a CUDA graph is recorded.
+    Args:
+        x: Images.
+        weights: Returns, for a length n and a device, fixed-point weights (m, n), float64. It must keep
+            those that it has made on the device, since nothing may be copied to the device while a CUDA
+            graph is recorded.
+
+    Returns:
+        uint8 (B, C, m(H), m(W)); each pass rounds half up.
     """
     h, w = x.shape[2:]
     across = _filter(x.double(), weights(w, x.device))
@@ -33,7 +39,7 @@ def separable(x: Tensor, weights: Callable[[int, torch.device], Tensor]) -> Tens
 
 
 def fixed_point(rows: list[dict[int, float]], n: int) -> Tensor:
-    """Rows of {index: weight} -> normalised fixed-point weights, float64 (len(rows), n)."""
+    """Convert rows of {index: weight} to normalised fixed-point weights, float64 (len(rows), n)."""
     out = torch.zeros(len(rows), n, dtype=torch.float64)
     for i, row in enumerate(rows):
         total = math.fsum(row.values())

@@ -1,4 +1,8 @@
-"""Subsampling: some pixels are kept as they are, and a level models the others."""
+"""Subsampling: some pixels are kept unchanged, and a level models the others.
+
+Coding pixels level by level, each interpolated from those kept, is the interlacing of FLIF (Sneyers and
+Wuille 2016). Learnt interpolation with one network shared over all scales is due to LLICTI (Kamisli 2022).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ __all__ = ["Checkerboard", "Subsample", "Subsampling"]
 
 
 class _SubsamplingSupport(BlockSupport):
-    """Some phases of every block are y itself; the others are free."""
+    """The kept phases of each block are pixels of y; the other phases are unrestricted."""
 
     restricts = True
 
@@ -45,47 +49,57 @@ class _SubsamplingSupport(BlockSupport):
         return (self.d(x) == self.y).flatten(1).all(1)
 
     def nearest(self) -> Tensor:
-        """For every entry the first kept pixel of its block: uint8 (B, G, C, h, w)."""
+        """Return, for each entry, the first kept pixel of its block: uint8 (B, G, C, h, w)."""
         first = self.d.stack_kept(self.y)[:, None, : len(self.order)]
         return first.expand(-1, self.groups, -1, -1, -1)
 
 
 class Subsampling(Transform):
-    """Keep some pixels of every block as they are; the others are what a level models.
+    """Keep some pixels of each block unchanged; a level models the others.
 
-    `kept` are the phases of a block (row by row) that are kept. A level's network works on a grid with one
-    position a block.
+    `kept` lists the phases of a block, row by row, that are kept. The level's network works on a grid of
+    one position per block.
     """
 
     kept: tuple[int, ...] = (0,)
 
     def weights(self, spec: ImageSpec) -> int:
-        """How many numbers a block `support` takes from a level's network, to correct guesses by."""
+        """Return the number of weights per block that `support` takes from the level's network."""
         return 0
 
     def stack_kept(self, y: Tensor) -> Tensor:
-        """y (B, C, h, w) on the grid of blocks, kept phases as further channels: (B, n C, H, W)."""
+        """Lay out y (B, C, h, w) on the grid of blocks, kept phases as channels: (B, n C, H, W)."""
         return y
 
     def support(self, y: Tensor, spec: ImageSpec, weights: Tensor | None = None) -> Support:
-        """As `Transform.support`; weights (B, `weights(spec)`, H, W), any real numbers."""
+        """Return the support, as `Transform.support`.
+
+        Args:
+            y: The kept pixels, (B, c, h, w).
+            spec: Of x.
+            weights: Of the corrections in `Support.refine`: (B, `weights(spec)`, H, W), any real numbers.
+                None: no correction.
+        """
         return _SubsamplingSupport(y, spec, self)
 
 
 class Subsample(Subsampling):
-    """Keep the first of every `rows` rows and of every `cols` columns.
+    """Keep the first of every `rows` rows and the first of every `cols` columns.
 
-    staggered: every second row of x lies half a column to the right, as `Checkerboard` leaves them; for a
-    better estimate.
+    Args:
+        rows: Rows per kept row.
+        cols: Columns per kept column; None: the same as rows.
+        staggered: Every second row of x lies half a column to the right, as in the output of
+            `Checkerboard`; only the estimate depends on it.
     """
 
     def __init__(self, rows: int = 2, cols: int | None = None, *, staggered: bool = False) -> None:
         super().__init__()
         self.scale = (rows, rows if cols is None else cols)
         if min(self.scale) < 1 or self.scale == (1, 1):
-            raise ValueError(f"at least every second row or column is dropped; got {self.scale}")
+            raise ValueError(f"subsampling must drop some rows or columns; got {self.scale}")
         if staggered and self.scale != (2, 1):
-            raise ValueError(f"staggered goes with every second row, (2, 1); got {self.scale}")
+            raise ValueError(f"staggered needs the scale (2, 1); got {self.scale}")
         self.staggered = staggered
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,7 +109,7 @@ class Subsample(Subsampling):
         return x[:, :, ::n, ::m].contiguous()
 
     def estimate(self, y: Tensor, spec: ImageSpec) -> Tensor:
-        """Linear interpolation between the kept pixels; past the last one it is repeated."""
+        """Interpolate linearly between kept pixels; the last row and column are repeated."""
         out = at_least_float32(y)
         if self.staggered:
             rows = out + torch.cat([out[:, :, 1:], out[:, :, -1:]], 2)
@@ -112,30 +126,39 @@ class Subsample(Subsampling):
 
 
 class _CheckerboardSupport(_SubsamplingSupport):
-    """Of every block the upper right pixel, then the lower left one, between four of those."""
+    """Two groups: the upper right pixels of the blocks, then the lower left ones, whose diagonal
+    neighbours are of the first group."""
 
     def __init__(self, y: Tensor, spec: ImageSpec, d: Subsampling, weights: Tensor | None) -> None:
         super().__init__(y, spec, d)
         self.weights = None if weights is None else torch.tanh(at_least_float32(weights))
 
     def refine(self, estimate: Tensor, v: Tensor) -> Tensor:
-        """The second guess is moved by what the four at its corners missed theirs by, times weights."""
+        """Add the weighted residuals of the four diagonal neighbours to the second group's estimate."""
         if self.weights is None:
             return estimate
+        return torch.stack([estimate[:, 0], self._second(estimate, v)], 1)
+
+    def refine_group(self, estimate: Tensor, v: Tensor, group: int) -> Tensor:
+        return self._second(estimate, v) if group and self.weights is not None else estimate[:, group]
+
+    def _second(self, estimate: Tensor, v: Tensor) -> Tensor:
+        assert self.weights is not None
         first, second = estimate.unbind(1)
         h, w = first.shape[2:]
-        missed = F.pad(v[:, 0] - first, (1, 0, 0, 1))  # beyond the picture nothing is missed
+        residual = F.pad(v[:, 0] - first, (1, 0, 0, 1))  # 0 beyond the image's borders
         for i, weight in enumerate(self.weights.chunk(4, 1)):
             top, left = i // 2, i % 2
-            second = second + weight * missed[:, :, top : top + h, left : left + w]
-        return torch.stack([first, second], 1)
+            second = second + weight * residual[:, :, top : top + h, left : left + w]
+        return second
 
 
 class Checkerboard(Subsampling):
-    """Keep every second pixel, as on a checkerboard: of row r the columns 2c + r % 2.
+    """Keep the pixels of one colour of a checkerboard: columns 2c + r % 2 of row r.
 
-    y is half as wide. Each dropped pixel has its four neighbours in y, so that dropped pixels tell each
-    other little; `Subsample(2, 1, staggered=True)` after it leaves every second row and column.
+    y is half as wide as x. All four neighbours of a dropped pixel are kept, so dropped pixels carry little
+    information about each other. Followed by `Subsample(2, 1, staggered=True)`, it keeps every second row
+    and column: two steps of the quincunx lattice.
     """
 
     scale = (1, 2)
@@ -160,7 +183,7 @@ class Checkerboard(Subsampling):
         return _CheckerboardSupport(y, spec, self, weights)
 
     def estimate(self, y: Tensor, spec: ImageSpec) -> Tensor:
-        """A dropped pixel is the mean of its neighbours above, below, left and right."""
+        """Estimate a dropped pixel by the mean of its four neighbours."""
         even, odd = at_least_float32(y).unflatten(2, (-1, 2)).unbind(3)
         left = torch.cat([odd[..., :1], odd[..., :-1]], 3)
         right = torch.cat([even[..., 1:], even[..., -1:]], 3)

@@ -1,4 +1,4 @@
-"""Fewer bits, less colour: bit depth, greyscale, pencil sketch."""
+"""Transforms of grey values and colours: bit depth, greyscale, pencil sketch."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ __all__ = ["BitDepth", "Greyscale", "Sketch"]
 
 
 class _BitSupport(Support):
+    """The high bits are known."""
+
     restricts = truncates = True
 
     def __init__(self, y: Tensor, spec: ImageSpec, shift: int) -> None:
@@ -29,9 +31,13 @@ class _BitSupport(Support):
         lo = self.y.long()[:, None] << self.shift
         return lo, lo + ((1 << self.shift) - 1)
 
+    def step_bounds(self, v: Tensor, group: int, channel: int) -> tuple[Tensor, Tensor]:
+        lo = self.y[:, channel].long() << self.shift
+        return lo, lo + ((1 << self.shift) - 1)
+
 
 class BitDepth(Transform):
-    """Keep the `bits` high bits of every 8-bit value: x >> (8 - bits), an image of 2**bits levels."""
+    """Keep the `bits` high bits of each 8-bit value: x >> (8 - bits), of 2**bits values."""
 
     def __init__(self, bits: int = 3) -> None:
         super().__init__()
@@ -57,7 +63,7 @@ class BitDepth(Transform):
         return f"{self.bits}"
 
 
-_LUMA = (299, 587, 114)  # thousandths of red, green, blue (ITU-R BT.601)
+_LUMA = (299, 587, 114)  # weights of red, green and blue in thousandths (ITU-R BT.601)
 
 
 def _luma(x: Tensor) -> Tensor:
@@ -66,7 +72,7 @@ def _luma(x: Tensor) -> Tensor:
 
 
 class _GreySupport(Support):
-    """Blue, then red, then green: the last one, of the largest weight, has at most 2 values left."""
+    """Blue, then red, then green: the largest weight comes last and leaves at most 2 values."""
 
     restricts = truncates = True
 
@@ -76,11 +82,24 @@ class _GreySupport(Support):
 
     def bounds(self, v: Tensor) -> tuple[Tensor, Tensor]:
         weight = torch.tensor([_LUMA[c] for c in self.order], device=v.device).view(1, 1, 3, 1, 1)
-        # luma rounds half up, so the weighted sum lies in [rest, rest + 999] less what is known
-        spent = (weight * v).cumsum(2) - weight * v
-        rest = 1000 * self.y.long()[:, None] - 500 - spent
-        later = self.max_value * (weight.flip(2).cumsum(2).flip(2) - weight)
-        lo = -((later - rest) // weight)  # ceil((rest - later) / weight)
+        known = (weight * v).cumsum(2) - weight * v
+        later = weight.flip(2).cumsum(2).flip(2) - weight
+        return self._interval(self.y.long()[:, None], known, weight, later)
+
+    def step_bounds(self, v: Tensor, group: int, channel: int) -> tuple[Tensor, Tensor]:
+        weight = [_LUMA[c] for c in self.order]
+        known = torch.zeros_like(v[:, 0, 0])
+        for c in range(channel):
+            known = known + weight[c] * v[:, 0, c]
+        return self._interval(self.y[:, 0].long(), known, weight[channel], sum(weight[channel + 1 :]))
+
+    def _interval(
+        self, y: Tensor, known: Tensor, weight: Tensor | int, later: Tensor | int
+    ) -> tuple[Tensor, Tensor]:
+        """The interval of a channel of that weight, given the sum so far and the weight still to come."""
+        # luma is rounded half up: the rest of the weighted sum lies in [rest, rest + 999]
+        rest = 1000 * y - 500 - known
+        lo = -((self.max_value * later - rest) // weight)  # ceil((rest - max_value * later) / weight)
         hi = (rest + 999) // weight
         return lo.clamp(min=0), hi.clamp(max=self.max_value)
 
@@ -105,9 +124,9 @@ class Greyscale(Transform):
 
 
 class Sketch(Greyscale):
-    """A pencil sketch: the grey image dodged by its blurred inverse.
+    """A pencil sketch: the greyscale image divided by its blurred version ("colour dodge").
 
-    grey * 255 // (255 - blur(255 - grey)), clipped to 255; white where the divisor is 0.
+    min(255, grey * 255 // (255 - blur(255 - grey))); 255 where the divisor is 0.
     """
 
     def __init__(self, sigma: float = 2.0) -> None:

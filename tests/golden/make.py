@@ -1,4 +1,4 @@
-"""Writes the golden files anew: only for a new version of the format."""
+"""Writes the golden files again: only for a new version of the format."""
 
 import json
 import sys
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-if __name__ == "__main__":  # pytest looks into every module for examples
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from test_codec import (
+if __name__ == "__main__":  # pytest imports every module to look for doctests
+    sys.path.insert(0, str(Path(__file__).parents[1] / "codec"))
+    from codec_models import (
         GOLDEN,
         GOLDEN_FILES,
         fixed,

@@ -1,0 +1,161 @@
+"""Models, pictures and golden files that the tests of the codec share."""
+
+import functools
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import selfvae
+from selfvae.codec import (
+    Codec,
+    tables,
+)
+from selfvae.codec.ans import ANSCoder
+from selfvae.codec.float64 import SideInformation
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def fixed(name: str = "selfvae-halve", **options: Any) -> selfvae.SelfVAE:
+    """A small model whose weights are the same on every machine: multiples of 1/1000."""
+    how = {"image_shape": (3, 16, 16), "width": 0.06, "components": 3, "latents": "none", **options}
+    model = selfvae.build(name, "tiny", **how)
+    for i, (key, value) in enumerate(sorted(model.state_dict().items())):
+        if key.endswith("initialised"):
+            value.fill_(True)
+            continue
+        n = torch.arange(value.numel()).view(value.shape) * 7919 + 104729 * (i + 1)
+        value.copy_((n % 1009 - 504) / 1000 * (0.3 if key.endswith("gain") else 1.0))
+    return model
+
+
+def bits(model: selfvae.SelfVAE, x: Tensor) -> float:
+    """The negative ELBO in bits per image, from one draw."""
+    with torch.no_grad():
+        return -model(x).elbo.mean().item() / math.log(2)
+
+
+def gaussian(name: str = "selfvae", prior: str = "flow", **options: Any) -> selfvae.SelfVAE:
+    """A fixed model with Gaussian latents."""
+    how = {"latent_channels": 2, "width": 0.03, "backbone": "residual", **options}
+    return fixed(name, latents="all", prior=prior, **how)
+
+
+@functools.cache
+def cached_codec(which: str) -> Codec:
+    """A codec without latents ("halve") or with Gaussian ones ("gaussian")."""
+    return Codec({"halve": fixed, "gaussian": gaussian}[which]())
+
+
+def mean_bits(model: selfvae.SelfVAE, x: Tensor, draws: int = 16) -> float:
+    """The negative ELBO in bits per image, as a mean over draws."""
+    torch.manual_seed(0)
+    return sum(bits(model, x) for _ in range(draws)) / draws
+
+
+def golden_tables() -> list[np.ndarray]:
+    return [
+        tables.weight_table(), tables.inverse_table(), *tables._tail_table("logistic"),
+        *tables._tail_table("normal"), tables.ratio_table(),
+    ]  # fmt: skip
+
+
+_RESIDUAL = {"width": 0.03, "backbone": "residual"}
+_DENSE = {"width": 0.03, "depth": 0.4, "backbone": "dense", "inner_elu": True}
+
+# name: model and picture's size; "wide" has more positions than are coded at once, and several tiles
+GOLDEN_FILES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
+    "colour": ({}, (3, 13, 9)),
+    "grey": ({}, (1, 13, 9)),
+    "one-pixel": ({}, (3, 1, 1)),
+    "wide": ({}, (3, 100, 500)),
+    "quincunx": ({"name": "selfvae-quincunx", "shared": True}, (3, 13, 9)),
+    "means": ({"name": "selfvae", "transforms": ("mean2",), **_DENSE}, (3, 9, 9)),
+    "greyscale": ({"name": "selfvae", "transforms": ("grey",), **_DENSE}, (3, 9, 9)),
+    "bits": ({"name": "selfvae", "transforms": ("bits3",), **_DENSE}, (3, 9, 9)),
+    "raw": ({"name": "srvae", **_DENSE}, (3, 9, 9)),
+    "latents": (
+        {"name": "selfvae", "latents": "all", "posterior": "uniform", "prior": "logistic", **_DENSE},
+        (3, 9, 9),
+    ),
+    "flow": ({"name": "selfvae", "latents": "all", "prior": "flow", **_DENSE}, (3, 21, 30)),
+    "flow-plain": ({"name": "vae", "latents": "all", "prior": "flow", **_DENSE}, (3, 1, 1)),
+    "mixture": ({"name": "selfvae-3", "latents": "all", "prior": "mog-local", **_DENSE}, (3, 21, 30)),
+    "mixture-whole": (
+        {"name": "vae", "latents": "all", "prior": "mog", "prior_components": 10, **_DENSE}, (3, 15, 16),
+    ),
+    # written when their priors were called "flow" and "mog"
+    "residual-flow": (
+        {"name": "selfvae", "latents": "all", "prior": "flow-residual", **_RESIDUAL}, (3, 21, 30),
+    ),
+    "residual-flow-plain": (
+        {"name": "vae", "latents": "all", "prior": "flow-residual", **_RESIDUAL}, (3, 1, 1),
+    ),
+    "residual-mixture": (
+        {"name": "selfvae-3", "latents": "all", "prior": "mog-local", **_RESIDUAL}, (3, 21, 30),
+    ),
+}  # fmt: skip
+VERSION_1 = {"colour", "grey", "one-pixel", "wide"}  # the other models came later
+
+
+def golden_checksums() -> dict[str, Any]:
+    return json.loads((GOLDEN / "checksums.json").read_text())
+
+
+def golden_codec(name: str) -> Codec:
+    return Codec(fixed(**GOLDEN_FILES[name][0]))
+
+
+def golden_picture(shape: tuple[int, int, int]) -> Tensor:
+    """Ramps with a little noise that is the same on every machine, uint8 (1, C, H, W)."""
+    channels, height, width = shape
+    i = torch.arange(channels * height * width).view(1, *shape)
+    return ((i % width) + (i // width % height) * 2 + i * 7919 % 17).remainder(256).byte()
+
+
+def golden_album(n: int) -> list[tuple[str, Tensor]]:
+    return [(f"{i}.png", golden_picture((3, 4, 5 + i // 500)).roll(i, 3)) for i in range(n)]
+
+
+def uniform_words() -> int:
+    stack, i = ANSCoder(), np.arange(20_000, dtype=np.int64)
+    sizes = np.array([2, 3, 13, 17, 75, 223_635, 1 << 18])[i % 7]
+    stack.uniform(sizes, i * 7919 % sizes)
+    stack.push()
+    words = stack.words()
+    assert np.array_equal(ANSCoder(words).uniform(sizes), i * 7919 % sizes)
+    return zlib.crc32(words.astype("<u4").tobytes())
+
+
+def snapped(x: Tensor, latents: str = "none") -> np.ndarray:
+    """All values that are rounded when x is coded by a model of the usual width, in grid steps."""
+    seen: list[np.ndarray] = []
+    plain = SideInformation.quantize
+
+    def keep(self: SideInformation, value: np.ndarray, at: int | None = None) -> np.ndarray:
+        seen.append(np.broadcast_to(value, value.shape).ravel().copy())
+        return plain(self, value, at)
+
+    if latents == "none":
+        codec = Codec(fixed(width=0.25, image_shape=(3, 32, 32)))
+    else:
+        codec = Codec(gaussian(width=0.1, image_shape=(3, 32, 32), backbone="dense"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SideInformation, "quantize", keep)
+        codec.push(x, ANSCoder())
+    return np.concatenate(seen)
+
+
+def mixed_album(picture: Tensor) -> list[tuple[str, Tensor]]:
+    """Ten pictures: some alike in size, some grey, one of a pixel."""
+    album = [(f"deep/{i}.png", (picture.int() + i).clamp(max=255).byte()) for i in range(6)]
+    album.insert(2, ("grey.png", picture[:, :1]))
+    album += [("small.jpg", picture[:, :, :5, :7]), ("one.png", picture[:, :, :1, :1])]
+    return [*album, ("grey small.png", picture[:, :1, :5, :7])]

@@ -1,0 +1,220 @@
+"""Golden files, and decoding on machines whose floating-point results differ."""
+
+import copy
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from codec_models import (
+    GOLDEN,
+    GOLDEN_FILES,
+    VERSION_1,
+    fixed,
+    gaussian,
+    golden_checksums,
+    golden_codec,
+    golden_picture,
+    snapped,
+)
+from torch import Tensor
+
+from selfvae.codec import (
+    Archive,
+    Codec,
+    CodecError,
+    float64,
+    pack,
+    read_header,
+)
+from selfvae.nn.flows import Coupling
+
+
+class Noisy:
+    """Context in which noise of at most `size` is added to the outputs of all networks."""
+
+    def __init__(self, codec: Codec, size: float) -> None:
+        self.codec, self.size = codec, size
+
+    def __enter__(self) -> None:
+        def add(module: Any, inputs: Any, output: Tensor) -> Tensor:
+            return output + self.size * (2 * torch.rand_like(output) - 1)
+
+        nets = [net for level in self.codec.model.levels for net in (level.encoder, level.decoder) if net]
+        for level in self.codec.model.levels[:-1]:
+            nets += [level.prior_net] if level.has_latent else []
+        nets += [m.net for m in self.codec.model.modules() if isinstance(m, Coupling)]
+        self.hooks = [net.register_forward_hook(add) for net in nets]
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+_PLAIN_CPU = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
+
+
+# grid steps per unit of a network's output, at most: a mean without prediction moves by half of 255 grey
+# levels, in steps of 1/32
+STEPS = 127.5 * 32
+
+
+@pytest.mark.parametrize("margin", [float64.MARGIN, 0.01])
+def test_noise_below_the_margin_changes_nothing(
+    picture: Tensor, margin: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the true margin, and with one so wide that the side information covers hundreds of values."""
+    monkeypatch.setattr(float64, "MARGIN", margin)
+    codec = Codec(fixed())
+    data = codec.compress(picture)
+    noted = sum(part.side for part in read_header(data).parts)
+    assert noted > 500 or margin == float64.MARGIN
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with Noisy(codec, 0.9 * margin / STEPS):
+            assert torch.equal(codec.decompress(data), picture)
+    with Noisy(codec, 0.01), pytest.raises(CodecError, match="does not come back as it was"):
+        codec.decompress(data)
+
+
+@pytest.mark.parametrize("margin", [float64.MARGIN, 0.01])
+def test_noise_in_the_networks_of_latents(
+    picture: Tensor, margin: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(float64, "MARGIN", margin)
+    for model in (
+        gaussian(),
+        gaussian("selfvae-3", "mog-local"),
+        gaussian(posterior="uniform", prior="logistic"),
+    ):
+        codec = Codec(model)
+        data, album = codec.compress(picture), [(str(i), picture) for i in range(4)]
+        archive = pack(codec, album)
+        for seed in range(2):
+            torch.manual_seed(seed)
+            with Noisy(codec, 0.1 * margin / STEPS):  # latents that are computed move with it
+                assert torch.equal(codec.decompress(data), picture)
+                assert all(torch.equal(x, picture) for _, x in Archive(codec, archive))
+        with Noisy(codec, 0.1), pytest.raises(CodecError):
+            codec.decompress(data)
+
+
+# run in a process without the usual vector instructions: values that are rounded, and golden files
+_SCRIPT = """
+import sys
+sys.path.insert(0, "tests/codec")
+import numpy as np, torch
+from codec_models import VERSION_1, golden_picture, snapped
+from test_golden import test_golden_archives, test_golden_files
+assert torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+x = golden_picture((3, 32, 32))
+np.savez(sys.argv[1], none=snapped(x, "none"), all=snapped(x, "all"))
+for name in ("colour", "latents", "flow", "flow-plain", "mixture", "mixture-whole", "quincunx"):
+    test_golden_files(2, name)
+test_golden_archives(2, "drawn", "flow", 10)
+print("ok")
+"""
+
+
+@pytest.fixture(scope="module")
+def plain_cpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The finished process, and the file of its values."""
+    file = tmp_path_factory.mktemp("plain") / "values.npz"
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, str(file)],
+        env=_PLAIN_CPU, cwd=Path(__file__).parents[2], capture_output=True, text=True,
+    )  # fmt: skip
+    return done, file
+
+
+@pytest.mark.parametrize("latents", ["none", "all"])
+def test_the_margin_is_a_thousand_times_what_computers_differ_by(
+    plain_cpu: tuple[subprocess.CompletedProcess[str], Path], latents: str
+) -> None:
+    """1 and 2 threads, with and without oneDNN, and a process without the usual vector instructions."""
+    x = golden_picture((3, 32, 32))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = snapped(x, latents)
+        torch.set_num_threads(2)
+        others = [snapped(x, latents)]
+        with torch.backends.mkldnn.flags(enabled=False):
+            others.append(snapped(x, latents))
+    finally:
+        torch.set_num_threads(threads)
+    done, file = plain_cpu
+    assert file.exists(), done.stderr
+    others.append(np.load(file)[latents])
+    differences = [np.abs(one - other).max() for other in others]
+    assert differences[-1] > 0  # else the process computed exactly the same and nothing was tested
+    assert 1000 * max(differences) < float64.MARGIN
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_reads_what_a_cpu_wrote_and_the_other_way(picture: Tensor) -> None:
+    mixtures = (
+        gaussian("vae", "mog-local"),
+        gaussian("selfvae-3", "mog-local"),
+        gaussian("selfvae-3", "normal"),
+    )
+    for model in (fixed(), gaussian(), gaussian("vae"), *mixtures):
+        here, there = Codec(model), Codec(copy.deepcopy(model).cuda())
+        for a, b in ((here, there), (there, here)):
+            assert torch.equal(a.decompress(b.compress(picture)), picture)
+            album = [(str(i), picture) for i in range(3)]
+            assert all(torch.equal(x, picture) for _, x in Archive(a, pack(b, album)))
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [*((1, name) for name in GOLDEN_FILES if name in VERSION_1), *((2, name) for name in GOLDEN_FILES)],
+)
+def test_golden_files(version: int, name: str) -> None:
+    data = (GOLDEN / f"{version}/{name}.svae").read_bytes()
+    assert read_header(data).version == version
+    x = golden_codec(name).decompress(data)
+    assert [list(x.shape), zlib.crc32(x.numpy().tobytes())] == golden_checksums()[name]
+
+
+def test_every_golden_file_is_read() -> None:
+    for version, names in ((1, VERSION_1), (2, set(GOLDEN_FILES))):
+        assert {file.stem for file in (GOLDEN / str(version)).glob("*.svae")} == names
+        archives = {file.stem for file in (GOLDEN / str(version)).glob("*.svaes")}
+        assert archives == {file for v, file, *_ in ARCHIVES if v == version}
+
+
+@pytest.mark.parametrize("name", [name for name in GOLDEN_FILES if name != "wide"])
+def test_the_encoder_writes_the_golden_files(name: str) -> None:
+    """Byte for byte, on processors like the one that wrote them."""
+    x = golden_picture(GOLDEN_FILES[name][1])
+    data = golden_codec(name).compress(x, verify=False)
+    assert data == (GOLDEN / f"2/{name}.svae").read_bytes()
+
+
+ARCHIVES = [
+    (1, "all", "colour", 600),
+    (2, "all", "colour", 600),
+    (2, "drawn", "flow", 10),
+    (2, "residual-drawn", "residual-flow", 10),
+]
+
+
+@pytest.mark.parametrize(("version", "file", "model", "n"), ARCHIVES)
+def test_golden_archives(version: int, file: str, model: str, n: int) -> None:
+    archive = Archive(golden_codec(model), (GOLDEN / f"{version}/{file}.svaes").read_bytes())
+    sums = [[name, zlib.crc32(x.numpy().tobytes())] for name, x in archive]
+    assert sums == golden_checksums()["archive"][:n] and len(sums) == n
+
+
+def test_golden_files_with_other_instructions(
+    plain_cpu: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    """In a process without the usual vector instructions."""
+    assert plain_cpu[0].stdout.strip() == "ok", plain_cpu[0].stderr

@@ -1,0 +1,113 @@
+"""The Pillow plugin, the commands for files, and the benchmark of formats."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from codec_models import fixed
+from PIL import Image, ImageFile
+from torch import Tensor
+
+import selfvae
+from selfvae.cli import main
+from selfvae.codec import (
+    Codec,
+    CodecError,
+    plugin,
+    use,
+)
+
+
+def test_pillow(codec: Codec, picture: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "_codecs", {})
+    image = Image.fromarray(picture[0].permute(1, 2, 0).numpy())
+    with pytest.raises(CodecError, match="which model"):
+        image.save(tmp_path / "x.svae")
+    use(fixed())
+    image.save(tmp_path / "x.svae")
+    image.convert("L").save(tmp_path / "grey.svae")
+    opened = Image.open(tmp_path / "x.svae")
+    assert (opened.format, opened.mode, opened.size) == ("SVAE", "RGB", image.size)
+    assert opened.tobytes() == image.tobytes()
+    assert Image.open(tmp_path / "grey.svae").tobytes() == image.convert("L").tobytes()
+    with pytest.raises(OSError, match="cannot write mode RGBA"):
+        image.convert("RGBA").save(tmp_path / "alpha.svae")
+    data = (tmp_path / "x.svae").read_bytes()
+    with pytest.raises(CodecError, match="cut short"):
+        Image.open(io.BytesIO(data[:-9])).load()
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert Image.open(io.BytesIO(data[:-9])).size == image.size
+    Image.open(io.BytesIO(data[:-9])).load()
+    plugin._codecs.clear()
+    with pytest.raises(CodecError, match="needs the model"):
+        Image.open(tmp_path / "x.svae").load()
+
+
+def test_commands(picture: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    selfvae.save(fixed(), tmp_path / "run")
+    run = ["--model", str(tmp_path / "run")]
+    pictures = tmp_path / "in"
+    (pictures / "deep").mkdir(parents=True)
+    image = Image.fromarray(picture[0].permute(1, 2, 0).numpy())
+    image.save(pictures / "a.png")
+    image.convert("L").save(pictures / "deep" / "b.png")
+    packed, back = tmp_path / "packed", tmp_path / "back"
+    assert main(["compress", str(pictures), str(packed), *run]) == 0
+    assert main(["decompress", str(packed), str(back), *run]) == 0
+    for name in ("a.png", "deep/b.png"):
+        one, two = Image.open(pictures / name), Image.open(back / name)
+        assert one.mode == two.mode and one.tobytes() == two.tobytes()
+    file = packed / "a.svae"
+    capsys.readouterr()
+    assert main(["info", str(file), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    parts = [value for key, value in told.items() if key[0] == "y"]
+    assert told["header_bytes"] + sum(parts) == told["bytes"] == file.stat().st_size and len(parts) == 5
+    assert main(["decompress", str(file), str(tmp_path / "y2.png"), "--upto", "y2", *run]) == 0
+    assert Image.open(tmp_path / "y2.png").size == (16, 12)
+    short = tmp_path / "short.svae"
+    short.write_bytes(file.read_bytes()[:-200])
+    assert main(["info", str(short)]) == 0
+    assert "missing_bytes" in capsys.readouterr().out
+    assert main(["decompress", str(short), str(tmp_path / "s.png"), *run]) == 2
+    assert "--partial" in capsys.readouterr().err and not (tmp_path / "s.png").exists()
+    assert main(["decompress", str(short), str(tmp_path / "s.png"), "--partial", *run]) == 0
+    # what would lose something is refused
+    image.putalpha(100)
+    image.save(pictures / "alpha.png")
+    Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(pictures / "deep.png")
+    (pictures / "deep.ppm").write_bytes(b"P6 1 1 65535\n" + bytes(6))
+    (pictures / "ten.ppm").write_bytes(b"P6 1 1 1023\n" + bytes(6))
+    (pictures / "bomb.pgm").write_bytes(b"P5 20000 20000 255\n")
+    (pictures / "short.pgm").write_bytes(b"P5 100 100 255\n")
+    image.convert("CMYK").save(pictures / "cmyk.tif")
+    image.convert("P").save(pictures / "two.gif", save_all=True, append_images=[image.rotate(90)])
+    for name, words in (
+        ("alpha.png", "alpha channel"), ("deep.png", "than 8 bits"), ("deep.ppm", "than 8 bits"),
+        ("ten.ppm", "than 8 bits"), ("bomb.pgm", "cannot be read"), ("short.pgm", "cannot be read"),
+        ("cmyk.tif", "neither grey nor RGB"), ("two.gif", "holds 2 pictures"),
+    ):  # fmt: skip
+        assert main(["compress", str(pictures / name), str(tmp_path / "x.svae"), *run]) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "x.svae").exists()
+    assert main(["compress", str(pictures / "a.png"), str(tmp_path / "x.png"), *run]) == 2
+    assert "ends in .svae" in capsys.readouterr().err
+
+
+def test_a_format_that_cannot_hold_a_picture_is_left_out(
+    codec: Codec, picture: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from selfvae.codec import bench
+
+    def file(image: Image.Image, format: str, options: dict[str, Any]) -> bytes:
+        if format == "WEBP":
+            raise ValueError("too large")
+        return whole(image, format, options)
+
+    whole = bench._file
+    monkeypatch.setattr(bench, "_file", file)
+    with pytest.warns(UserWarning, match="WebP is left out: too large"):
+        result = bench.bench(codec, [picture, picture], prefixes=False)
+    assert {"PNG", "selfvae"} <= set(result["lossless"]) and "WebP" not in result["lossless"]

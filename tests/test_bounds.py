@@ -204,7 +204,7 @@ def test_bounds_from_the_same_draws(images: Tensor) -> None:
 
 def test_scores_of_a_data_set(images: Tensor) -> None:
     model = build("selfvae-3", images)
-    scores = evaluate(model, Images(images.numpy()), iw=4, batch_size=3)
+    scores = evaluate(model, Images(images.numpy()), iwae_samples=4, batch_size=3)
     assert scores["elbo_bits_per_dim"] > scores["iwae_bits_per_dim"]
     for kind in ("re", "kl"):
         assert scores[f"{kind}_bits_per_dim"] == pytest.approx(

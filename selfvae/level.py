@@ -22,14 +22,15 @@ Posterior = DiagonalNormal | UnitUniform
 class Level(nn.Module):
     """q(z | y), p(z | y_up, z_up) and p(y | y_up, z) for images y of one spec.
 
-    Arguments:
+    Args:
         spec: channels and levels of y.
         transform: d, with y_up = d(y). At the top it is `Null`: y_up tells the size and nothing else.
         decoder: network (context, z) -> pixel parameters, at y's resolution, or one position a block where
             the transform keeps pixels (`Subsampling`): then only the dropped ones are modelled.
         encoder, prior: networks of the latent; both None for a level without one.
-        consistent: truncate the likelihood to the images with d(y) = y_up, where d tells them.
-        anchored: add d's plain estimate of y to every component's mean.
+        consistent: truncate the likelihood to the images with d(y) = y_up, where d tells them
+            (`Transform.restricts`); the attribute `consistent` says whether that is so.
+        residual_mean: add d's plain estimate of y to every component's mean.
         rounded: the latent's posterior is a `UnitUniform`, its conditional prior a `NoisyLogistic`; else
             both are Gaussian.
         coefficients: how earlier channels shift later ones (see `PixelMixture`).
@@ -53,7 +54,8 @@ class Level(nn.Module):
             raise ValueError("a latent needs both an encoder and a prior; got one of them")
         self.spec, self.transform = spec, transform
         self.encoder, self.prior_net, self.decoder = encoder, prior, decoder
-        self.consistent, self.residual_mean, self.coefficients = consistent, residual_mean, coefficients
+        self.consistent = consistent and transform.restricts(spec)
+        self.residual_mean, self.coefficients = residual_mean, coefficients
         self.rounded = rounded
 
     @property

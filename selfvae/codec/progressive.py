@@ -20,7 +20,7 @@ from selfvae.codec.float64 import QuantizedMixture, SideInformation
 from selfvae.codec.latents import FINE, Gaussian, InsufficientBits, Latent, Rounded, fixed_noise_sample
 from selfvae.hub import fingerprint
 from selfvae.level import Level
-from selfvae.model import SelfVAE
+from selfvae.model import SelfVAE, round_up
 from selfvae.operations import SamplingOptions, complete, infer, variables
 from selfvae.progress import Track, no_progress
 from selfvae.tiling import split, tiled
@@ -48,10 +48,6 @@ def _tensor(value: Value) -> Tensor:
 def _part(of: slice, length: int, whole: int) -> slice:
     """A slice of something `whole` long, for something as wide and `length` long."""
     return slice(of.start * length // whole, of.stop * length // whole)
-
-
-def _up(n: int, unit: int) -> int:
-    return -(-n // unit) * unit
 
 
 def _mask(y: Tensor, inside: tuple[int, int] | None) -> Tensor:
@@ -347,12 +343,13 @@ class Codec:
         # a tile holds whole blocks, and whole positions of the latent
         least = level.multiple if z is not None else 1
         units = [math.lcm(s, b, least) // s for s, b in zip(scale, level.transform.block, strict=True)]
+        margin = round_up((_MARGIN, _MARGIN), (units[0], units[1]))
         y = torch.zeros(n, level.spec.channels, height * scale[0], width * scale[1], dtype=torch.uint8)
         coded = _mask(y, inside)
         tiles = [
             (r, c)
-            for r in split(height, _TILE // units[0] * units[0] or units[0], _up(_MARGIN, units[0]))
-            for c in split(width, _TILE // units[1] * units[1] or units[1], _up(_MARGIN, units[1]))
+            for r in split(height, _TILE // units[0] * units[0] or units[0], margin[0])
+            for c in split(width, _TILE // units[1] * units[1] or units[1], margin[1])
         ]
         for r, c in track(tiles, name):
             part = None
@@ -430,8 +427,7 @@ class Codec:
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
         """The size that is computed for a picture: what the model's levels divide, in pixels."""
-        rows, cols = self.model.multiples[0]
-        return _up(height, rows), _up(width, cols)
+        return round_up((height, width), self.model.multiples[0])
 
     def check_model(self, found: bytes) -> None:
         """Raise CodecError if the fingerprint found in a file is not this model's."""

@@ -216,7 +216,7 @@ def write(x: Tensor, path: str | Path, alpha: Tensor | None = None) -> None:
 def check_ending(path: Path, alpha: bool = False) -> str:
     """The kind of file that the ending of `path` says; ValueError for none, or none that holds alpha."""
     kind = Image.registered_extensions().get(path.suffix.lower(), "")
-    if kind not in Image.SAVE or kind == "SVAE":  # which Pillow knows once selfvae.codec is imported
+    if kind not in Image.SAVE or kind == "SVAE":  # which Pillow knows once `selfvae.codec.use` was called
         raise _RefusedError(f"{path}: a picture file ends in .png, .webp, .jpg, ...; got {path.suffix!r}")
     if alpha and kind not in ("PNG", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000"):
         raise _RefusedError(f"{path}: {kind} files hold no alpha channel: write .png or .webp")

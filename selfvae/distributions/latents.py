@@ -1,4 +1,7 @@
-"""Distributions of the latents: each has log_prob(z) -> (B,) nats and sample(temperature) -> z."""
+"""Distributions of the latents: each has log_prob(z) -> (B,) nats and sample(temperature, generator) -> z.
+
+A generator must be on the parameters' device; None stands for torch's global random state.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,9 @@ def soft_limit(raw: Tensor, limit: float = 7.0) -> Tensor:
     return limit * torch.tanh(raw / limit)
 
 
-def randn_like(x: Tensor) -> Tensor:
+def randn_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Normal numbers of x's shape, the same at the same places whatever x's memory layout."""
-    return torch.randn_like(x, memory_format=torch.contiguous_format)
+    return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
 
 
 class DiagonalNormal:
@@ -47,9 +50,9 @@ class DiagonalNormal:
         square = (z - self.mean) ** 2 * torch.exp(-self.log_var)
         return -0.5 * (square + self.log_var + _LOG_2PI).flatten(1).sum(1)
 
-    def sample(self, temperature: float = 1.0) -> Tensor:
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """A reparameterised draw (B, C, h, w); temperature scales the standard deviation."""
-        noise = randn_like(self.mean)
+        noise = randn_like(self.mean, generator)
         return self.mean + temperature * torch.exp(0.5 * self.log_var) * noise
 
     def mode(self) -> Tensor:
@@ -83,9 +86,9 @@ class UnitUniform:
         inside = ((z - self.mean).abs() <= 0.5 + 1e-4).flatten(1).all(1)
         return torch.where(inside, 0.0, -torch.inf)
 
-    def sample(self, temperature: float = 1.0) -> Tensor:
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """A reparameterised draw (B, C, h, w); temperature scales the box, 0 is its mean."""
-        return self.mean + temperature * (rand_like(self.mean) - 0.5)
+        return self.mean + temperature * (rand_like(self.mean, generator) - 0.5)
 
     def mode(self) -> Tensor:
         """The whole number nearest to the mean (B, C, h, w), among the 256 that can be coded."""
@@ -118,9 +121,9 @@ class NoisyLogistic:
         each = F.logsigmoid(upper) + F.logsigmoid(-lower) + log1mexp(inverse)
         return each.flatten(1).sum(1)
 
-    def sample(self, temperature: float = 1.0) -> Tensor:
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """A whole number, as float (B, C, h, w); temperature scales the logistic."""
-        u = rand_like(self.mean).clamp(1e-6, 1 - 1e-6)
+        u = rand_like(self.mean, generator).clamp(1e-6, 1 - 1e-6)
         z = self.mean + temperature * torch.exp(self.log_scale) * torch.logit(u)
         return torch.floor(z + 0.5).clamp(-128, 127)
 
@@ -150,12 +153,12 @@ class GaussianMixture:
         weight = torch.log_softmax(self.logits, 0)[None, :, None, None]
         return torch.logsumexp(weight + each, 1).flatten(1).sum(1)
 
-    def sample(self, temperature: float = 1.0) -> Tensor:
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """A draw (B, C, h, w); temperature scales the standard deviations."""
         b, h, w = self.shape
-        pick = torch.multinomial(torch.softmax(self.logits, 0), b * h * w, replacement=True)
+        pick = torch.multinomial(torch.softmax(self.logits, 0), b * h * w, True, generator=generator)
         mean, std = self.means[pick], torch.exp(0.5 * self.log_vars[pick])
-        z = mean + temperature * std * randn_like(mean)
+        z = mean + temperature * std * randn_like(mean, generator)
         return z.view(b, h, w, -1).permute(0, 3, 1, 2).contiguous()
 
     def mode(self) -> Tensor:

@@ -27,9 +27,12 @@ _LOG_SCALE_START, _LOG_SCALE_START_RESIDUAL = -1.5, -3.5
 _REACH, _REACH_RESIDUAL = 1.0, 0.1
 
 
-def rand_like(x: Tensor) -> Tensor:
-    """Uniform numbers of x's shape, the same at the same places whatever x's memory layout."""
-    return torch.rand_like(x, memory_format=torch.contiguous_format)
+def rand_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Uniform numbers of x's shape, the same at the same places whatever x's memory layout.
+
+    generator: on x's device; None: torch's global random state.
+    """
+    return torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
 
 
 def to_unit(x: Tensor, num_values: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -84,7 +87,9 @@ class _Logistics:
         ratio = _log_sigmoid_ratio(b, above) + _log_sigmoid_ratio(minus_a, below)
         return ratio + log1mexp(width) - log1mexp(full)
 
-    def sample(self, bounds: tuple[Tensor, Tensor], temperature: float) -> Tensor:
+    def sample(
+        self, bounds: tuple[Tensor, Tensor], temperature: float, generator: torch.Generator | None
+    ) -> Tensor:
         """A value in the bounds, by the inverse distribution function in the log domain; int64."""
         lo, hi = (edge.to(self.mean.dtype) for edge in bounds)
         inv = self.inverse_scale / max(temperature, 1e-6)
@@ -93,7 +98,7 @@ class _Logistics:
         low = torch.where(lo <= 0, -torch.inf, (lo - 0.5 - self.mean) * inv)
         high = torch.where(hi >= self.max_value, torch.inf, (hi + 0.5 - self.mean) * inv)
         low, high = torch.where(flip < 0, -high, low), torch.where(flip < 0, -low, high)
-        u = rand_like(self.mean).clamp(1e-7, 1 - 1e-7)
+        u = rand_like(self.mean, generator).clamp(1e-7, 1 - 1e-7)
         log_u = torch.logaddexp(
             F.logsigmoid(low) + torch.log1p(-u), F.logsigmoid(high) + torch.log(u)
         ).clamp(max=-1e-7)
@@ -109,7 +114,8 @@ class PixelMixture:
     known, is added to every component's mean. Coefficients act on the earlier channels' values ("raw", in
     PixelCNN++) or on their distance from the component's own mean ("residual").
 
-    Source: Salimans et al. 2017 (PixelCNN++), section 2.1; SPEC section 2 for the truncation.
+    Source: Salimans et al. 2017 (PixelCNN++), section 2.1; docs/spec.md, section
+    Consistency, for the truncation.
     """
 
     def __init__(
@@ -215,7 +221,12 @@ class PixelMixture:
             table = table.masked_fill(outside[:, :, 0], -torch.inf)
         return table[:, 0]
 
-    def _fill(self, pick_component: Tensor, temperature: float | None) -> Tensor:
+    def _fill(
+        self,
+        pick_component: Tensor,
+        temperature: float | None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """Go through the coding order with one component a position; None takes its mean."""
         b, g, c, _, h, w = self.offsets.shape
         v = torch.zeros(b, g, c, h, w, dtype=torch.long, device=self.offsets.device)
@@ -233,20 +244,21 @@ class PixelMixture:
                 if temperature is None:
                     value = torch.round(one.mean.clamp(0, self.spec.max_value)).long().clamp(lo, hi)
                 else:
-                    value = one.sample((lo, hi), temperature)
+                    value = one.sample((lo, hi), temperature, generator)
                 v[:, group, channel] = value
         return self.support.merge(v).to(torch.uint8)
 
     @torch.no_grad()
-    def sample(self, temperature: float = 1.0) -> Tensor:
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """A draw, uint8 (B, C, H, W): the component, then channel after channel, phase after phase.
 
         temperature scales the logistics and sharpens the choice of component; 0 is `mode`.
+        generator: on the parameters' device; None: torch's global random state.
         """
         if temperature <= 0:
             return self.mode()
-        noise = -torch.log(-torch.log(rand_like(self.logits).clamp(1e-9, 1 - 1e-7)))
-        return self._fill((self.logits / temperature + noise).argmax(2), temperature)
+        noise = -torch.log(-torch.log(rand_like(self.logits, generator).clamp(1e-9, 1 - 1e-7)))
+        return self._fill((self.logits / temperature + noise).argmax(2), temperature, generator)
 
     @torch.no_grad()
     def mode(self) -> Tensor:

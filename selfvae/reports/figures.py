@@ -6,14 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Unpack
 
-import torch
 from torch import Tensor
 
 from selfvae.data.pictures import show
 from selfvae.data.sheets import save_figure
 from selfvae.distributed import distributed_map, on_rank_zero
 from selfvae.files import write_atomic
-from selfvae.model import SelfVAE
+from selfvae.model import SelfVAE, spread_levels
 from selfvae.operations import (
     SamplingOptions,
     complete,
@@ -32,7 +31,7 @@ from selfvae.transforms import ImageSpec, Transform
 __all__ = ["draw_figures"]
 
 Row = tuple[str, Tensor]
-_LEVELS = 3  # of a long chain of computed images, so many are shown
+_LEVELS = 3  # shown of the computed images of a long chain
 
 
 def draw_figures(model: SelfVAE, x: Tensor, out: str | Path, **how: Unpack[SamplingOptions]) -> list[Path]:
@@ -73,14 +72,6 @@ def draw_figures(model: SelfVAE, x: Tensor, out: str | Path, **how: Unpack[Sampl
     return [*files, out / "index.html"]
 
 
-def _shown_levels(model: SelfVAE) -> list[int]:
-    """k of the computed images worth a row: all, or some spread over a long chain."""
-    top = len(model.levels) - 1
-    if top <= _LEVELS:
-        return list(range(1, top + 1))
-    return torch.linspace(1, top, _LEVELS).round().int().tolist()
-
-
 def _computed(model: SelfVAE, x: Tensor) -> dict[str, Tensor]:
     """The images that x determines, as seen by the eye, by name."""
     values = infer(model, x, "x")
@@ -99,7 +90,7 @@ def _operations(model: SelfVAE) -> list[tuple[str, str]]:
 def _reconstructions(model: SelfVAE, x: Tensor, **how: Unpack[SamplingOptions]) -> list[Row]:
     computed = _computed(model, x)
     rows = [("the images", computed["y0"])]
-    rows += [(f"y{k}, computed", computed[f"y{k}"]) for k in _shown_levels(model)]
+    rows += [(f"y{k}, computed", computed[f"y{k}"]) for k in spread_levels(model, _LEVELS, first=1)]
     for name, label in _operations(model):
         rows.append((label, show(reconstruct(model, x, name, **how), model.spec)))
     return rows
@@ -108,7 +99,7 @@ def _reconstructions(model: SelfVAE, x: Tensor, **how: Unpack[SamplingOptions]) 
 def _conditional(model: SelfVAE, x: Tensor, **how: Unpack[SamplingOptions]) -> list[Row]:
     computed, seed = _computed(model, x), how.get("seed")
     rows = []
-    for k in _shown_levels(model):
+    for k in spread_levels(model, _LEVELS, first=1):
         rows.append((f"y{k}, given", computed[f"y{k}"]))
         y = infer(model, x, f"y{k}")[f"y{k}"]
         for draw in range(2):
@@ -122,7 +113,7 @@ def _generations(model: SelfVAE, x: Tensor, **how: Unpack[SamplingOptions]) -> l
     drawn = complete(model, {}, (x.shape[0], x.shape[2], x.shape[3]), **how)
     return [
         (f"y{k}" if k else "x", show(drawn[f"y{k}"], model.levels[k].spec))
-        for k in [*reversed(_shown_levels(model)), 0]
+        for k in [*reversed(spread_levels(model, _LEVELS, first=1)), 0]
     ]
 
 

@@ -156,6 +156,12 @@ class Transform(nn.Module):
         """What y (B, c, h, w) leaves open of x, whose spec is given."""
         return Support(y, spec)
 
+    def restricts(self, spec: ImageSpec) -> bool:
+        """Whether y leaves less than everything open of x, whose spec is given: see `support`."""
+        rows, cols = (n // scale for n, scale in zip(self.block, self.scale, strict=True))
+        y = torch.zeros(1, self.output_spec(spec).channels, rows, cols, dtype=torch.uint8)
+        return self.support(y, spec).restricts
+
     def estimate(self, y: Tensor, spec: ImageSpec) -> Tensor:
         """A plain guess at x from y alone: (B, C, H, W) on x's scale of 0..num_values-1.
 

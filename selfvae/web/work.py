@@ -21,7 +21,7 @@ from selfvae.data.pictures import Picture, show, to_image, to_spec
 from selfvae.data.sheets import figure, magnify, to_rgb
 from selfvae.data.sources import square
 from selfvae.metrics.enhancement import baseline_enhancement, psnr
-from selfvae.model import SelfVAE
+from selfvae.model import SelfVAE, round_up, spread_levels
 from selfvae.progress import Track, no_progress
 from selfvae.tiling import tiled_if_large
 
@@ -32,7 +32,7 @@ __all__ = [
 
 _GAPS = ("selfvae-photos-x2", "selfvae-photos-grey", "selfvae-photos-bits")
 _CODEC, _SMALL, _LATENT = "selfvae-photos", "selfvae-cifar10-small", "selfvae-cifar10-latent"
-_LEVELS = 6  # of a long chain, so many levels are shown
+_LEVELS = 6  # shown of a long chain
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,7 @@ def _check_pixels(
     multiples: tuple[int, int] = (1, 1),
     which: str = "the picture has",
 ) -> None:
-    rows, cols = multiples
-    if -(-height // rows) * rows * -(-width // cols) * cols > pixels:
+    if math.prod(round_up((height, width), multiples)) > pixels:
         raise ValueError(
             f"{which} {width} x {height} pixels, too many for this page, which takes {pixels:,} in all: "
             "choose or crop a smaller one, start the page with --pixels, or take the command line"
@@ -250,8 +249,8 @@ def generate(
     """n images from nothing, and below them the levels that they were drawn from, as one picture."""
     height, width = model.config.image_shape[1:]
     drawn = operations.complete(model, {}, (n, height, width), track=track, **how)
-    top, rows = len(model.levels) - 1, []
-    for k in torch.linspace(0, top, min(top + 1, _LEVELS)).round().int().tolist():
+    rows = []
+    for k in spread_levels(model, _LEVELS):
         y = drawn[f"y{k}"]
         title = f"y{k}: {y.shape[3]} x {y.shape[2]}" if k else f"the images: {width} x {height} pixels"
         whole = magnify(to_rgb(show(y, model.levels[k].spec)), *model.scale(k))

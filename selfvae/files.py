@@ -46,7 +46,7 @@ def write_tensors(
     """A safetensors file, written whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors would write it for the owner alone
+        mode = temporary.stat().st_mode  # safetensors would make it readable for its owner only
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, metadata)
         temporary.chmod(mode)
 

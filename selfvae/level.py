@@ -122,7 +122,7 @@ class Level(nn.Module):
         return NoisyLogistic.from_params(params) if self.rounded else DiagonalNormal.from_params(params)
 
     def likelihood(self, y_up: Tensor, z: Tensor | None, interior: Interior | None = None) -> PixelMixture:
-        """p(y | y_up, z); with `interior`, rows and columns of y_up, of y's part there alone."""
+        """p(y | y_up, z); with `interior`, rows and columns of y_up, of that part of y only."""
         params = self.decoder(self.context(y_up), z)
         guess = self.transform.estimate(y_up.to(self.dtype), self.spec) if self.residual_mean else None
         if interior is not None:

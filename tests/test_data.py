@@ -113,7 +113,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "sixteen").mkdir()
     pictures(tmp_path / "sixteen", 3)
     Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "sixteen" / "deep.tif")
-    with pytest.raises(ValueError, match=r"deep\.tif has 32 bits a channel"):
+    with pytest.raises(ValueError, match=r"deep\.tif has 32 bits per channel"):
         sources.load(tmp_path / "sixteen", 8)
 
 

@@ -49,7 +49,7 @@ def test_deep_files(tmp_path: Path) -> None:
     (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535 " + bytes([1, 0, 255, 255]))
     assert read(tmp_path / "a.pgm").pixels.flatten().tolist() == [1, 255]
     Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match=r"a\.tif has 32 bits a channel \(mode F\)"):
+    with pytest.raises(ValueError, match=r"a\.tif has 32 bits per channel \(mode F\)"):
         read(tmp_path / "a.tif")
 
 

@@ -387,7 +387,7 @@ def test_later_checkpoints_are_refused(tmp_path: Path, images: sources.Dataset) 
     with pytest.raises(ValueError, match="has format 99; this version of selfvae goes on from 1 to 1"):
         train(CONFIG, images, tmp_path, settings(steps=2), resume=True, quiet=True)
     save_file(tensors, tmp_path / "checkpoint.safetensors")
-    with pytest.raises(ValueError, match="is no checkpoint of a run"):
+    with pytest.raises(ValueError, match="is not a checkpoint"):
         train(CONFIG, images, tmp_path, settings(steps=2), resume=True, quiet=True)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match="is damaged"):

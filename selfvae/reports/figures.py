@@ -35,11 +35,22 @@ _LEVELS = 3  # shown of the computed images of a long chain
 
 
 def draw_figures(model: SelfVAE, x: Tensor, out: str | Path, **how: Unpack[SamplingOptions]) -> list[Path]:
-    """Draw all figures that the model allows from images x, uint8 (B, C, H, W), B >= 2.
+    """Draw all figures that a model allows; several processes share the work.
 
-    Writes one PNG file each and index.html into the folder `out`; returns the files. A model without
-    latents has no reconstructions, interpolations and variations; one without computed images has no
-    conditional generations. Several processes share the work.
+    A model without latents has no reconstructions, interpolations and variations; one without computed
+    images has no conditional generations.
+
+    Args:
+        model: initialised or loaded.
+        x: images to start from, uint8 (B, C, H, W), B at least 2.
+        out: folder for a PNG file per figure and index.html.
+        **how: see `SamplingOptions`.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: if there are fewer than 2 images.
     """
     if x.shape[0] < 2:
         raise ValueError(f"figures take at least 2 images; got {x.shape[0]}")
@@ -48,16 +59,20 @@ def draw_figures(model: SelfVAE, x: Tensor, out: str | Path, **how: Unpack[Sampl
     pages: list[tuple[str, str, Callable[..., list[Row]]]] = []
     if model.has_latents:
         pages += [
-            ("reconstructions", "Reconstructions by what is sent.", _reconstructions),
-            ("interpolations", "Interpolations of u; the rest is drawn with one noise.", _interpolations),
-            ("variations", "Variations: u is kept, the rest drawn anew.", _variations),
+            ("reconstructions", "Reconstructions, by what is given.", _reconstructions),
+            (
+                "interpolations",
+                "Interpolations of u; the rest is drawn with equal noise.",
+                _interpolations,
+            ),
+            ("variations", "Variations: u is kept, the rest is drawn anew.", _variations),
         ]
     if len(model.levels) > 1:
-        caption = "Conditional generations: a computed image is given, and nothing else."
+        caption = "Conditional generations: only a computed image is given."
         pages.insert(1, ("conditional", caption, _conditional))
     pages += [
-        ("generations", "Generated from nothing, every level.", _generations),
-        ("transforms", "What a hierarchy can be made of.", _transforms),
+        ("generations", "Unconditional samples, every level.", _generations),
+        ("transforms", "The transforms that a hierarchy can be made of.", _transforms),
     ]
 
     def draw(number: int) -> Path:

@@ -1,7 +1,7 @@
 """All scores of trained models in one report, in the layout of the papers' tables and beside their figures.
 
 Every part is kept in OUT/parts as JSON under a key made of the weights, the images and the settings: a
-report that was ended goes on where it was, and one with another model added computes that model alone.
+report that was interrupted goes on where it was, and a model added later is the only one computed.
 """
 
 from __future__ import annotations
@@ -70,12 +70,20 @@ PAPERS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """What is measured. All limits take the first images of the split (see `sources.load`).
 
-    limit: images for the ELBO. iw: draws of the importance-weighted bounds (also 1, 8 and 64), of iw_limit
-    images. precision: of the networks for the bounds; bf16-mixed is faster. enhance_limit: images enhanced,
-    draws times each. ood_limit: images of each set. quality_n: images drawn for the sample quality.
-    figures: images in a row of the figures; 0: none. seed: of all draws.
+    Args:
+        limit: images for the ELBO.
+        iw: draws of the importance-weighted bounds (also 1, 8 and 64); 0: none.
+        iw_limit: images for these.
+        precision: of the networks for the bounds; bf16-mixed is faster.
+        enhance_limit: images enhanced.
+        draws: enhancements per image.
+        ood_limit: images of each set.
+        quality_n: images drawn for the sample quality.
+        figures: images in a row of the figures; 0: none.
+        batch_size: images per batch.
+        seed: of all draws.
     """
 
     limit: int = 10_000
@@ -110,16 +118,27 @@ def write_report(
     device: torch.device | str = "cpu",
     progress: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Measure the models in the folders `runs` on images; writes out/report.md and report.html.
+    """Measure models and write out/report.md and report.html; several processes share the work.
 
-    Arguments:
-        data: what the images are called in the report.
-        outside: out-sets, as for `ood`; by default all that are made from the images.
+    A report that was interrupted goes on where it was: what is in out/parts is not measured again.
+
+    Args:
+        runs: folders of the models.
+        images: that they are measured on.
+        data: name of the images in the report.
+        out: folder to write.
+        settings: what is measured.
+        outside: out-sets, as for `evaluate_ood`; by default all that are made from the images.
         features: name and network for the sample quality, which is left out without.
-        command: noted in the report.
+        command: printed in the report.
+        device: that the models run on.
         progress: told what is measured next.
 
-    Returns the path of report.md. Several processes share the work.
+    Returns:
+        The path of report.md.
+
+    Raises:
+        ValueError: if there are no runs, or the images do not fit.
     """
     if not runs:
         raise ValueError("a report needs at least one folder with a model")

@@ -1,7 +1,7 @@
 """One training loop: any model, any device, resumable to the bit.
 
-Everything random in step t follows from (seed, t, rank) alone, so on the CPU a run that is killed and
-resumed makes the same steps as one that is not, to the bit.
+All random numbers of step t depend only on (seed, t, rank), so on the CPU a run that is killed and resumed
+makes the same steps as one that is not, to the bit.
 """
 
 from __future__ import annotations

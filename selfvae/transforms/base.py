@@ -163,7 +163,7 @@ class Transform(nn.Module):
         return self.support(y, spec).restricts
 
     def estimate(self, y: Tensor, spec: ImageSpec) -> Tensor:
-        """A plain guess at x from y alone: (B, C, H, W) on x's scale of 0..num_values-1.
+        """An estimate of x from y without a network: (B, C, H, W) on x's scale of 0..num_values-1.
 
         float64 for a y given in float64, float32 for any other.
         """

@@ -60,6 +60,7 @@ class Level(nn.Module):
 
     @property
     def has_latent(self) -> bool:
+        """Whether the level has a latent z, and so an encoder and a prior."""
         return self.encoder is not None
 
     @property

@@ -21,14 +21,17 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor, nn
 
+from selfvae.distributions.pixels import PixelMixture
+from selfvae.distributions.priors import LatentDistribution
 from selfvae.level import Level, Posterior
 from selfvae.nn.layers import data_dependent_init
 from selfvae.terms import Terms
 from selfvae.transforms import ImageSpec, Null
 
-__all__ = ["SelfVAE", "describe", "round_up", "spread_levels"]
+__all__ = ["Distribution", "SelfVAE", "describe", "round_up", "spread_levels"]
 
-Provider = Callable[[str, Any], Tensor]
+Distribution = LatentDistribution | PixelMixture
+Provider = Callable[[str, Distribution], Tensor]
 
 
 def round_up(size: tuple[int, int], multiple: tuple[int, int]) -> tuple[int, int]:
@@ -183,7 +186,7 @@ class SelfVAE(nn.Module):
         zero = torch.zeros(ys[0].shape[0], device=ys[0].device)
         re, kl = [zero] * len(ys), [zero] * len(ys)
 
-        def provider(name: str, p: Any) -> Tensor:
+        def provider(name: str, p: Distribution) -> Tensor:
             k = int(name[1:])
             if name[0] == "y":
                 re[k] = -p.log_prob(ys[k])

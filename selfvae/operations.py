@@ -26,12 +26,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from selfvae.model import SelfVAE, round_up
+from selfvae.level import Posterior
+from selfvae.model import Distribution, SelfVAE, round_up
 from selfvae.progress import Track, no_progress
 
 __all__ = [
@@ -200,9 +201,8 @@ def temperatures(
     return heats
 
 
-def _draw(p: Any, temperature: float, generator: torch.Generator | None) -> Tensor:
-    value: Tensor = p.sample(temperature, generator) if temperature > 0 else p.mode()
-    return value
+def _draw(p: Distribution | Posterior, temperature: float, generator: torch.Generator | None) -> Tensor:
+    return p.sample(temperature, generator) if temperature > 0 else p.mode()
 
 
 def _pad(y: Tensor, size: tuple[int, int]) -> Tensor:
@@ -306,7 +306,7 @@ def complete(
     out: dict[str, Tensor] = {}
     left = iter(track(variables(model), "variables"))
 
-    def provider(name: str, p: Any) -> Tensor:
+    def provider(name: str, p: Distribution) -> Tensor:
         next(left)
         out[name] = taken[name] if name in taken else _draw(p, heats[name], generator)
         return out[name]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from selfvae.distributions.priors import LatentDistribution
 from selfvae.level import Level, Posterior
 from selfvae.model import SelfVAE
 from selfvae.progress import Track, no_progress
@@ -78,7 +79,7 @@ class _TiledDistribution:
         """The mode of the whole (B, C, h, w)."""
         return self.level.assemble(self.name, lambda p: p.mode(), self.part, self.inputs)
 
-    def log_prob(self, value: Tensor) -> Tensor:
+    def log_prob(self, z: Tensor) -> Tensor:
         """Raise: a tile's margin would be counted twice."""
         raise ValueError("a tiled model draws, and does not score: take the model that it was made of")
 
@@ -126,7 +127,7 @@ class TiledLevel(nn.Module):
         """q(z | y), as `Level.posterior`."""
         return self.level.q(self.assemble("q", lambda params: params, self.level.encode, [y]))
 
-    def prior(self, y_up: Tensor, z_up: Tensor | None) -> Any:
+    def prior(self, y_up: Tensor, z_up: Tensor | None) -> LatentDistribution:
         """p(z | y_up, z_up), as `Level.prior`; the top one is small and stays whole."""
         if isinstance(self.transform, Null):
             return self.level.prior(y_up, z_up)
@@ -134,7 +135,7 @@ class TiledLevel(nn.Module):
             return _TiledDistribution(self, "z", lambda y: self.level.prior(y, None), [y_up])
         return _TiledDistribution(self, "z", self.level.prior, [y_up, z_up])
 
-    def likelihood(self, y_up: Tensor, z: Tensor | None) -> Any:
+    def likelihood(self, y_up: Tensor, z: Tensor | None) -> _TiledDistribution:
         """p(y | y_up, z), as `Level.likelihood`."""
         if z is None:
             return _TiledDistribution(self, "y", lambda y: self.level.likelihood(y, None), [y_up])

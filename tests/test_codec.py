@@ -1169,13 +1169,13 @@ def test_a_format_that_cannot_hold_a_picture_is_left_out(
 ) -> None:
     from selfvae.codec import bench
 
-    def file(image: Image.Image, format: str, options: dict[str, Any]) -> bytes:
-        if format == "WEBP":
+    def encoded(image: Image.Image, name: str) -> bytes:
+        if name == "WebP":
             raise ValueError("too large")
-        return whole(image, format, options)
+        return whole(image, name)
 
-    whole = bench._file
-    monkeypatch.setattr(bench, "_file", file)
+    whole = bench.encode_lossless
+    monkeypatch.setattr(bench, "encode_lossless", encoded)
     with pytest.warns(UserWarning, match="WebP is left out: too large"):
         result = bench.bench(codec, [picture, picture], prefixes=False)
     assert {"PNG", "selfvae"} <= set(result["lossless"]) and "WebP" not in result["lossless"]

@@ -90,7 +90,7 @@ def test_samples_and_modes_are_possible(name: str, scale: float) -> None:
     for drawn in (p.sample(), p.sample(0.3), p.mode(), p.sample(0.0)):
         assert drawn.dtype == torch.uint8
         assert bool(p.support.allows(drawn).all())
-        assert p.log_prob(drawn).isfinite().all() or scale > 10
+        assert p.log_prob(drawn).isfinite().all()
 
 
 def test_samples_follow_the_probabilities() -> None:

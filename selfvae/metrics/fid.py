@@ -233,12 +233,23 @@ def evaluate_samples(
     track: Track = no_progress,
     **how: Unpack[SamplingOptions],
 ) -> dict[str, Any]:
-    """`report` for all images against n drawn ones of the same size.
+    """Compare drawn images with real ones: `report`. Several processes share the work.
 
-    Arguments:
-        n: images to draw; the papers take 10,000 against test and 50,000 against train.
-        track: given the steps and what they are, hands them on: to show progress.
-        how: as for `tasks.generate`; the seed goes up with every batch.
+    Args:
+        model: initialised or loaded.
+        images: real ones, all of which are used.
+        network: gives the features.
+        n: images to draw, of the real ones' size; the papers take 10,000 against test and 50,000 against
+            train.
+        batch_size: images per batch.
+        track: shows progress over the batches.
+        **how: see `SamplingOptions`; the seed is raised by the number of images before each batch.
+
+    Returns:
+        Distances, precision and recall by name.
+
+    Raises:
+        ValueError: if there are too few images for a covariance of the features.
     """
     if n < 1 or batch_size < 1:
         raise ValueError(f"n and batch_size must be at least 1; got {n} and {batch_size}")

@@ -44,7 +44,8 @@ class TrainConfig:
         log_every: steps between rows of log.csv.
         eval_every: steps between validations (and sample grids).
         checkpoint_every: steps between checkpoints.
-        eval_images: validation images scored at every evaluation.
+        eval_images: validation images scored at every evaluation: the first ones, whose order is random
+            wherever they could come class by class (see `sources.load`).
         max_seconds: end by the clock if that comes before the last step, counted over all parts of a
             resumed run; warm-up and "cosine" then follow the clock, and the run depends on more than the
             seed. 0: no limit.

@@ -18,8 +18,8 @@ class Guard:
 
     The usual norm is a running geometric mean. A gradient above `clip_factor` times that norm is scaled
     down to that. One above `skip_factor` times it, or one that is not finite, becomes zero. A skipped
-    finite gradient still raises the usual norm by a fixed factor, so that within a few dozen steps the limit
-    follows gradients that really grow. Nothing here waits for the device.
+    finite gradient still raises the usual norm by a fixed factor, so that within a few dozen steps the
+    limit follows gradients that really grow. Nothing here waits for the device.
 
     Args:
         config: for clip_factor and skip_factor.

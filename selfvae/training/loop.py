@@ -144,6 +144,7 @@ class _Clock:
         self.began, self.cpu_began, self.first_step = time.monotonic(), time.process_time(), state.step
 
     def tick(self) -> None:
+        """Bring the state's times up to date."""
         self.state.seconds = self.before[0] + time.monotonic() - self.began
         self.state.cpu_seconds = self.before[1] + time.process_time() - self.cpu_began
 

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import torch
 from PIL import Image
 
+from selfvae.codec import Codec
 from selfvae.data import pictures
 from selfvae.data.crops import photo
 from selfvae.progress import Track
@@ -199,6 +200,39 @@ def _image(label: str | None, height: int | None = None) -> gr.Image:
     )  # fmt: skip
 
 
+class _PackedView(NamedTuple):
+    """The components that show a compressed file."""
+
+    shown: gr.Image
+    part: gr.Slider
+    words: gr.Markdown
+    result: gr.File
+    table: gr.Markdown
+    kept: gr.State
+
+    @classmethod
+    def make(cls) -> _PackedView:
+        """Lay them out here."""
+        return cls(
+            _image("what the file shows", height=480),
+            gr.Slider(0, 100, 100, step=1, label="% of the file is there", visible=False),
+            gr.Markdown(),
+            gr.File(label="the file", interactive=False, visible=False),
+            gr.Markdown(),
+            gr.State(None, time_to_live=_KEPT),
+        )
+
+    def show(self, codec: Codec, found: work.Packed, file: str | None, track: Track) -> list[Any]:
+        """Their values for a file, which can be downloaded from a path if there is one."""
+        image, words = work.prefix(codec, found, 1.0, track)
+        download = gr.File(file, visible=file is not None)
+        return [image, gr.Slider(value=100, visible=True), words, download, found.table(), found]
+
+    def clear(self) -> list[Any]:
+        """Their values without a file."""
+        return [None, gr.Slider(visible=False), "", gr.File(visible=False), "", None]
+
+
 class Page:
     """The page.
 
@@ -326,38 +360,23 @@ class Page:
                 with gr.Column(scale=1):
                     file = self._picture("a picture", "coffee", exact=True)
                     go = self._go("Compress")
-                    packed = _upload("or a .svae file, whole or cut short")
+                    packed = _upload("or a .svae file, whole or truncated")
                     open_it = gr.Button("Open")
                 with gr.Column(scale=2):
-                    shown = _image("what it shows", height=480)
-                    part = gr.Slider(0, 100, 100, step=1, label="% of the file has arrived", visible=False)
-                    words = gr.Markdown()
-                    result = gr.File(label="the file", interactive=False, visible=False)
-                    table = gr.Markdown()
-            kept = gr.State(None, time_to_live=_KEPT)
-
+                    view = _PackedView.make()
         coding = work.shares(codec.model)
-
-        def everything(found: work.Packed, file: str | None, track: Track) -> dict[Any, Any]:
-            return {
-                kept: found,
-                table: found.table(),
-                result: gr.File(file, visible=file is not None),
-                part: gr.Slider(value=100, visible=True),
-                **dict(zip((shown, words), work.prefix(codec, found, 1.0, track), strict=True)),
-            }
 
         @_errors_shown
         def compress(
             file: _Upload | None, request: gr.Request, progress: Any = gr.Progress()  # noqa: B008
         ) -> Any:  # fmt: skip
-            # writing and reading it back take alike, the other formats less
+            # writing and reading it back take equally long, the other formats less
             steps = {name: share / 3 for name, share in coding.items()} | {"other formats": 1 / 3}
-            phases = "compressing", "reading it back, to be sure", "other formats, to compare"
+            phases = "compressing", "checking: reading it back", "comparing with other formats"
             with self._run(request, progress, steps, *phases) as track:
                 name, data = _required(file)
                 found = work.compress(codec, data, self.pixels, track)
-                return everything(found, self._file(found.data, f"{name}.svae"), track)
+                return view.show(codec, found, self._file(found.data, f"{name}.svae"), track)
 
         @_errors_shown
         def arrive(
@@ -373,25 +392,15 @@ class Page:
         ) -> Any:  # fmt: skip
             with self._run(request, progress, coding, "decoding") as track:
                 found = work.open_packed(codec, _required(file).data, self.pixels)
-                return everything(found, None, track)
-
-        outputs = [kept, table, result, part, shown, words]
-
-        def nothing() -> list[Any]:
-            return [None, "", gr.File(visible=False), gr.Slider(visible=False), None, ""]
+                return view.show(codec, found, None, track)
 
         for source in (file, packed):
-            source.change(nothing, None, outputs, api_visibility="private", show_progress="hidden")
-        go.click(compress, file, outputs, show_progress_on=shown, **_HEAVY)
-        part.input(
-            arrive,
-            [kept, part],
-            [shown, words],
-            trigger_mode="always_last",
-            show_progress_on=shown,
-            **_HEAVY,
-        )
-        open_it.click(open_file, packed, outputs, show_progress_on=shown, **_HEAVY)
+            source.change(view.clear, None, [*view], api_visibility="private", show_progress="hidden")
+        there: dict[str, Any] = {"show_progress_on": view.shown, **_HEAVY}
+        go.click(compress, file, [*view], **there)
+        to = [view.shown, view.words]
+        view.part.input(arrive, [view.kept, view.part], to, trigger_mode="always_last", **there)
+        open_it.click(open_file, packed, [*view], **there)
 
     def _generate(self) -> None:
         models = self.models.generators

@@ -20,13 +20,13 @@ Posterior = DiagonalNormal | UnitUniform
 
 
 class Level(nn.Module):
-    """q(z | y), p(z | y_up, z_up) and p(y | y_up, z) for images y of one spec.
+    """The distributions q(z | y), p(z | y_up, z_up) and p(y | y_up, z) for images y of one spec.
 
     Args:
-        spec: channels and levels of y.
+        spec: channels and number of values of y.
         transform: d, with y_up = d(y). At the top it is `Null`: y_up tells the size and nothing else.
-        decoder: network (context, z) -> pixel parameters, at y's resolution, or one position a block where
-            the transform keeps pixels (`Subsampling`): then only the dropped ones are modelled.
+        decoder: network (context, z) -> pixel parameters, at y's resolution, or with one position per
+            block where the transform keeps pixels (`Subsampling`): then only the dropped ones are modelled.
         encoder, prior: networks of the latent; both None for a level without one.
         consistent: truncate the likelihood to the images with d(y) = y_up, where d tells them
             (`Transform.restricts`); the attribute `consistent` says whether that is so.
@@ -34,6 +34,9 @@ class Level(nn.Module):
         rounded: the latent's posterior is a `UnitUniform`, its conditional prior a `NoisyLogistic`; else
             both are Gaussian.
         coefficients: how earlier channels shift later ones (see `PixelMixture`).
+
+    Raises:
+        ValueError: if only one of encoder and prior is given.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class Level(nn.Module):
 
     @property
     def multiple(self) -> int:
-        """What the height and width of y must be divisible by for the latent's networks, in pixels."""
+        """Pixels that the height and width of y must be multiples of, for the latent's networks."""
         if not self.has_latent:
             return 1
         encoder: Any = self.encoder
@@ -73,7 +76,7 @@ class Level(nn.Module):
         return prior.multiple if isinstance(self.transform, Null) else encoder.stride
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Channels, height and width of z for y of a height and width in pixels."""
+        """Channels, height and width of z, for y of a height and width in pixels."""
         encoder: Any = self.encoder
         return encoder.latent, height // encoder.stride, width // encoder.stride
 
@@ -88,7 +91,7 @@ class Level(nn.Module):
         return next(self.decoder.parameters()).dtype
 
     def context(self, y_up: Tensor) -> Tensor:
-        """What the decoder sees of y_up: (B, C', h, w) in [-1, 1]; no channels at the top."""
+        """The decoder's input from y_up: (B, C', h, w) in [-1, 1]; no channels at the top."""
         if y_up.shape[1] == 0:
             return y_up.to(self.dtype)
         if self.keeps:

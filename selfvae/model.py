@@ -258,7 +258,8 @@ def describe(model: SelfVAE) -> list[str]:
     """
     lines = []
     for k, level in enumerate(model.levels):
-        line = f"y{k}: {level.spec.channels} channels of {level.spec.num_values} values"
+        channels = "1 channel" if level.spec.channels == 1 else f"{level.spec.channels} channels"
+        line = f"y{k}: {channels} of {level.spec.num_values} values"
         if level.has_latent:
             line += f", latent z{k}"
         if isinstance(level.transform, Null):
@@ -270,5 +271,5 @@ def describe(model: SelfVAE) -> list[str]:
             kind = f"draws need not agree with y{k + 1} (consistent=False)"
         else:
             kind = f"draws need not agree with y{k + 1} (this transform has no exact likelihood)"
-        lines.append(f"{line}; y{k + 1} = {level.transform}(y{k}), {kind}")
+        lines.append(f"{line}; y{k + 1} by {level.transform}, {kind}")
     return lines

@@ -1,7 +1,7 @@
 """The likelihood of pixels: a mixture of discretized logistics, truncated to what y still allows.
 
 Entries are in coding order, (B, G, C, h, w): G groups of C channels (see `transforms.Support`). Every
-group and position has its own mixture of M components; a component is one logistic a channel, whose
+group and position has its own mixture of M components; a component is one logistic per channel, whose
 mean is shifted by the earlier channels of the same position. Internally one level is the unit, so that
 differences between a value and a mean are exact where they matter; the networks see [-1, 1].
 """
@@ -227,7 +227,7 @@ class PixelMixture:
         temperature: float | None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Go through the coding order with one component a position; None takes its mean."""
+        """Go through the coding order with one component per position; None takes its mean."""
         b, g, c, _, h, w = self.offsets.shape
         v = torch.zeros(b, g, c, h, w, dtype=torch.long, device=self.offsets.device)
         pick = pick_component[:, :, None]

@@ -93,6 +93,18 @@ def _guess(d: Transform, y: Tensor, spec: ImageSpec) -> Tensor:
     return d.estimate(y, spec)
 
 
+def _compare(model: SelfVAE, k: int, kind: str, x: Tensor, result: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Scores of results (on x's scale, float or uint8) against x and y = y[k], (B,) each, by name."""
+    unit, back = 255 / model.spec.max_value, result.round().to(torch.uint8)
+    for level in model.levels[:k]:
+        back = level.transform(back)
+    return {
+        f"psnr_{kind}": psnr(result * unit, x * unit),
+        f"ssim_{kind}": ssim(result * unit, x * unit),
+        f"consistency_error_{kind}": (back.double() - y.double()).abs().flatten(1).mean(1),
+    }
+
+
 @torch.no_grad()
 def evaluate_enhancement(
     model: SelfVAE,
@@ -133,17 +145,6 @@ def evaluate_enhancement(
     seed, unit = how.get("seed"), 255 / model.spec.max_value
     height, width = (size - size % m for size, m in zip(images.shape[2:], model.multiples[0], strict=True))
 
-    def compare(kind: str, x: Tensor, result: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Scores of results (on x's scale, float or uint8) against x."""
-        back = result.round().to(torch.uint8)
-        for level in model.levels[:k]:
-            back = level.transform(back)
-        return {
-            f"psnr_{kind}": psnr(result * unit, x * unit),
-            f"ssim_{kind}": ssim(result * unit, x * unit),
-            f"consistency_error_{kind}": (back.double() - y.double()).abs().flatten(1).mean(1),
-        }
-
     def score(batch: range) -> dict[str, Tensor]:
         x = images.take(batch)[:, :, :height, :width].to(model.device)
         y = infer(model, x, f"y{k}")[f"y{k}"]
@@ -153,15 +154,15 @@ def evaluate_enhancement(
                 how["seed"] = seed + batch.start * draws + draw
             results.append(enhance(model, y, k, **how))
         stack = torch.stack(results).double()
-        each = [compare("draw", x, result, y) for result in results]
+        each = [_compare(model, k, "draw", x, result, y) for result in results]
         apart = [
             (stack[i] - stack[j]).square().flatten(1).mean(1).sqrt()
             for i in range(draws) for j in range(i)
         ]  # fmt: skip
         scores = {
             **{name: torch.stack([scores[name] for scores in each]).mean(0) for name in each[0]},
-            **compare("mean", x, stack.mean(0), y),
-            **compare("plain", x, baseline_enhancement(model, y, k), y),
+            **_compare(model, k, "mean", x, stack.mean(0), y),
+            **_compare(model, k, "plain", x, baseline_enhancement(model, y, k), y),
             "diversity_rmse": torch.stack(apart).mean(0) * unit,
         }
         return {name: values.cpu() for name, values in scores.items()}

@@ -158,24 +158,24 @@ def write_report(
         for name, parts in rows.items()
         for file in parts.get("figures", {"files": []})["files"]
     ]
+    notes = _notes(settings, len(images), data, command, torch.device(device))
+    on_rank_zero(lambda: write_atomic(out / "report.md", _markdown(notes, tables, pictures).encode()))
+    on_rank_zero(lambda: write_atomic(out / "report.html", _html(notes, tables, pictures)))
+    return out / "report.md"
+
+
+def _notes(settings: Settings, n: int, data: str, command: str, device: torch.device) -> list[str]:
+    """What was measured, where, and how to read it."""
     notes = [
         f"Command: `{command}`" if command else "",
-        f"Data: {data}, {len(images)} images, {settings.limit} at most for the ELBO, "
+        f"Data: {data}, {n} images, {settings.limit} at most for the ELBO, "
         f"{settings.iw_limit} for IWAE-{settings.iw} ({settings.precision}). Seed {settings.seed}.",
-        f"selfvae {_commit()}, torch {torch.__version__}, {_machine(torch.device(device))}, "
+        f"selfvae {_commit()}, torch {torch.__version__}, {_machine(device)}, "
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.",
         "Terms are nats per image; bits/dim counts the dimensions of x only; +- is the standard error over "
         "images.",
     ]
-    notes = [note for note in notes if note]
-    text = _markdown(notes, tables, pictures)
-    on_rank_zero(lambda: write_atomic(out / "report.md", text.encode()))
-    sections = [f"<p>{escape(note)}</p>" for note in notes]
-    for caption, columns, lines in tables:
-        sections += [f"<h2>{escape(caption)}</h2>", html.table(columns, lines)]
-    sections += [html.figure(file, caption) for caption, file in pictures]
-    on_rank_zero(lambda: write_atomic(out / "report.html", html.page("selfvae report", sections)))
-    return out / "report.md"
+    return [note for note in notes if note]
 
 
 @dataclass
@@ -197,9 +197,13 @@ class _Work:
         self.base = [self.mark, self.images.digest(), self.device.type]
 
     def kept(self, name: str, on: list[Any], task: Callable[[], Part], shared: bool = True) -> Part:
-        """The result of a task, from its file if there is one for what it depends `on`.
+        """The result of a task: from its file if it was measured before, else measured and written.
 
-        shared: all processes do it together; else it is a share of one.
+        Args:
+            name: of the task.
+            on: everything that the result depends on, besides model, images, device and seed.
+            task: measures it.
+            shared: all processes call this together; else one process does.
         """
         text = json.dumps([*self.base, name, self.settings.seed, *on])
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -216,6 +220,7 @@ class _Work:
         return part
 
     def measure(self) -> dict[str, Part]:
+        """All parts, by name."""
         model, images, s = self.model, self.images, self.settings
         size: dict[str, Any] = {"batch_size": s.batch_size}
         how: dict[str, Any] = {**size, "seed": s.seed}
@@ -279,6 +284,7 @@ class _Work:
         return {kind: values.tolist() for kind, values in found._asdict().items()}
 
     def draw(self) -> Part:
+        """The figures: their files' paths from the report."""
         x = self.images.take(range(min(self.settings.figures, len(self.images))))
         own = f"{self.run.name}-{self.mark}"  # two runs may have one name
         files = draw_figures(self.model, x, self.out / "figures" / own, seed=self.settings.seed)
@@ -416,3 +422,11 @@ def _markdown(notes: list[str], tables: list[Table], pictures: list[tuple[str, s
         text.append("")
     text += [f"![{caption}]({file})\n" for caption, file in pictures]
     return "\n".join(text)
+
+
+def _html(notes: list[str], tables: list[Table], pictures: list[tuple[str, str]]) -> bytes:
+    sections = [f"<p>{escape(note)}</p>" for note in notes]
+    for caption, columns, rows in tables:
+        sections += [f"<h2>{escape(caption)}</h2>", html.table(columns, rows)]
+    sections += [html.figure(file, caption) for caption, file in pictures]
+    return html.page("selfvae report", sections)

@@ -40,7 +40,7 @@ class ImageSpec:
         if not 0 <= self.channels <= 4:
             raise ValueError(f"an image has 1 to 4 channels; got {self.channels}")
         if not 2 <= self.num_values <= 256:
-            raise ValueError(f"an image has 2 to 256 levels a channel; got {self.num_values}")
+            raise ValueError(f"an image has 2 to 256 values per channel; got {self.num_values}")
 
     @property
     def max_value(self) -> int:
@@ -145,6 +145,9 @@ class Transform(nn.Module):
         """Rows and columns of x that belong together: its height and width are multiples of these."""
         return self.scale
 
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
     def forward(self, x: Tensor) -> Tensor:
         raise TypeError("use a concrete transform")
 
@@ -233,6 +236,9 @@ class Chain(Transform):
             math.prod(t.scale[0] for t in transforms),
             math.prod(t.scale[1] for t in transforms),
         )
+
+    def __str__(self) -> str:
+        return " then ".join(map(str, self._steps()))
 
     def _steps(self) -> list[Transform]:
         return [t for t in self.transforms if isinstance(t, Transform)]

@@ -53,13 +53,13 @@ class Subsampling(Transform):
     """Keep some pixels of every block as they are; the others are what a level models.
 
     `kept` are the phases of a block (row by row) that are kept. A level's network works on a grid with one
-    position a block.
+    position per block.
     """
 
     kept: tuple[int, ...] = (0,)
 
     def weights(self, spec: ImageSpec) -> int:
-        """How many numbers a block `support` takes from a level's network, to correct guesses by."""
+        """How many numbers per block `support` takes from a level's network, to correct estimates."""
         return 0
 
     def stack_kept(self, y: Tensor) -> Tensor:

@@ -492,6 +492,21 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
+def _check_served(host: str, port: int | None, pixels: int, megabytes: int) -> None:
+    """Raise ValueError or OSError for limits or an address that cannot be."""
+    if pixels < 1 or megabytes < 1:
+        raise ValueError(f"pixels and megabytes must be at least 1; got {pixels} and {megabytes}")
+    if port is not None and not 0 < port < 2**16:
+        raise ValueError(f"port must be 1 to 65535; got {port}")
+    try:
+        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((host, 0), family=family).close()
+    except OSError as error:
+        raise OSError(
+            f"nothing can be served on {host} ({error}): give an address of this machine"
+        ) from None
+
+
 @contextlib.contextmanager
 def served(
     models: Models,
@@ -518,17 +533,7 @@ def served(
         ValueError: if a limit or the port is out of range.
         OSError: if the address is not this machine's, or the port is taken.
     """
-    if pixels < 1 or megabytes < 1:
-        raise ValueError(f"pixels and megabytes must be at least 1; got {pixels} and {megabytes}")
-    if port is not None and not 0 < port < 2**16:
-        raise ValueError(f"port must be 1 to 65535; got {port}")
-    try:
-        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
-        socket.create_server((host, 0), family=family).close()
-    except OSError as error:
-        raise OSError(
-            f"nothing can be served on {host} ({error}): give an address of this machine"
-        ) from None
+    _check_served(host, port, pixels, megabytes)
     done, most = threading.Event(), megabytes * 2**20
     # a job may still be writing when the server ends
     kept = tempfile.TemporaryDirectory(prefix="selfvae-", ignore_cleanup_errors=True)

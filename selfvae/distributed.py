@@ -1,7 +1,7 @@
-"""Work that several processes share: each takes its part, and all of them get everything back.
+"""Work that several processes share: each does its part, and all of them get all results.
 
-They are the processes of Fabric, started by `launch` or by the usual launchers (torchrun, srun). What
-shares its work must be called in every one of them; with one process everything runs as it is written.
+The processes are Fabric's, started by `launch` or by the usual launchers (torchrun, srun). A function that
+shares its work must be called in each of them; in a single process everything runs as it is written.
 """
 
 from __future__ import annotations
@@ -14,21 +14,32 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning_fabric import Fabric
-from lightning_fabric.strategies.ddp import DDPStrategy
 
 from selfvae.progress import Track, no_progress
 
-__all__ = ["distributed_map", "launch", "launch_fabric", "on_rank_zero", "rank", "world_size"]
+if TYPE_CHECKING:  # Fabric takes long to import, and most of the package does without
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies.strategy import Strategy
+
+__all__ = [
+    "accelerator",
+    "distributed_map",
+    "launch",
+    "launch_fabric",
+    "make_fabric",
+    "on_rank_zero",
+    "rank",
+    "world_size",
+]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_inside = False  # a task is being done: what it spreads in turn is its own
+_inside = False  # a task is being done: what it distributes in turn runs in this process
 
 
 def rank() -> int:
@@ -41,15 +52,60 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def accelerator() -> Literal["cuda", "cpu"]:
+    """The kind of device that everything runs on by default: a CUDA GPU if there is one, else the CPU.
+
+    Never an Apple GPU (MPS): it has no float64, which transforms, scores and compressed files need.
+    """
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_fabric(
+    devices: int = 1,
+    nodes: int = 1,
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    strategy: Strategy | str = "auto",
+) -> Fabric:
+    """A Fabric, not yet launched, on the kind of device that `accelerator` says.
+
+    Args:
+        devices: GPUs or processes per node.
+        nodes: number of nodes.
+        precision: of the networks.
+        strategy: how processes communicate.
+    """
+    from lightning_fabric import Fabric
+
+    return Fabric(
+        accelerator=accelerator(),
+        devices=devices,
+        num_nodes=nodes,
+        precision=precision,
+        strategy=strategy,
+    )
+
+
 def launch(devices: int = 1) -> torch.device:
-    """Start the other processes, if any, and return this one's device; only the first one prints."""
+    """Start the other processes, if any; from then on only the first one prints.
+
+    Args:
+        devices: GPUs or processes in all.
+
+    Returns:
+        This process's device.
+
+    Raises:
+        ValueError: if devices is below 1.
+    """
     if devices < 1:
         raise ValueError(f"devices must be at least 1; got {devices}")
-    # not on "auto": an Apple GPU knows no float64, which scores and files need
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    # a share may take hours longer than another
-    strategy = DDPStrategy(timeout=timedelta(days=30)) if devices > 1 else "auto"
-    fabric = Fabric(accelerator=kind, devices=devices, strategy=strategy)
+    strategy: Strategy | str = "auto"
+    if devices > 1:
+        from lightning_fabric.strategies.ddp import DDPStrategy
+
+        # one process's part may take hours longer than another's
+        strategy = DDPStrategy(timeout=timedelta(days=30))
+    fabric = make_fabric(devices, strategy=strategy)
     launch_fabric(fabric)
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
@@ -57,7 +113,7 @@ def launch(devices: int = 1) -> torch.device:
 
 
 def launch_fabric(fabric: Fabric) -> None:
-    """Start the processes of this Fabric; each leaves the others before Python ends."""
+    """Start the processes of a Fabric; each leaves the process group before Python ends."""
     fabric.launch()
     # a thread of gloo's that frees a Python object while Python ends aborts the process (1 of 130 did)
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
@@ -66,12 +122,23 @@ def launch_fabric(fabric: Fabric) -> None:
 def distributed_map(
     task: Callable[[Item], Result], items: Sequence[Item], track: Track = no_progress, text: str = ""
 ) -> list[Result]:
-    """[task(item) for item in items], in every process, each having done its share of it.
+    """Compute [task(item) for item in items], distributed over the processes.
 
-    Call it in every process; inside a task it runs in that process alone. Every task draws from a random
-    state of its own, made of one number of the global one and the item's: the result is the same for any
-    number of processes that begin with one state. `track` is given the first process's share. If a task
-    fails, its exception is raised in every process.
+    Call it in every process; inside a task it runs in that process only. Every task has its own random
+    state, derived from one number of torch's global random state and the item's position: the results are
+    the same for any number of processes that begin with the same state.
+
+    Args:
+        task: takes an item; its result must be picklable if there are several processes.
+        items: the same in every process.
+        track: shows progress over the first process's part.
+        text: what the progress is of.
+
+    Returns:
+        All results in the items' order, in every process.
+
+    Raises:
+        Exception: that of a task that failed, in every process.
     """
     seed = int(torch.randint(2**62, ()))
     first, processes = (0, 1) if _inside else (rank(), world_size())
@@ -98,7 +165,11 @@ def distributed_map(
 
 
 def on_rank_zero(task: Callable[[], Any]) -> Any:
-    """What a task gives that the first process does while the others wait; call it in every process."""
+    """Run a task in the first process while the others wait; call it in every process.
+
+    Returns:
+        The task's result, in every process.
+    """
     return distributed_map(lambda _: task(), [None])[0]
 
 

@@ -50,7 +50,7 @@ def write_tensors(
     """Write a safetensors file atomically."""
     with atomic_path(path) as temporary:
         temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors would write it for the owner alone
+        mode = temporary.stat().st_mode  # safetensors would make it readable for its owner only
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, metadata)
         temporary.chmod(mode)
 

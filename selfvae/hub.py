@@ -1,6 +1,9 @@
 """Models as folders: config.json and model.safetensors, nothing that is ever executed.
 
-Some come with the package (`bundled`); others lie on the Hugging Face hub, with a model card, README.md.
+Some are bundled with the package; others are on the Hugging Face hub, with a model card, README.md.
+
+Compressed files name the model they need by its fingerprint, which depends on every weight. Rounding the
+weights to float16 (`half`) makes another model: it cannot read the files of the unrounded one.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ _PRIORS = {"flow-residual": "flow", "mog-local": "mog"}  # what fingerprints cal
 
 
 def bundled() -> dict[str, Path]:
-    """The models that come with the package, by name; each folder holds a model card, README.md."""
+    """The folders of the bundled models, by name; each holds a model card, README.md."""
     return {file.parent.name: file.parent for file in sorted(_BUNDLED.glob("*/config.json"))}
 
 
@@ -99,9 +102,16 @@ def fingerprint(model: SelfVAE) -> bytes:
 
 
 def save(model: SelfVAE, folder: str | Path, *, half: bool = False) -> None:
-    """Write folder/config.json and folder/model.safetensors; the model must come from `build`.
+    """Write a model as folder/config.json and folder/model.safetensors, each whole or not at all.
 
-    half: round the weights to float16, for half the bytes; they are float32 again when loaded.
+    Args:
+        model: made by `build` or `load`.
+        folder: made if need be.
+        half: round the weights to float16, for half the bytes; they are float32 again when loaded. The
+            fingerprint changes: the rounded model cannot read files that the model itself compressed.
+
+    Raises:
+        ValueError: if the model was not made by `build`.
     """
     check_plain(model)
     folder = Path(folder)
@@ -114,9 +124,13 @@ def save(model: SelfVAE, folder: str | Path, *, half: bool = False) -> None:
 
 
 def find(path: str | Path) -> Path:
-    """The folder of a model: one that `save` or training wrote, or by the name of one of `bundled`.
+    """The folder of a model.
 
-    Raises FileNotFoundError saying what the folder lacks.
+    Args:
+        path: a folder that `save` or training wrote, or the name of one of `bundled`.
+
+    Raises:
+        FileNotFoundError: if there is none; the message says what the folder lacks.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
@@ -164,16 +178,22 @@ def load(path: str | Path) -> SelfVAE:
 def from_pretrained(
     name: str | Path, *, revision: str | None = None, token: str | None = None, offline: bool = False
 ) -> SelfVAE:
-    """`load` for a folder or a shipped model; any other OWNER/NAME is fetched from the Hugging Face hub.
+    """Load a model from a folder, from the package, or from the Hugging Face hub.
 
-    Arguments:
-        name: a folder, the name of a shipped model, or OWNER/NAME.
+    From the hub only config.json and model.safetensors are fetched, and neither is executed.
+
+    Args:
+        name: a folder, the name of a bundled model, or OWNER/NAME on the hub.
         revision: branch, tag or commit on the hub.
         token: of the hub, for private models; by default the one of `hf auth login`.
-        offline: take what was fetched before, and ask nobody.
+        offline: use what was fetched before, without any request.
 
-    Only config.json and model.safetensors are fetched, and neither is executed. Raises as `load`, and
-    ValueError where the hub has no such model; needs `pip install 'selfvae[hub]'`.
+    Returns:
+        The model on the CPU, in eval mode.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`, or if the hub has no such model.
+        ImportError: if the hub is needed and huggingface_hub is missing.
     """
     if Path(name).exists() or str(name) in bundled() or str(name).count("/") != 1:
         return load(name)
@@ -193,9 +213,22 @@ def from_pretrained(
 def save_pretrained(
     model: SelfVAE, folder: str | Path, sections: Mapping[str, str] | None = None, *, half: bool = False
 ) -> None:
-    """`save`, and a model card, README.md, with these sections (see `card`)."""
+    """Write a model and its card, README.md, into a folder; arguments as for `save` and `card`."""
+    _save_with_card(model, Path(folder), Path(folder).name, sections, half)
+
+
+def _save_with_card(
+    model: SelfVAE, folder: Path, name: str, sections: Mapping[str, str] | None, half: bool
+) -> None:
     save(model, folder, half=half)
-    write_atomic(Path(folder) / "README.md", card(model, Path(folder).name, sections).encode())
+    if half:
+        rounded, own = fingerprint(load(folder)).hex(), fingerprint(model).hex()
+        text = (
+            f"Rounded to float16; the fingerprint is {rounded}. Files that were compressed before rounding "
+            f"need the model of fingerprint {own}."
+        )
+        sections = {**(sections or {}), "Weights": text}
+    write_atomic(folder / "README.md", card(model, name, sections).encode())
 
 
 def push_to_hub(
@@ -208,20 +241,31 @@ def push_to_hub(
     token: str | None = None,
     message: str = "Model of selfvae",
 ) -> str:
-    """Write a model to the Hugging Face hub as OWNER/NAME, with a card; returns its address.
+    """Write a model to the Hugging Face hub, with a card.
 
-    Arguments:
-        sections: of the card, see there.
-        half: floats as float16.
-        private, token, message: of the repository, of its owner, of the commit.
+    Args:
+        model: made by `build` or `load`.
+        name: OWNER/NAME; the repository is made if need be.
+        sections: of the card, see `card`.
+        half: round the weights to float16, for half the bytes. Without it the model on the hub has the
+            fingerprint of this one, and reads its compressed files; with it, it does not.
+        private: whether a new repository is visible only to its owner.
+        token: of the hub; by default the one of `hf auth login`.
+        message: of the commit.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ValueError: if the name is no OWNER/NAME, or the hub refuses.
+        ImportError: if huggingface_hub is missing.
     """
     if name.count("/") != 1:
         raise ValueError(f"a model on the hub is named OWNER/NAME; got {name!r}")
     hub = _huggingface()
     api = hub.HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save(model, folder, half=half)
-        write_atomic(Path(folder) / "README.md", card(model, name, sections).encode())
+        _save_with_card(model, Path(folder), name, sections, half)
         try:
             address = api.create_repo(name, private=private, exist_ok=True)
             api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
@@ -233,10 +277,18 @@ def push_to_hub(
 
 
 def card(model: SelfVAE, name: str, sections: Mapping[str, str] | None = None) -> str:
-    """A model card in Markdown, for README.md: what the model is, how it is used, and further sections.
+    """A model card: what the model is, how it is used, and further sections.
 
-    name: what `from_pretrained` takes.
-    sections: text by title, e.g. {"Data": ..., "Recipe": ..., "Numbers": ..., "Limits": ...}.
+    Args:
+        model: made by `build` or `load`.
+        name: what `from_pretrained` takes.
+        sections: text by title, e.g. {"Data": ..., "Recipe": ..., "Numbers": ..., "Limits": ...}.
+
+    Returns:
+        Markdown, for README.md.
+
+    Raises:
+        ValueError: if the model was not made by `build`.
     """
     if not isinstance(model.config, ModelConfig):
         raise ValueError("only a model made by selfvae.build has a card: this one has no config")
@@ -266,7 +318,7 @@ x = selfvae.generate(model, 16)
 |---|---|---|
 """
     for k, level in enumerate(model.levels):
-        kind = f"{level.spec.channels} channels of {level.spec.num_values} levels"
+        kind = f"{level.spec.channels} channels of {level.spec.num_values} values"
         text += f"| y{k} | {kind}, given {level.transform} | {f'z{k}' if level.has_latent else ''} |\n"
     text += f"\nConfiguration: `{json.dumps(options)}`\n"
     for title, section in (sections or {}).items():

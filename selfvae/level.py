@@ -57,7 +57,8 @@ class Level(nn.Module):
             raise ValueError("a latent needs both an encoder and a prior; got one of them")
         self.spec, self.transform = spec, transform
         self.encoder, self.prior_net, self.decoder = encoder, prior, decoder
-        self.consistent, self.residual_mean, self.coefficients = consistent, residual_mean, coefficients
+        self.consistent = consistent and transform.restricts(spec)
+        self.residual_mean, self.coefficients = residual_mean, coefficients
         self.rounded = rounded
 
     @property

@@ -14,41 +14,69 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
 
+from selfvae.distributions.pixels import PixelMixture
+from selfvae.distributions.priors import LatentDistribution
 from selfvae.level import Level, Posterior
 from selfvae.nn.layers import data_dependent_init
 from selfvae.terms import Terms
 from selfvae.transforms import ImageSpec, Null
 
-__all__ = ["SelfVAE"]
+__all__ = ["Distribution", "SelfVAE", "describe", "spread_levels"]
 
-Provider = Callable[[str, Any], Tensor]
+Distribution = LatentDistribution | PixelMixture
+Provider = Callable[[str, Distribution], Tensor]
+
+
+class _Levels(nn.ModuleList):
+    """A list of levels, typed."""
+
+    @overload
+    def __getitem__(self, index: slice) -> _Levels: ...
+    @overload
+    def __getitem__(self, index: int) -> Level: ...
+    def __getitem__(self, index: int | slice) -> Level | _Levels:
+        return cast("Level | _Levels", super().__getitem__(index))
+
+    def __iter__(self) -> Iterator[Level]:
+        return cast("Iterator[Level]", super().__iter__())
+
+    def __reversed__(self) -> Iterator[Level]:
+        return (self[k] for k in reversed(range(len(self))))
 
 
 class SelfVAE(nn.Module):
     """A self-supervised VAE with levels 0 (the image) to K (the top, whose transform is `Null`).
 
-    `model(x)` gives the `Terms` of the bound for x uint8 (B, C, H, W). `config` is what
-    `presets.build` made the model from, kept for saving.
+    `model(x)` gives the `Terms` of the bound for x uint8 (B, C, H, W). A new model must be initialised on
+    a batch first, by `initialise`; training and `load` take care of that.
+
+    Args:
+        levels: from the image to the top.
+        config: the `ModelConfig` that `build` made the model from, kept for saving; None: made by hand.
+
+    Raises:
+        ValueError: if there is no level, or the top one's transform is not `Null`.
     """
 
     def __init__(self, levels: Iterable[Level], config: Any = None) -> None:
         super().__init__()
-        self.levels: Any = nn.ModuleList(levels)
+        self.levels = _Levels(levels)
         if not len(self.levels) or not isinstance(self.levels[-1].transform, Null):
-            raise ValueError("a model has at least one level, and the top level's transform is Blank()")
+            raise ValueError("a model has at least one level, and the top level's transform is Null()")
         self.config = config
+        self._ready = False  # whether initialisation was looked for
 
     @property
     def spec(self) -> ImageSpec:
         """The spec of x."""
-        spec: ImageSpec = self.levels[0].spec
-        return spec
+        return self.levels[0].spec
 
     @property
     def has_latents(self) -> bool:
@@ -56,7 +84,17 @@ class SelfVAE(nn.Module):
         return any(level.has_latent for level in self.levels)
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
-        """[x, y_1, ..., y_K], uint8."""
+        """Compute all representations of images.
+
+        Args:
+            x: uint8 (B, C, H, W); height and width must be multiples of `multiples[0]` for the networks.
+
+        Returns:
+            [x, y_1, ..., y_K], uint8.
+
+        Raises:
+            TypeError, ValueError: if x is not of the model's spec or size.
+        """
         self.spec.check(x)
         ys = [x]
         for level in self.levels[:-1]:
@@ -64,13 +102,17 @@ class SelfVAE(nn.Module):
         return ys
 
     def blank(self, n: int, height: int, width: int) -> Tensor:
-        """What the walk starts from for n images x of that size (pixels): no channels, y_K's size."""
+        """What the walk starts from for n images x of a height and width in pixels.
+
+        Returns:
+            uint8 (n, 0, h, w), of y_K's size, without channels.
+        """
         for level in self.levels:
             height, width = level.transform.size(height, width)
         return torch.empty(n, 0, height, width, dtype=torch.uint8, device=self.device)
 
     def scale(self, k: int) -> tuple[int, int]:
-        """Rows and columns of x for one of y_k."""
+        """How many rows and columns of x correspond to one of y_k."""
         scales = [level.transform.scale for level in self.levels[:k]]
         return math.prod(s[0] for s in scales), math.prod(s[1] for s in scales)
 
@@ -87,6 +129,7 @@ class SelfVAE(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Of the parameters."""
         return next(self.parameters()).device
 
     @property
@@ -95,20 +138,26 @@ class SelfVAE(nn.Module):
         return next(self.parameters()).dtype
 
     def walk(self, provider: Provider, blank: Tensor) -> Tensor:
-        """From the top to the image: pick(name, distribution) says where each variable comes from.
+        """Go through all variables, from the top to the image.
 
-        Names are "z0".."zK" and "y0".."yK"; returns what was picked for y0 = x.
+        Args:
+            provider: provider(name, distribution) gives the value of each variable, e.g. a draw; names are
+                "z0".."zK" and "y0".."yK".
+            blank: see `blank`.
+
+        Returns:
+            The value of y0 = x, (B, C, H, W).
         """
         y, z = blank, None
         for k in reversed(range(len(self.levels))):
-            level: Level = self.levels[k]
+            level = self.levels[k]
             if level.has_latent:
                 z = provider(f"z{k}", level.prior(y, z))
             y = provider(f"y{k}", level.likelihood(y, z if level.has_latent else None))
         return y
 
     def posteriors(self, ys: list[Tensor]) -> dict[str, Posterior]:
-        """q(z_k | y_k) of every level with a latent, by name."""
+        """q(z_k | y_k) of every level with a latent, by name ("z0", ...), for a `pyramid`."""
         return {
             f"z{k}": level.posterior(y)
             for k, (level, y) in enumerate(zip(self.levels, ys, strict=True))
@@ -116,11 +165,19 @@ class SelfVAE(nn.Module):
         }
 
     def score(self, ys: list[Tensor], posteriors: dict[str, Posterior]) -> Terms:
-        """The terms of the bound for the pyramid ys at one draw from the posteriors."""
+        """The terms of the bound at one draw from the posteriors.
+
+        Args:
+            ys: of `pyramid`.
+            posteriors: of `posteriors`, or others of the same shapes.
+
+        Returns:
+            (B,) nats each; draws come from torch's global random state.
+        """
         zero = torch.zeros(ys[0].shape[0], device=ys[0].device)
         re, kl = [zero] * len(ys), [zero] * len(ys)
 
-        def provider(name: str, p: Any) -> Tensor:
+        def provider(name: str, p: Distribution) -> Tensor:
             k = int(name[1:])
             if name[0] == "y":
                 re[k] = -p.log_prob(ys[k])
@@ -134,12 +191,76 @@ class SelfVAE(nn.Module):
         return Terms(tuple(re), tuple(kl))
 
     def forward(self, x: Tensor) -> Terms:
-        """The terms of the bound for x uint8 (B, C, H, W), per image, at one draw of the latents."""
+        """The terms of the bound, per image, at one draw of the latents.
+
+        Args:
+            x: uint8 (B, C, H, W).
+
+        Returns:
+            (B,) nats each; draws come from torch's global random state.
+
+        Raises:
+            TypeError, ValueError: if x is not of the model's spec or size.
+
+        Warns:
+            UserWarning: once, if the model was neither initialised nor loaded.
+        """
+        self.warn_uninitialised()
         ys = self.pyramid(x)
         return self.score(ys, self.posteriors(ys))
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Data-dependent initialisation on a batch x; layers that had theirs are left alone."""
+        """Scale the layers to data: data-dependent initialisation (docs/spec.md, section Networks).
+
+        Layers that were initialised before, or loaded, are left as they are.
+
+        Args:
+            x: a batch as for training, uint8 (B, C, H, W).
+        """
+        self._ready = True
         with data_dependent_init(self):
             self(x)
+
+    def warn_uninitialised(self) -> None:
+        """Warn, once, if some layer has neither been initialised on data nor loaded."""
+        if self._ready or torch.compiler.is_compiling():
+            return
+        self._ready = True  # looked for once: reading the buffers waits for the device
+        if any(name.endswith("initialised") and not value for name, value in self.named_buffers()):
+            warnings.warn(
+                "this model is not initialised, so its scores mean nothing: call model.initialise(x) with "
+                "a batch x of images, train it, or load a trained one",
+                stacklevel=3,
+            )
+
+
+def spread_levels(model: SelfVAE, n: int, first: int = 0) -> list[int]:
+    """At most n of the levels `first` to K, evenly spread, both ends among them: e.g. [0, 2, 4]."""
+    top = len(model.levels) - 1
+    return torch.linspace(first, top, max(0, min(top + 1 - first, n))).round().int().tolist()
+
+
+def describe(model: SelfVAE) -> list[str]:
+    """A line of words for each level, from the image to the top.
+
+    It tells the level's channels and values, its latent, what computes the next image, and whether draws
+    of the level agree with that image exactly (`Level.consistent`).
+    """
+    lines = []
+    for k, level in enumerate(model.levels):
+        channels = "1 channel" if level.spec.channels == 1 else f"{level.spec.channels} channels"
+        line = f"y{k}: {channels} of {level.spec.num_values} values"
+        if level.has_latent:
+            line += f", latent z{k}"
+        if isinstance(level.transform, Null):
+            lines.append(f"{line}; the top")
+            continue
+        if level.consistent:
+            kind = f"draws agree with y{k + 1} exactly"
+        elif level.transform.restricts(level.spec):
+            kind = f"draws need not agree with y{k + 1} (consistent=False)"
+        else:
+            kind = f"draws need not agree with y{k + 1} (this transform has no exact likelihood)"
+        lines.append(f"{line}; y{k + 1} by {level.transform}, {kind}")
+    return lines

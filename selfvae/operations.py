@@ -1,7 +1,8 @@
-"""What a model can do with an image: some variables are given, the rest is drawn. SPEC section 7.
+"""What a model can do with an image: some variables are given, the rest is drawn.
 
-A set of variables is written as names ("z0", "y1", with x = y0 and u the top latent) and as the papers'
-operations, alone or together, e.g. {"z1", "z0"}, "RS2" or "u,z0". With one computed image (K = 1):
+The definitions are in docs/spec.md, section Operations. A set of variables is written as names ("z0",
+"y1", with x = y0 and u the top latent) or as the papers' operations, one or several, e.g. {"z1", "z0"},
+"RS2" or "u,z0". With one computed image (K = 1):
 
 | operation | given |
 |---|---|
@@ -12,9 +13,12 @@ operations, alone or together, e.g. {"z1", "z0"}, "RS2" or "u,z0". With one comp
 | reconstruction, RS | all latents |
 | variation | u |
 
-An image that is named brings what it determines: the images computed from it, exactly, and their
-latents, inferred by q. (`complete` alone takes exactly what it is given.) Images of any height and width
-are padded to what the model's networks divide (the last row and column repeated) and the results cropped.
+Conditioning on an image also fixes the coarser images computed from it and their latents, inferred by q
+(only `complete` takes nothing but the variables it is given). Images of any height and width are padded
+to multiples that the networks need (the last row and column repeated), and the results cropped.
+
+Random numbers come from a seed or a generator. With either of them torch's global random state is neither
+used nor changed, so that threads do not disturb each other.
 """
 
 from __future__ import annotations
@@ -22,13 +26,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from selfvae.model import SelfVAE
+from selfvae.level import Posterior
+from selfvae.model import Distribution, SelfVAE
 from selfvae.progress import Track, no_progress
+from selfvae.transforms.base import round_up
 
 __all__ = [
     "ALIASES",
@@ -51,15 +57,19 @@ __all__ = [
 class SamplingOptions(TypedDict, total=False):
     """How variables are drawn, the same for every operation.
 
-    temperature: of every draw, from priors, likelihoods and posteriors: below 1 plainer, 0 the modes.
-        A mapping sets it by variable, e.g. {"z1": 0.7, "y0": 0}; it is 1 for those left out.
-    decode: "mode" takes the most likely image at every level, whatever the temperature of the latents.
-    seed: of the draws; None draws from torch's global random state.
+    Attributes:
+        temperature: of every draw, from priors, likelihoods and posteriors: below 1 less varied, 0 the
+            modes. A mapping sets it by variable, e.g. {"z1": 0.7, "y0": 0}; it is 1 for those left out.
+        decode: "mode" takes the most likely image at every level, whatever the temperature of the latents.
+        seed: of the draws: the same as a new generator with that seed.
+        generator: of the draws, on the model's device; not together with a seed. With neither, draws come
+            from torch's global random state.
     """
 
     temperature: float | Mapping[str, float]
     decode: Literal["sample", "mode"]
     seed: int | None
+    generator: torch.Generator | None
 
 
 def _latents(model: SelfVAE) -> list[str]:
@@ -95,9 +105,16 @@ _LATENT = ("reconstruction", "rs", "variation", "u")  # mean nothing for a model
 
 
 def names(model: SelfVAE, given: str | Iterable[str]) -> list[str]:
-    """The variables that `given` stands for, in the order of the walk: names and operations as above.
+    """Resolve names and operations (see the module) to variables.
 
-    Raises ValueError for a name that the model does not have; the message lists those it has.
+    Args:
+        given: separated by commas, or one by one.
+
+    Returns:
+        Names of variables in the order of the walk, e.g. ["z1", "y1"].
+
+    Raises:
+        ValueError: for a name that the model does not have; the message lists those it has.
     """
     known, latents = variables(model), _latents(model)
     numbered = {f"rs{j}": latents[:j] for j in range(1, len(latents) + 1)}
@@ -130,9 +147,29 @@ def _one(model: SelfVAE, name: str) -> list[str]:
 # --- the walk with some variables given ---------------------------------------------------------------
 
 
+def _generator(
+    model: SelfVAE, seed: int | None, generator: torch.Generator | None
+) -> torch.Generator | None:
+    """The generator that draws come from: the one given, a new one of a seed, or None."""
+    if seed is None:
+        return generator
+    if generator is not None:
+        raise ValueError("seed and generator exclude each other: give one of them")
+    return torch.Generator(model.device).manual_seed(seed)
+
+
+def _one_stream(model: SelfVAE, how: SamplingOptions) -> SamplingOptions:
+    """The options with a generator in place of a seed: several draws continue one sequence of numbers."""
+    generator = _generator(model, how.get("seed"), how.get("generator"))
+    return {**how, "seed": None, "generator": generator}
+
+
 @contextmanager
 def seeded(model: SelfVAE, seed: int | None) -> Iterator[None]:
-    """Draw from `seed` and leave torch's global random state as it was; None: draw from that."""
+    """Seed torch's global random state for a while, for functions that draw from it, such as scores.
+
+    It is as before at the end; no other thread should use it meanwhile. None: change nothing.
+    """
     if seed is None:
         yield
         return
@@ -147,7 +184,8 @@ def temperatures(
 ) -> dict[str, float]:
     """The temperature of every variable by name; arguments as in `SamplingOptions`.
 
-    Raises ValueError for a name that the model does not have and for a temperature below 0.
+    Raises:
+        ValueError: for a name that the model does not have, and for a temperature below 0.
     """
     if decode not in ("sample", "mode"):
         raise ValueError(f"decode must be 'sample' or 'mode'; got {decode!r}")
@@ -164,14 +202,8 @@ def temperatures(
     return heats
 
 
-def _draw(p: Any, temperature: float) -> Tensor:
-    value: Tensor = p.sample(temperature) if temperature > 0 else p.mode()
-    return value
-
-
-def _up(size: tuple[int, int], multiple: tuple[int, int]) -> tuple[int, int]:
-    """The next size that the multiples divide."""
-    return -(-size[0] // multiple[0]) * multiple[0], -(-size[1] // multiple[1]) * multiple[1]
+def _draw(p: Distribution | Posterior, temperature: float, generator: torch.Generator | None) -> Tensor:
+    return p.sample(temperature, generator) if temperature > 0 else p.mode()
 
 
 def _pad(y: Tensor, size: tuple[int, int]) -> Tensor:
@@ -189,10 +221,21 @@ def infer(
     k: int = 0,
     **how: Unpack[SamplingOptions],
 ) -> dict[str, Tensor]:
-    """The variables of `given` (None: all) that y[k] = image determines, with what those images bring.
+    """Find variables of images: computed images are computed, latents drawn from their posterior q.
 
-    image: uint8 (B, c, H, W), by default x. Images are computed, latents drawn from q. Returns tensors by
-    name, for `complete`, of the padded size.
+    Args:
+        model: any.
+        image: y[k], uint8 (B, c, H, W).
+        given: names or operations (see the module) of the variables wanted; None: all that y[k]
+            determines. A wanted image also brings the coarser images and their latents.
+        k: the level of the image; 0: x.
+        **how: see `SamplingOptions`.
+
+    Returns:
+        Tensors by name, for `complete`, of the padded size: images uint8, latents float (B, c, h, w).
+
+    Raises:
+        TypeError, ValueError: if the image is not one of level k, or a name is unknown.
     """
     if not 0 <= k < len(model.levels):
         raise ValueError(f"k must be 0 to {len(model.levels) - 1} for this model; got {k}")
@@ -204,14 +247,14 @@ def infer(
     heats = temperatures(model, how.get("temperature", 1.0), how.get("decode", "sample"))
     out: dict[str, Tensor] = {}
     y = image.to(model.device)
-    y = _pad(y, _up((y.shape[2], y.shape[3]), model.multiples[k]))
-    with seeded(model, how.get("seed")):
-        for j in range(k, len(model.levels)):
-            if f"y{j}" in wanted:
-                out[f"y{j}"] = y
-            if f"z{j}" in wanted:
-                out[f"z{j}"] = _draw(model.levels[j].posterior(y), heats[f"z{j}"])
-            y = model.levels[j].transform(y)
+    y = _pad(y, round_up((y.shape[2], y.shape[3]), model.multiples[k]))
+    generator = _generator(model, how.get("seed"), how.get("generator"))
+    for j in range(k, len(model.levels)):
+        if f"y{j}" in wanted:
+            out[f"y{j}"] = y
+        if f"z{j}" in wanted:
+            out[f"z{j}"] = _draw(model.levels[j].posterior(y), heats[f"z{j}"], generator)
+        y = model.levels[j].transform(y)
     return out
 
 
@@ -224,20 +267,29 @@ def complete(
     temperature: float | Mapping[str, float] = 1.0,
     decode: Literal["sample", "mode"] = "sample",
     seed: int | None = None,
+    generator: torch.Generator | None = None,
     track: Track = no_progress,
 ) -> dict[str, Tensor]:
-    """One walk down the model: variables in `given` are taken, all others drawn.
+    """Walk down the model once: variables in `given` are taken as they are, all others drawn.
 
-    Arguments:
+    Only the variables that are given count: what a given image determines besides is drawn too, unless
+    `infer` found it and it is given as well.
+
+    Args:
+        model: any.
         given: by name, "y0".."yK" (or "x") uint8 images and "z0".."zK" (or "u") float latents, as
             `infer` returns them.
-        shape: number, height and width (pixels) of the images x; None: what the given images say, or
-            the size that the model was built for.
-        temperature, decode, seed: see `SamplingOptions`.
+        shape: number, height and width (pixels) of the images x; None: those of the given images, or the
+            size that the model was built for.
+        temperature, decode, seed, generator: see `SamplingOptions`.
         track: shows progress over the variables.
 
-    Returns every variable by name; "y0" is the image, uint8 (B, C, H, W). What a given image determines is
-    drawn too unless it is given: `infer` finds it.
+    Returns:
+        Every variable by name: images uint8 (B, c, h, w), of which "y0" is x, and latents float.
+
+    Raises:
+        TypeError, ValueError: if a name is unknown, or a shape or value does not fit; the message says what
+            was expected.
     """
     given = {variable: value for name, value in given.items() for variable in _one(model, name)}
     for name, value in given.items():
@@ -246,22 +298,47 @@ def complete(
     n, height, width = shape or _shape(model, given)
     if min(n, height, width) < 1:
         raise ValueError(f"shape must be at least one image of 1 x 1 pixel; got {n, height, width}")
-    padded = _up((height, width), model.multiples[0])
-    sizes = [padded]  # of every y as the walk sees it, and what of it is wanted
+    padded = round_up((height, width), model.multiples[0])
+    scales = [model.scale(k) for k in range(len(model.levels))]
+    wanted = [(-(-height // rows), -(-width // cols)) for rows, cols in scales]
+    taken = _padded(model, given, (n, height, width), wanted)
+    heats = temperatures(model, temperature, decode)
+    generator = _generator(model, seed, generator)
+    out: dict[str, Tensor] = {}
+    left = iter(track(variables(model), "variables"))
+
+    def provider(name: str, p: Distribution) -> Tensor:
+        next(left)
+        out[name] = taken[name] if name in taken else _draw(p, heats[name], generator)
+        return out[name]
+
+    model.walk(provider, model.blank(n, *padded))
+    for k, (rows, cols) in enumerate(wanted):
+        out[f"y{k}"] = out[f"y{k}"][:, :, :rows, :cols]
+    return out
+
+
+def _padded(
+    model: SelfVAE, given: Mapping[str, Tensor], shape: tuple[int, int, int], wanted: list[tuple[int, int]]
+) -> dict[str, Tensor]:
+    """Given variables as the walk takes them: checked, padded, on the model's device.
+
+    shape: number, height and width of x; wanted: height and width of every y[k] before padding.
+    """
+    n, height, width = shape
+    sizes = [round_up((height, width), model.multiples[0])]  # of every y[k], padded
     for level in model.levels[:-1]:
         sizes.append(level.transform.size(*sizes[-1]))
-    scales = [model.scale(k) for k in range(len(sizes))]
-    own = [(-(-height // rows), -(-width // cols)) for rows, cols in scales]
     taken: dict[str, Tensor] = {}
     for name, value in given.items():
         if value.shape[0] != n:
             raise ValueError(f"{name} must be for {n} images; got {value.shape[0]}")
         k = int(name[1:])
         if name[0] == "y":
-            if tuple(value.shape[2:]) not in (own[k], sizes[k]):
+            if tuple(value.shape[2:]) not in (wanted[k], sizes[k]):
                 raise ValueError(
-                    f"{name} must be {own[k][0]} x {own[k][1]} pixels for images of {height} x {width}; "
-                    f"got {value.shape[2]} x {value.shape[3]}"
+                    f"{name} must be {wanted[k][0]} x {wanted[k][1]} pixels for images of {height} x "
+                    f"{width}; got {value.shape[2]} x {value.shape[3]}"
                 )
             value = _pad(value, sizes[k])
         elif tuple(value.shape[1:]) != model.levels[k].latent_shape(*sizes[k]):
@@ -270,24 +347,11 @@ def complete(
                 f"{width}; got {tuple(value.shape)}: is shape, (number, height, width), the images' own?"
             )
         taken[name] = value.to(model.device, model.dtype if name[0] == "z" else None)
-    heats = temperatures(model, temperature, decode)
-    out: dict[str, Tensor] = {}
-    left = iter(track(variables(model), "variables"))
-
-    def provider(name: str, p: Any) -> Tensor:
-        next(left)
-        out[name] = taken[name] if name in taken else _draw(p, heats[name])
-        return out[name]
-
-    with seeded(model, seed):
-        model.walk(provider, model.blank(n, *padded))
-    for k, (rows, cols) in enumerate(own):
-        out[f"y{k}"] = out[f"y{k}"][:, :, :rows, :cols]
-    return out
+    return taken
 
 
 def _shape(model: SelfVAE, given: Mapping[str, Tensor]) -> tuple[int, int, int]:
-    """The images' number, height and width as the given variables tell them."""
+    """The number, height and width of x that given variables imply."""
     images = [int(name[1:]) for name in given if name[0] == "y"]
     if images:
         y = given[f"y{min(images)}"]
@@ -309,13 +373,26 @@ def generate(
     width: int | None = None,
     **how: Unpack[SamplingOptions],
 ) -> Tensor:
-    """n images from nothing: uint8 (n, C, height, width), by default of the size of training."""
+    """Draw unconditional samples.
+
+    Args:
+        model: initialised or loaded.
+        n: number of images.
+        height, width: in pixels; by default those that the model was built for.
+        **how: see `SamplingOptions`.
+
+    Returns:
+        uint8 (n, C, height, width).
+
+    Raises:
+        ValueError: if an argument is out of range, or the model has no size of its own and none is given.
+    """
     shape = _shape(model, {}) if height is None or width is None else (n, height, width)
     return complete(model, {}, (n, height or shape[1], width or shape[2]), **how)["y0"]
 
 
 def check_computed(model: SelfVAE, k: int) -> None:
-    """Raise ValueError unless y[k] is an image that the model computes."""
+    """Raise ValueError unless y[k] is an image that the model computes from x."""
     if len(model.levels) == 1:
         raise ValueError("this model computes no image to enhance from: take one with transforms")
     if not 1 <= k < len(model.levels):
@@ -323,44 +400,76 @@ def check_computed(model: SelfVAE, k: int) -> None:
 
 
 def enhance(model: SelfVAE, y: Tensor, k: int = 1, **how: Unpack[SamplingOptions]) -> Tensor:
-    """Images x drawn given y[k] = y alone: super-resolution, colourisation, de-banding.
+    """Draw images given their computed image y[k]: super-resolution, colourisation, debanding.
 
-    y: uint8 (B, c, h, w); returns uint8 (B, C, H, W). With a consistent likelihood d(x) = y exactly.
+    Where all levels below k are consistent (`Level.consistent`), computing y[k] from the result gives y
+    again, exactly.
+
+    Args:
+        model: with at least k + 1 levels.
+        y: y[k] of the wanted images, uint8 (B, c, h, w), 0 to `model.levels[k].spec.max_value`.
+        k: its level, from 1.
+        **how: see `SamplingOptions`.
+
+    Returns:
+        uint8 (B, C, H, W), H and W as many times h and w as `model.scale(k)` says.
+
+    Raises:
+        TypeError, ValueError: if the model has no level k, or y is not an image of it.
     """
     check_computed(model, k)
-    seed = how.pop("seed", None)
-    with seeded(model, seed):
-        given = infer(model, y, k=k, **how)
-        rows, cols = model.scale(k)
-        shape = (y.shape[0], y.shape[2] * rows, y.shape[3] * cols)
-        return complete(model, given, shape, **how)["y0"]
+    how = _one_stream(model, how)
+    given = infer(model, y, k=k, **how)
+    rows, cols = model.scale(k)
+    shape = (y.shape[0], y.shape[2] * rows, y.shape[3] * cols)
+    return complete(model, given, shape, **how)["y0"]
 
 
 def reconstruct(
     model: SelfVAE, x: Tensor, given: str | Iterable[str] | None = None, **how: Unpack[SamplingOptions]
 ) -> Tensor:
-    """x, uint8 (B, C, H, W), again from the variables named in `given`, inferred from x itself.
+    """Draw images again from some of their own variables.
 
-    By default all latents and no image: what the model calls a reconstruction.
+    Args:
+        model: any.
+        x: uint8 (B, C, H, W).
+        given: names or operations (see the module) of the variables that are inferred from x and kept; by
+            default all latents and no image.
+        **how: see `SamplingOptions`.
+
+    Returns:
+        uint8 (B, C, H, W).
+
+    Raises:
+        TypeError, ValueError: if x is not an image of the model, or a name is unknown.
     """
-    seed = how.pop("seed", None)
-    with seeded(model, seed):
-        values = infer(model, x, "reconstruction" if given is None else given, **how)
-        return complete(model, values, (x.shape[0], x.shape[2], x.shape[3]), **how)["y0"]
+    how = _one_stream(model, how)
+    values = infer(model, x, "reconstruction" if given is None else given, **how)
+    return complete(model, values, (x.shape[0], x.shape[2], x.shape[3]), **how)["y0"]
 
 
 def vary(
     model: SelfVAE, x: Tensor, n: int, given: str | Iterable[str] = "u", **how: Unpack[SamplingOptions]
 ) -> Tensor:
-    """n variations of each x, uint8 (B, C, H, W): `given` is kept (one inference), the rest drawn anew.
+    """Draw variations of images: some variables are inferred once and kept, the rest is drawn anew.
 
-    Returns uint8 (B, n, C, H, W).
+    Args:
+        model: any.
+        x: uint8 (B, C, H, W).
+        n: variations per image.
+        given: names or operations (see the module) of what is kept.
+        **how: see `SamplingOptions`.
+
+    Returns:
+        uint8 (B, n, C, H, W).
+
+    Raises:
+        TypeError, ValueError: if x is not an image of the model, or a name is unknown.
     """
-    seed = how.pop("seed", None)
-    with seeded(model, seed):
-        values = infer(model, x, given, **how)
-        values = {name: value.repeat_interleave(n, 0) for name, value in values.items()}
-        out = complete(model, values, (n * x.shape[0], x.shape[2], x.shape[3]), **how)["y0"]
+    how = _one_stream(model, how)
+    values = infer(model, x, given, **how)
+    values = {name: value.repeat_interleave(n, 0) for name, value in values.items()}
+    out = complete(model, values, (n * x.shape[0], x.shape[2], x.shape[3]), **how)["y0"]
     return out.unflatten(0, (x.shape[0], n))
 
 
@@ -375,11 +484,26 @@ def interpolate(
     track: Track = no_progress,
     **how: Unpack[SamplingOptions],
 ) -> Tensor:
-    """From a to b, uint8 (B, C, H, W) each, through the latents named in `given`.
+    """Go from images a to images b through their latents.
 
-    The latents' posterior means are joined by a line, or by an arc (spherical: Shoemake's slerp, each
-    image's latent taken as one vector); all else is drawn with the same noise at every step. Returns uint8
-    (B, steps, C, H, W), the first for a and the last for b.
+    The posterior means of the latents in `given` are interpolated; everything else is drawn, with the same
+    noise at every step.
+
+    Args:
+        model: with latents.
+        a, b: uint8 (B, C, H, W), of one shape.
+        steps: images per pair, both ends included.
+        given: names or operations (see the module) of the latents.
+        spherical: along an arc (Shoemake's slerp, each image's latent taken as one vector) instead of a
+            line.
+        track: shows progress over the steps.
+        **how: see `SamplingOptions`.
+
+    Returns:
+        uint8 (B, steps, C, H, W), the first for a and the last for b.
+
+    Raises:
+        TypeError, ValueError: if the images do not fit, steps is below 2, or `given` names an image.
     """
     if a.shape != b.shape:
         raise ValueError(f"both images must have one shape; got {tuple(a.shape)} and {tuple(b.shape)}")
@@ -390,8 +514,11 @@ def interpolate(
         if name[0] == "y":
             raise ValueError(f"only latents are interpolated ({', '.join(_latents(model))}); got {name!r}")
     ends = [infer(model, x, chosen, temperature=0.0) for x in (a, b)]
+    generator = _generator(model, how.get("seed"), how.get("generator"))
     if how.get("seed") is None:
-        how["seed"] = int(torch.randint(2**31, ()).item())
+        device = "cpu" if generator is None else generator.device
+        how["seed"] = int(torch.randint(2**31, (), generator=generator, device=device).item())
+    how["generator"] = None
     join = _slerp if spherical else torch.lerp
     frames = []
     for i in track(range(steps), "steps"):

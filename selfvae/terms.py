@@ -1,4 +1,4 @@
-"""The bound: its terms per image, and the importance-weighted version of it. SPEC section 1."""
+"""The terms of the variational bound, per image. See docs/spec.md, section Bound."""
 
 from __future__ import annotations
 
@@ -13,15 +13,25 @@ __all__ = ["Terms", "bits_per_dim", "gather"]
 
 
 def bits_per_dim(nats: Tensor, dims: int) -> Tensor:
-    """Code length in nats, any shape -> bits per dimension of x, the same shape."""
+    """Convert nats to bits per dimension.
+
+    Args:
+        nats: code lengths of images, any shape.
+        dims: dimensions of an image x, C * H * W.
+
+    Returns:
+        nats' shape.
+    """
     return nats / (math.log(2) * dims)
 
 
 class Terms(NamedTuple):
-    """The terms of the bound, per image (B,), in nats.
+    """The terms of the bound at one draw of the latents, for levels k = 0 (the image) to K.
 
-    re[k] = -ln p(y[k] | y[k+1], z[k]) and kl[k] = ln q(z[k] | y[k]) - ln p(z[k] | y[k+1], z[k+1]) at one
-    draw of the latents, k = 0 (the image) to K; kl[k] is 0 for a level without a latent.
+    Attributes:
+        re: reconstruction errors, re[k] = -ln p(y[k] | y[k+1], z[k]): (B,) nats each.
+        kl: kl[k] = ln q(z[k] | y[k]) - ln p(z[k] | y[k+1], z[k+1]), (B,) nats each, whose expectation is a
+            Kullback-Leibler divergence; 0 for a level without a latent.
     """
 
     re: tuple[Tensor, ...]
@@ -29,22 +39,22 @@ class Terms(NamedTuple):
 
     @property
     def elbo(self) -> Tensor:
-        """The one-draw estimate of the bound: nats (B,)."""
+        """The bound's estimate by this draw, -(sum of re and kl): (B,) nats."""
         total = self.re[0]
         for term in (*self.re[1:], *self.kl):
             total = total + term
         return -total
 
     def cpu(self) -> Terms:
-        """The same on the CPU."""
+        """The same terms on the CPU."""
         return Terms(*(tuple(term.cpu() for term in kind) for kind in self))
 
     def bits_per_dim(self, dims: int) -> Tensor:
-        """-elbo in bits per dimension (B,); `dims` counts those of x only: C * H * W."""
+        """-elbo in bits per dimension (B,); `dims` are those of x only, C * H * W."""
         return bits_per_dim(-self.elbo, dims)
 
 
 def gather(terms: Sequence[Terms]) -> tuple[Tensor, Tensor]:
-    """re and kl of several batches together: float64 (levels, images) each, nats."""
+    """Join re and kl of several batches: float64 (levels, images) each, nats."""
     re, kl = (torch.cat([torch.stack(kind) for kind in kinds], 1) for kinds in zip(*terms, strict=True))
     return re.double(), kl.double()

@@ -1,10 +1,10 @@
 """Pictures larger than memory allows: the same model, its networks run in overlapping tiles.
 
-The walk stays what it is: every variable is drawn once for the whole picture, coarsest first, and the
-next level sees the whole result. Only what a network needs at a time is cut into tiles, each with a
-margin of context that is thrown away. So neighbouring tiles condition on the same latents and images,
-and no blending of separately drawn pictures is needed. Networks of limited reach (residual blocks) give the
-same as on the whole; the channel attention of dense blocks takes its means over a tile, not the picture.
+Every variable is still drawn once for the whole picture, coarsest first, and the next level sees the whole
+result. Only the inputs of a network are cut into tiles, each with a margin of context whose results are
+dropped. So neighbouring tiles condition on the same latents and images, and no blending of separately
+drawn pictures is needed. Networks with a limited receptive field (residual blocks) give the same results as
+on the whole picture; the channel attention of dense blocks averages over a tile instead of the picture.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from selfvae.distributions.priors import LatentDistribution
 from selfvae.level import Level, Posterior
 from selfvae.model import SelfVAE
 from selfvae.progress import Track, no_progress
@@ -26,14 +28,14 @@ WHOLE = (2 * _SIDE) ** 2  # pixels, of all pictures drawn together, that are wor
 
 
 class Tile(NamedTuple):
-    """Rows or columns in units: what is computed (outer) and what is kept of it (core)."""
+    """Rows or columns in units: what is computed (outer) and which part of it is kept (interior)."""
 
     outer: slice
     interior: slice
 
     @property
     def inner(self) -> slice:
-        """The core, counted from the start of the outer part."""
+        """The interior, counted from the start of the outer part."""
         return slice(self.interior.start - self.outer.start, self.interior.stop - self.outer.start)
 
 
@@ -67,15 +69,17 @@ class _TiledDistribution:
     ) -> None:
         self.level, self.name, self.part, self.inputs = level, name, part, inputs
 
-    def sample(self, temperature: float = 1.0) -> Tensor:
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """A draw of the whole (B, C, h, w)."""
-        return self.level.assemble(self.name, lambda p: p.sample(temperature), self.part, self.inputs)
+        return self.level.assemble(
+            self.name, lambda p: p.sample(temperature, generator), self.part, self.inputs
+        )
 
     def mode(self) -> Tensor:
         """The mode of the whole (B, C, h, w)."""
         return self.level.assemble(self.name, lambda p: p.mode(), self.part, self.inputs)
 
-    def log_prob(self, value: Tensor) -> Tensor:
+    def log_prob(self, z: Tensor) -> Tensor:
         """Raise: a tile's margin would be counted twice."""
         raise ValueError("a tiled model draws, and does not score: take the model that it was made of")
 
@@ -91,7 +95,7 @@ class TiledLevel(nn.Module):
         self.tile = tuple(max(1, tile // n) for n in unit)
         self.margin = tuple(-(-margin // n) for n in unit)
         self.spec, self.transform = level.spec, level.transform
-        self.has_latent, self.multiple = level.has_latent, level.multiple
+        self.has_latent, self.multiple, self.consistent = level.has_latent, level.multiple, level.consistent
         self.latent_shape = level.latent_shape
 
     def assemble(
@@ -123,7 +127,7 @@ class TiledLevel(nn.Module):
         """q(z | y), as `Level.posterior`."""
         return self.level.q(self.assemble("q", lambda params: params, self.level.encode, [y]))
 
-    def prior(self, y_up: Tensor, z_up: Tensor | None) -> Any:
+    def prior(self, y_up: Tensor, z_up: Tensor | None) -> LatentDistribution:
         """p(z | y_up, z_up), as `Level.prior`; the top one is small and stays whole."""
         if isinstance(self.transform, Null):
             return self.level.prior(y_up, z_up)
@@ -131,7 +135,7 @@ class TiledLevel(nn.Module):
             return _TiledDistribution(self, "z", lambda y: self.level.prior(y, None), [y_up])
         return _TiledDistribution(self, "z", self.level.prior, [y_up, z_up])
 
-    def likelihood(self, y_up: Tensor, z: Tensor | None) -> Any:
+    def likelihood(self, y_up: Tensor, z: Tensor | None) -> _TiledDistribution:
         """p(y | y_up, z), as `Level.likelihood`."""
         if z is None:
             return _TiledDistribution(self, "y", lambda y: self.level.likelihood(y, None), [y_up])
@@ -139,23 +143,35 @@ class TiledLevel(nn.Module):
 
 
 def tiled(model: SelfVAE, tile: int = _SIDE, margin: int = 32, track: Track = no_progress) -> SelfVAE:
-    """The same model for pictures of any size: every operation of `tasks`, in bounded memory.
+    """Make a model that draws pictures of any size in bounded memory.
 
-    Arguments:
+    All functions of `selfvae.operations` take it. For one seed it draws other pictures than the model
+    itself, since random numbers are used in another order.
+
+    Args:
+        model: made by `build` or `load`; its networks are shared, not copied.
         tile: height and width of a tile at every level, in pixels.
-        margin: pixels of context on each side, computed and thrown away.
-        track: track(tiles, name) wraps the loop over the tiles of a variable, e.g. `rich.progress.track`.
+        margin: pixels of context on each side of a tile, computed and dropped.
+        track: track(tiles, name) wraps the loop over the tiles of the variable `name`, e.g. "y0".
 
-    Returns a model that shares the networks; it draws, but does not score. Other random numbers meet
-    the same places than without tiles.
+    Returns:
+        A model that draws, but does not score, compress or train.
+
+    Raises:
+        ValueError: if tile is below 1 or margin below 0.
     """
     if tile < 1 or margin < 0:
         raise ValueError(f"tile must be at least 1 pixel and margin at least 0; got {tile} and {margin}")
     units = model.multiples
     levels = [TiledLevel(level, k, units[k], tile, margin, track) for k, level in enumerate(model.levels)]
-    return SelfVAE(levels, model.config)  # type: ignore[arg-type]
+    return SelfVAE(levels, model.config)  # type: ignore[arg-type]  # it has all that drawing needs
 
 
 def tiled_if_large(model: SelfVAE, pixels: int, track: Track = no_progress) -> SelfVAE:
-    """The model, for pictures of so many pixels that are drawn together: in tiles if these are many."""
+    """The model itself for pictures of at most `WHOLE` pixels, `tiled` for larger ones.
+
+    Args:
+        pixels: height times width, summed over the pictures that are drawn together.
+        track: as for `tiled`.
+    """
     return model if pixels <= WHOLE else tiled(model, track=track)

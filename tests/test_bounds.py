@@ -204,7 +204,7 @@ def test_bounds_from_the_same_draws(images: Tensor) -> None:
 
 def test_scores_of_a_data_set(images: Tensor) -> None:
     model = build("selfvae-3", images)
-    scores = evaluate(model, Images(images.numpy()), iw=4, batch_size=3)
+    scores = evaluate(model, Images(images.numpy()), iwae_samples=4, batch_size=3)
     assert scores["elbo_bits_per_dim"] > scores["iwae_bits_per_dim"]
     for kind in ("re", "kl"):
         assert scores[f"{kind}_bits_per_dim"] == pytest.approx(
@@ -267,3 +267,20 @@ def test_the_whole_bound_of_two_levels(consistent: bool) -> None:
         assert torch.allclose(found, exact[::17], atol=0.05)
     elbo = torch.stack([model(some).elbo for _ in range(100)]).mean(0).double()
     assert bool((elbo < exact[::17] + 0.02).all()) and elbo.mean() < exact[::17].mean()
+
+
+@pytest.mark.parametrize("tmc", [False, True])
+def test_levels_without_a_latent_are_decoded_once_per_image(tmc: bool, images: Tensor) -> None:
+    """Their likelihood is the same for every draw."""
+    model = build("selfvae-3lvl", images, latents="top")
+    seen = [0] * len(model.levels)
+    for k, level in enumerate(model.levels):
+
+        def count(module, inputs, out, k=k) -> None:  # type: ignore[no-untyped-def]
+            seen[k] += out.shape[0]
+
+        level.decoder.register_forward_hook(count)
+    for batch in (1, 7, 100):
+        seen[:] = [0] * len(seen)
+        assert iwae(model, images, 6, tmc=tmc, batch=batch).isfinite().all()
+        assert seen == [4] * (len(seen) - 1) + [24]

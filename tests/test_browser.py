@@ -91,7 +91,7 @@ def open_tab(page: Any, name: str) -> Any:
 def test_enhance(page: Any, picture: Path) -> None:
     tab = open_tab(page, "Enhance")
     tab.locator("input[type=file]").first.set_input_files(picture)
-    tab.get_by_text("it lacks nothing").click()
+    tab.get_by_text("Degrade a clean picture").click()
     tab.get_by_role("button", name="Enhance").click()
     tab.get_by_text(re.compile(r"version 2: \d\d\.\d dB")).first.wait_for(timeout=60_000)
     assert tab.get_by_text("the picture itself").count()
@@ -113,7 +113,9 @@ def test_compress(page: Any, picture: Path, tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(Image.open(tmp_path / "back.png")), x)
     sizes = dict(
         re.findall(
-            r"^(.*?)\t([\d,]+)\t", tab.locator("table", has_text="bits a pixel").inner_text(), re.MULTILINE
+            r"^(.*?)\t([\d,]+)\t",
+            tab.locator("table", has_text="bits per sub-pixel").inner_text(),
+            re.MULTILINE,
         )
     )
     sizes = {name.strip(): int(size.replace(",", "")) for name, size in sizes.items()}
@@ -194,4 +196,4 @@ def test_hostile(page: Any, tmp_path: Path) -> None:
         page.get_by_text(words).first.wait_for(timeout=20_000)
         tab.get_by_label("Remove").or_(tab.get_by_label("Clear")).first.click()
     tab.get_by_role("button", name="Enhance").click()
-    page.get_by_text("no file is chosen yet").first.wait_for(timeout=20_000)
+    page.get_by_text("no file yet").first.wait_for(timeout=20_000)

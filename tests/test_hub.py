@@ -162,6 +162,11 @@ def test_the_command(server: tuple[str, type[Hub]], tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stdout.strip() == f"{address}/me/cats", done.stderr
     text = kind.files["me/cats"]["README.md"].decode()
     assert "data: cats\nsteps: 5" in text and "/home" not in text
+    (tmp_path / "pushed").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "pushed" / name).write_bytes(kind.files["me/cats"][name])
+    # so that it reads the files of the local one
+    assert hub.fingerprint(hub.load(tmp_path / "pushed")) == hub.fingerprint(hub.load(tmp_path / "run"))
 
 
 def test_folders_and_shipped_models_need_no_hub(tmp_path: Path) -> None:
@@ -171,7 +176,7 @@ def test_folders_and_shipped_models_need_no_hub(tmp_path: Path) -> None:
     assert (
         text.startswith("---\nlibrary_name: selfvae\n") and "# mine" in text and "## Limits\n\nmany" in text
     )
-    assert "no latents: its likelihood is exact" in text and "| y6 | 3 channels of 256 levels" in text
+    assert "no latents: its likelihood is exact" in text and "| y6 | 3 channels of 256 values" in text
     loaded = selfvae.from_pretrained(tmp_path / "mine")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
     assert selfvae.from_pretrained("selfvae-photos").config.name
@@ -236,3 +241,19 @@ def test_options_that_mean_nothing_leave_the_fingerprint_alone() -> None:
     residual = mark(backbone="residual")
     assert mark(backbone="residual", inner_elu=False, prior_components=7) == residual
     assert mark(inner_elu=False) != mark()
+
+
+def test_rounding_makes_another_model_and_says_so(tmp_path: Path) -> None:
+    model = selfvae.build("selfvae-halve", "tiny", (3, 8, 8), width=0.05)
+    x = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    model.initialise(x)
+    data = Codec(model).compress(x)
+    for name, half in (("whole", False), ("half", True)):
+        selfvae.save_pretrained(model, tmp_path / name, half=half)
+    whole, half = selfvae.load(tmp_path / "whole"), selfvae.load(tmp_path / "half")
+    assert torch.equal(Codec(whole).decompress(data), x)
+    with pytest.raises(ValueError, match="another model"):
+        Codec(half).decompress(data)
+    text = (tmp_path / "half/README.md").read_text()
+    assert hub.fingerprint(model).hex() in text and hub.fingerprint(half).hex() in text
+    assert "Rounded" not in (tmp_path / "whole/README.md").read_text()

@@ -1,5 +1,6 @@
 import copy
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from selfvae import hub
 from selfvae.distributions.latents import DiagonalNormal
 from selfvae.level import Level
 from selfvae.metrics.bounds import iwae
-from selfvae.model import SelfVAE
+from selfvae.model import SelfVAE, describe, spread_levels
 from selfvae.operations import complete, enhance, generate, reconstruct
 from selfvae.presets import PRESETS, configure
 from selfvae.terms import Terms, bits_per_dim
@@ -72,7 +73,7 @@ def test_latents_are_optional(name: str, latents: str, images: torch.Tensor) -> 
     assert have == [latents == "all" or (latents == "top" and k == len(have) - 1) for k in range(len(have))]
     terms = model(images)
     for has, kl in zip(have, terms.kl, strict=True):
-        assert bool((kl != 0).all()) == has
+        assert (kl != 0).tolist() == [has] * len(images)
     generate(model, 2, 16, 16)
 
 
@@ -305,5 +306,63 @@ def test_errors(images: torch.Tensor) -> None:
         enhance(model, images, 5)
     with pytest.raises(ValueError, match="y0 must be for 4 images; got 2"):
         complete(model, {"y0": images[:2]}, (4, 16, 16))
-    with pytest.raises(ValueError, match="transform is Blank"):
+    with pytest.raises(ValueError, match="transform is Null"):
         SelfVAE([])
+
+
+def test_a_new_model_warns_once(images: torch.Tensor, tmp_path: Path) -> None:
+    """Its scores mean nothing before it is initialised, trained or loaded."""
+    for score in (lambda m: m(images), lambda m: iwae(m, images, 2)):
+        model = selfvae.build("srvae", image_shape=(3, 16, 16), **TINY)  # type: ignore[arg-type]
+        with pytest.warns(UserWarning, match=r"model\.initialise\(x\)"):
+            score(model)
+        with warnings.catch_warnings(action="error"):
+            score(model)
+    with warnings.catch_warnings(action="error"):
+        build("srvae", images)(images)
+        model = selfvae.build("srvae", image_shape=(3, 16, 16), **TINY)  # type: ignore[arg-type]
+        model.initialise(images)
+        selfvae.save(model, tmp_path)
+        selfvae.load(tmp_path)(images)
+
+
+@pytest.mark.parametrize(
+    ("transforms", "consistent"),
+    [
+        (("mean2", "bicubic2"), [True, False]),
+        (("grey", "mean2"), [True, True]),
+        (("grey+mean2", "rows"), [False, True]),
+        (("blur", "sketch"), [False, False]),
+        (("bits3",), [True]),
+    ],
+)
+def test_levels_tell_whether_they_are_consistent(
+    transforms: tuple[str, ...], consistent: list[bool], images: torch.Tensor
+) -> None:
+    """Asked for or not, only transforms with a support of their own restrict the likelihood."""
+    how = {**TINY, "image_shape": (3, 16, 16), "transforms": transforms, "prior": "mog"}
+    model, free = (selfvae.build("selfvae", **how, consistent=c) for c in (True, False))  # type: ignore[arg-type]
+    assert [level.consistent for level in model.levels] == [*consistent, False]
+    assert not any(level.consistent for level in free.levels)
+    lines = describe(model)
+    assert ["exactly" in line for line in lines] == [*consistent, False]
+    assert lines[0].startswith("y0: 3 channels of 256 values, latent z0; y1 by ")
+    assert lines[-1].endswith("the top") and not any("\n" in line for line in lines)
+    for line, level in zip(lines, model.levels[:-1], strict=False):
+        assert ("no exact likelihood" in line) == (not level.consistent)
+    assert all("consistent=False" in line or "no exact" in line for line in describe(free)[:-1])
+    model.initialise(images)
+    y = model.pyramid(images)[1]
+    agrees = torch.equal(model.levels[0].transform(enhance(model, y, seed=0)), y)
+    assert agrees == consistent[0]
+
+
+def test_spread_levels(images: torch.Tensor) -> None:
+    model = build("selfvae-quincunx", images)
+    top = len(model.levels) - 1
+    assert top > 4
+    assert spread_levels(model, 99) == list(range(top + 1))
+    assert spread_levels(model, 99, first=1) == list(range(1, top + 1))
+    few = spread_levels(model, 3)
+    assert few[0] == 0 and few[-1] == top and len(few) == 3
+    assert spread_levels(build("vae", images), 3, first=1) == []

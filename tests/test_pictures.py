@@ -1,5 +1,7 @@
 """Files of every kind in, files of every kind out."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +49,7 @@ def test_deep_files(tmp_path: Path) -> None:
     (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535 " + bytes([1, 0, 255, 255]))
     assert read(tmp_path / "a.pgm").pixels.flatten().tolist() == [1, 255]
     Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match=r"a\.tif has 32 bits a channel \(mode F\)"):
+    with pytest.raises(ValueError, match=r"a\.tif has 32 bits per channel \(mode F\)"):
         read(tmp_path / "a.tif")
 
 
@@ -93,3 +95,18 @@ def test_alpha_is_kept_and_refused_where_it_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ends in \.png, .* got '\.xyz'"):
         save(Image.new("L", (1, 1)), tmp_path / "a.xyz")
     assert [f.name for f in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_importing_the_codec_changes_nothing() -> None:
+    """Pillow gets its plugin from `use`, and Fabric is loaded where processes are started."""
+    code = """
+import sys
+from PIL import Image
+import selfvae, selfvae.codec
+assert "lightning_fabric" not in sys.modules
+Image.init()
+assert "SVAE" not in Image.SAVE and ".svae" not in Image.registered_extensions()
+selfvae.codec.use(selfvae.build("selfvae-halve", "tiny", (3, 8, 8), width=0.05))
+assert "SVAE" in Image.SAVE and Image.registered_extensions()[".svae"] == "SVAE"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -16,13 +16,15 @@ import selfvae
 from selfvae import hub
 from selfvae.codec import Codec, pack
 from selfvae.data import pictures
-from selfvae.data.batches import Images
-from selfvae.distributed import distributed_map, launch, on_rank_zero, rank
-from selfvae.metrics.fid import evaluate_samples, report
+from selfvae.data.batches import Dataset, Images
+from selfvae.distributed import distributed_map, launch, make_fabric, on_rank_zero, rank
+from selfvae.metrics.fid import evaluate_samples
 from selfvae.metrics.likelihood import evaluate
 from selfvae.metrics.ood import evaluate_ood
 from selfvae.reports.figures import draw_figures
-from selfvae.reports.report import Settings
+from selfvae.reports.report import Settings, write_report
+from selfvae.training.config import TrainConfig
+from selfvae.training.loop import train
 
 WORK = """
 import atexit, json, sys
@@ -59,7 +61,7 @@ def work(run: Path, out: Path) -> dict[str, object]:
     some = Settings(
         limit=8, iw=2, iw_limit=30, ood_limit=8, enhance_limit=4, draws=2, batch_size=4, figures=2
     )
-    whole = report([run], images, "noise", out / "report", some)
+    whole = write_report([run], images, "noise", out / "report", some)
     return {
         "scores": evaluate(model, images, iwae_samples=3, batch_size=4),
         "ood": evaluate_ood(model, images, {"inverted": None}, batch_size=4),
@@ -124,3 +126,26 @@ def test_one_process() -> None:
     assert on_rank_zero(lambda: 4) == 4
     with pytest.raises(KeyError):
         distributed_map({}.__getitem__, [1])
+
+
+def test_apple_gpus_are_never_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They have no float64; Fabric's own rule would take them."""
+    from lightning_fabric import Fabric
+    from lightning_fabric.accelerators import MPSAccelerator
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
+    monkeypatch.setattr(MPSAccelerator, "parse_devices", staticmethod(lambda _: [0]))
+    monkeypatch.setattr(
+        MPSAccelerator, "get_parallel_devices", staticmethod(lambda _: [torch.device("mps")])
+    )
+    taken = Fabric(devices=1)
+    assert taken.device.type == "mps" and make_fabric().device.type == launch().type == "cpu"
+    config = selfvae.build("selfvae-halve", "tiny", (3, 8, 8), width=0.05).config
+    images = Images(torch.zeros(8, 3, 8, 8, dtype=torch.uint8).numpy())
+    data = Dataset("x", images, images, images)
+    monkeypatch.setattr("selfvae.training.loop.launch_fabric", lambda fabric: None)
+    few = TrainConfig(steps=1, eval_images=2)
+    with pytest.raises(ValueError, match="Apple GPUs have no float64"):
+        train(config, data, tmp_path / "mps", few, fabric=taken, quiet=True)
+    train(config, data, tmp_path / "cpu", few, quiet=True)

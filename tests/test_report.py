@@ -13,9 +13,9 @@ import torch
 import selfvae
 from selfvae.cli import main
 from selfvae.data.batches import Images
-from selfvae.metrics.fid import report
 from selfvae.reports import report as module
 from selfvae.reports.report import PAPERS, Settings
+from selfvae.reports.report import write_report as report
 
 SMALL = Settings(
     limit=5, iw=3, iw_limit=4, enhance_limit=3, draws=2, ood_limit=4, quality_n=6, figures=2

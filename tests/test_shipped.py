@@ -11,7 +11,8 @@ import selfvae
 from selfvae import hub
 from selfvae.cli import main
 from selfvae.codec import fingerprint
-from selfvae.data import sources
+from selfvae.data import crops, sources
+from selfvae.data.batches import Images
 from selfvae.demo import demo
 from selfvae.metrics.baselines import lossless_bits
 from selfvae.metrics.likelihood import evaluate
@@ -26,7 +27,7 @@ NAMES = (
 @pytest.fixture(scope="module")
 def photo() -> torch.Tensor:
     """A part of a photograph that is in no training set, uint8 (1, 3, 80, 96)."""
-    return torch.from_numpy(sources.photo("coffee", 2)[None, :, 60:140, 90:186])
+    return torch.from_numpy(crops.photo("coffee", 2)[None, :, 60:140, 90:186])
 
 
 def test_all_are_there_and_small() -> None:
@@ -85,6 +86,6 @@ def test_demo(tmp_path: Path) -> None:
 
 def test_small_images_are_likelier_than_webp_thinks() -> None:
     """Crops of photographs are not CIFAR-10, but near enough."""
-    crops = sources.load("photos", 32).test.take(range(64))
-    found = evaluate(selfvae.load("selfvae-cifar10-small"), sources.Images(crops.numpy()))
-    assert found["bits_per_dim"] < 0.95 * lossless_bits(crops, "WebP").sum().item() / crops.numel()
+    some = sources.load("photos", 32).test.take(range(64))
+    found = evaluate(selfvae.load("selfvae-cifar10-small"), Images(some.numpy()))
+    assert found["bits_per_dim"] < 0.95 * lossless_bits(some, "WebP").sum().item() / some.numel()

@@ -1,6 +1,7 @@
 """Every operation for every kind of hierarchy, sizes that nothing divides, and the names of variables."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -324,3 +325,56 @@ def test_in_double_precision(prior: str, images: torch.Tensor) -> None:
     values = infer(model, x, "z1")
     assert complete(model, values)["y0"].shape == x.shape
     assert complete(model.float(), values)["y0"].shape == x.shape  # given in another precision
+
+
+# --- random numbers --------------------------------------------------------------------------------------
+
+
+def everything(model: SelfVAE, x: torch.Tensor, **how: object) -> list[torch.Tensor]:
+    """A result of every operation, drawn one after the other."""
+    y = model.pyramid(x)[1]
+    return [
+        generate(model, 2, **how), enhance(model, y, **how), reconstruct(model, x, **how),
+        vary(model, x, 2, **how), interpolate(model, x, x.flip(3), 2, **how),
+        *infer(model, x, **how).values(), *complete(model, {"y1": y}, **how).values(),
+    ]  # type: ignore[arg-type]  # fmt: skip
+
+
+@pytest.mark.parametrize("prior", ["normal", "mog", "flow", "logistic"])
+@pytest.mark.parametrize("tile", [0, 16])
+def test_generators_and_seeds(prior: str, tile: int, images: torch.Tensor) -> None:
+    """A generator continues, a seed starts one; torch's global random state is left alone by both."""
+    uniform = {"posterior": "uniform"} if prior == "logistic" else {}
+    model = build("selfvae", images, prior=prior, **uniform)
+    model = tiled(model, tile, 8) if tile else model
+    before = torch.get_rng_state()
+    first, second = (everything(model, images, generator=g) for g in [torch.Generator().manual_seed(3)] * 2)
+    again = everything(model, images, generator=torch.Generator().manual_seed(3))
+    seeded = everything(model, images, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first[:5], second[:5], strict=True))
+    assert torch.equal(first[0], seeded[0])
+    with pytest.raises(ValueError, match="exclude each other"):
+        generate(model, 1, seed=1, generator=torch.Generator())
+
+
+def test_a_seed_draws_what_the_global_state_would(images: torch.Tensor) -> None:
+    """So that figures made with seeds before stay what they are."""
+    model = build("selfvae-3", images)
+    for draw in (
+        lambda **how: generate(model, 2, **how),
+        lambda **how: vary(model, images, 2, **how),
+        lambda **how: enhance(model, model.pyramid(images)[1], **how),
+    ):
+        torch.manual_seed(5)
+        expected = draw()
+        assert torch.equal(draw(seed=5), expected)
+
+
+def test_threads_do_not_disturb_each_other(images: torch.Tensor) -> None:
+    model = build("selfvae", images).eval()
+    alone = [generate(model, 4, seed=seed) for seed in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda seed: generate(model, 4, seed=seed), range(6)))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))

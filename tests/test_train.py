@@ -27,6 +27,7 @@ from selfvae.nn.precision import resolve
 from selfvae.training.config import TrainConfig
 from selfvae.training.guard import Guard
 from selfvae.training.loop import _loss, prepare, train
+from selfvae.training.optim import make_optimizer
 
 CONFIG = selfvae.ModelConfig(
     name="selfvae", image_shape=(3, 8, 8), transforms=("mean2",), prior="mog", consistent=True,
@@ -159,7 +160,7 @@ def test_a_nan_gradient_changes_little_and_is_counted(
 
 
 def test_the_guard_cannot_lock_up() -> None:
-    guard = Guard(TrainConfig(clip=2.0, skip=20.0), torch.device("cpu"))
+    guard = Guard(TrainConfig(clip_factor=2.0, skip_factor=20.0), torch.device("cpu"))
 
     def norm_after(norm: float) -> float:
         grad = torch.full((4,), norm / 2)
@@ -275,6 +276,56 @@ def test_learning_rates() -> None:
     assert clock.rate(5, 10.0) == pytest.approx(0.0001)
 
 
+@pytest.mark.parametrize("schedule", ["exponential", "cosine"])
+def test_no_rate_is_above_lr(schedule: str) -> None:
+    """Also where lr is below the papers' floor; a floor of one's own above it is refused."""
+    for lr in (1e-12, 1e-5, 1e-3, 0.03):
+        rates = [
+            TrainConfig(lr=lr, schedule=schedule, steps=100, warmup=0).rate(step)  # type: ignore[arg-type]
+            for step in range(101)
+        ]
+        assert rates[0] == pytest.approx(lr, rel=1e-3) and rates == sorted(rates, reverse=True)
+    with pytest.raises(ValueError, match=r"min_lr must be 0 to lr, 1e-05; got 0\.0001"):
+        TrainConfig(lr=1e-5, min_lr=1e-4)
+
+
+def test_warm_up_takes_a_tenth_at_most() -> None:
+    """Of the steps, or of the time."""
+    few = TrainConfig(steps=50)
+    assert [few.rate(step) for step in (0, 4)] == pytest.approx([0.002 / 5, 0.002], rel=1e-4)
+    assert TrainConfig(steps=3).rate(0) == 0.002
+    assert TrainConfig(steps=10**6).rate(9) == pytest.approx(0.0002, rel=1e-4)
+    timed = TrainConfig(steps=10**6, max_seconds=180)
+    assert timed.rate(4, 17.9) < 0.002 and timed.rate(4, 18.0) == pytest.approx(0.002, rel=1e-4)
+    assert timed.rate(9, 1.0) == pytest.approx(0.0002, rel=1e-4)
+
+
+def test_weights_decay_only_if_asked_for(tmp_path: Path, images: sources.Dataset) -> None:
+    """Without gradients a step of AdamW changes nothing, or takes lr * weight_decay of a weight away."""
+    for decay in (0.0, 0.1):
+        config = settings(optimizer="adamw", weight_decay=decay, warmup=0, lr=0.01)
+        optimizer = make_optimizer([weight := torch.nn.Parameter(torch.ones(3))], config)
+        weight.grad = torch.zeros(3)
+        optimizer.step()
+        assert torch.allclose(weight, torch.full((3,), 1 - 0.01 * decay), rtol=1e-7, atol=0)
+    with pytest.raises(ValueError, match="weight_decay goes with optimizer adamw; got adamax"):
+        settings(weight_decay=0.1)
+
+
+def test_a_run_whose_time_is_spent_is_not_resumed(tmp_path: Path, images: sources.Dataset) -> None:
+    timed = settings(steps=10**6, max_seconds=0.3)
+    train(CONFIG, images, tmp_path, timed, quiet=True)
+    before = _state(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"has been trained for .* s of 0\.3 s \(wall clock\).*raise max_seconds"
+    ):
+        train(CONFIG, images, tmp_path, timed, resume=True, quiet=True)
+    assert _state(tmp_path) == before
+    more = settings(steps=int(before["step"]) + 1, max_seconds=1000)
+    train(CONFIG, images, tmp_path, more, resume=True, quiet=True)
+    assert _state(tmp_path)["step"] == before["step"] + 1
+
+
 def test_kl_weight_and_free_bits() -> None:
     terms = selfvae.Terms((torch.tensor([10.0]),), (torch.tensor([4.0]),))
     bit = float(np.log(2))
@@ -336,7 +387,7 @@ def test_later_checkpoints_are_refused(tmp_path: Path, images: sources.Dataset) 
     with pytest.raises(ValueError, match="has format 99; this version of selfvae goes on from 1 to 2"):
         train(CONFIG, images, tmp_path, settings(steps=2), resume=True, quiet=True)
     save_file(tensors, tmp_path / "checkpoint.safetensors")
-    with pytest.raises(ValueError, match="is no checkpoint of a run"):
+    with pytest.raises(ValueError, match="is not a checkpoint"):
         train(CONFIG, images, tmp_path, settings(steps=2), resume=True, quiet=True)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match="is damaged"):
@@ -417,7 +468,7 @@ def test_a_run_starts_from_a_trained_model(tmp_path: Path, images: sources.Datas
     before, after, source = tmp_path / "before", tmp_path / "after", tmp_path / "smooth.npy"
     train(CONFIG, images, before, settings(steps=8), quiet=True)
     weights = {k: v.clone() for k, v in hub.unique_state_dict(selfvae.load(before)).items()}
-    steps = ["--out", str(after), "--ema", "0", "--lr", "1e-12", "--eval-images", "2"]
+    steps = ["--out", str(after), "--ema", "0", "--lr", "1e-12", "--warmup", "0", "--eval-images", "2"]
     assert main(["train", "--start", str(before), "--data", str(source), *steps, "--steps", "1"]) == 0
     same = hub.unique_state_dict(selfvae.load(after))
     assert all(torch.allclose(v, same[k], atol=1e-6) for k, v in weights.items())
@@ -432,7 +483,7 @@ def test_weights_to_start_from_must_fit(
 ) -> None:
     other = presets.build("selfvae", "tiny", (3, 8, 8))
     with pytest.raises(ValueError, match=r"do not fit.*'width'"):
-        train(CONFIG, images, tmp_path / "a", settings(), start=other, quiet=True)
+        train(CONFIG, images, tmp_path / "a", settings(), init_from=other, quiet=True)
     assert not (tmp_path / "a" / "checkpoint.safetensors").exists()
     wrong = ["--start", "selfvae-cifar10-small", "--model", "vae", "--out", str(tmp_path / "b")]
     assert main(["train", *wrong, "--data", str(tmp_path / "smooth.npy")]) == 2

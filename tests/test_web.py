@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import struct
@@ -55,8 +56,8 @@ def pixels(image: Image.Image) -> torch.Tensor:
 def test_every_gap_is_filled_consistently(models: Models, x: torch.Tensor) -> None:
     names = [str(gap) for gap in models.gaps]
     assert names == [
-        "size: it becomes 2 x as wide, 2 x as high", "colour: it is grey",
-        "levels: it has 8 a channel, in bands",
+        "enlarge it, 2 x as wide and 2 x as high", "colourise a grey picture",
+        "remove banding (8 values per channel)",
     ]  # fmt: skip
     for gap in models.gaps:
         (_, given), (_, plain), (_, a), (_, b) = work.enhance(gap, png(x), PIXELS, n=2, seed=3)
@@ -66,7 +67,7 @@ def test_every_gap_is_filled_consistently(models: Models, x: torch.Tensor) -> No
         drawn = pixels(a)
         d = gap.model.levels[0].transform
         expected = {1: Greyscale()(x), 3: x}[d.output_spec(gap.model.spec).channels]
-        assert torch.equal(d(drawn), expected >> 5 if "bands" in str(gap) else expected)
+        assert torch.equal(d(drawn), expected >> 5 if "banding" in str(gap) else expected)
 
 
 def test_a_whole_picture_is_taken_apart_and_compared(models: Models, x: torch.Tensor) -> None:
@@ -129,7 +130,7 @@ def test_a_model_of_one_s_own(tmp_path: Path, x: torch.Tensor) -> None:
     selfvae.save(selfvae.build("selfvae-halve", "tiny", width=0.05), tmp_path / "halve")
     models = Models.load(tmp_path / "halve")
     assert len(models.gaps) == 6 and models.latent is None
-    assert str(models.gaps[0]) == "size: it becomes 2 x as wide, 1 x as high"
+    assert str(models.gaps[0]) == "enlarge it, 2 x as wide and 1 x as high"
     assert len(work.enhance(models.gaps[1], png(x), PIXELS)) == 4
     selfvae.save(selfvae.build("selfvae", "tiny", width=0.05, num_values=16), tmp_path / "few")
     assert Models.load(tmp_path / "few").codec is None
@@ -172,13 +173,13 @@ HOSTILE: dict[str, tuple[bytes, str | None, str | None]] = {  # file; why enhanc
         _file(_RGB, "GIF", save_all=True, append_images=[_RGB.rotate(90)]), None, "holds 2 pictures",
     ),
     "cmyk.jpg": (_file(_RGB.convert("CMYK"), "JPEG"), None, "neither grey nor RGB"),
-    "deep.png": (_file(_DEEP, "PNG"), None, "8 bits a channel"),
+    "deep.png": (_file(_DEEP, "PNG"), None, "8 bits per channel"),
     "corrupt.png": (_file(_RGB.resize((99, 99)), "PNG")[:4000] + bytes(99), _BROKEN, _BROKEN),
     "wrong.txt": (_file(_RGB, "PNG"), None, None),
     "drawing.svg": (_SVG, "of no known kind", "of no known kind"),
     "zero.png": (b"", "the file is empty", "the file is empty"),
     "large.png": (_file(_RGB.resize((500, 500)), "PNG"), "500 x 500 .* for this page", "500 x 500 .* page"),
-    "enlarged.png": (_file(_RGB.resize((300, 300)), "PNG"), "600 x 600 .* for this page", None),
+    "enlarged.png": (_file(_RGB.resize((225, 225)), "PNG"), "450 x 450 .* for this page", None),
     "padded.png": (_file(_RGB.resize((30_000, 1)), "PNG"), None, "30000 x 1 .* for this page"),
     "im.tif": (_IM, "cannot be read", "cannot be read"),
     "exif.jpg": (_file(_RGB, "JPEG", exif=b"Exif\0\0II*\0"), None, None),
@@ -191,7 +192,7 @@ HOSTILE: dict[str, tuple[bytes, str | None, str | None]] = {  # file; why enhanc
 def test_hostile_files_are_refused_or_handled(name: str, models: Models) -> None:
     data, enhance, compress = HOSTILE[name]
     assert models.codec is not None
-    began = time.monotonic()
+    began = time.process_time()
     if enhance:
         with pytest.raises(ValueError, match=enhance):
             work.enhance(models.gaps[0], data, PIXELS)
@@ -202,7 +203,7 @@ def test_hostile_files_are_refused_or_handled(name: str, models: Models) -> None
             work.compress(models.codec, data, PIXELS)
     else:
         assert work.compress(models.codec, data, PIXELS).data
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 30
 
 
 def test_a_codec_file_that_promises_too_much_or_is_broken(models: Models, x: torch.Tensor) -> None:
@@ -256,7 +257,7 @@ def test_hostile_files_leave_the_server_alive(address: str, models: Models, tmp_
     page = client.Client(address, verbose=False)
     for name, (data, why, _) in HOSTILE.items():
         (tmp_path / name).write_bytes(data)
-        what = str(models.gaps[0]).capitalize()
+        what = models.gaps[0].label(PIXELS)
         job = (client.handle_file(tmp_path / name), what, False, 1, 0.5, 0)
         if why:
             with pytest.raises(Exception, match=f"{why}|File is empty"):
@@ -406,3 +407,18 @@ def test_wrong_limits(models: Models) -> None:
     for wrong, message in wrongs:
         with pytest.raises((ValueError, OSError), match=message), served(models, **wrong):
             pass
+
+
+def test_limits_are_told_beforehand_and_errors_once(models: Models, tmp_path: Path) -> None:
+    """Results of 4 megapixels by default; a job's progress, or its error, is shown in one place."""
+    pytest.importorskip("gradio")
+    from selfvae.web.page import Page, served
+
+    assert inspect.signature(served).parameters["pixels"].default == 2**22
+    page = Page(models, 2**22, tmp_path)
+    words = str(page.blocks.get_config_file())
+    assert "Pictures and results may have up to 4,194,304 pixels" in words
+    assert "2 x as high: up to 1,048,576 pixels" in words and "Colourise a grey picture'" in words
+    for job in page.blocks.fns.values():
+        places = job.show_progress_on or job.outputs
+        assert job.show_progress == "hidden" or len(places) == 1, job.name

@@ -16,7 +16,7 @@ def serve(
     model: Annotated[Positional[Path | None], arg(metavar="[MODEL]")] = None,
     host: str = "127.0.0.1",
     port: int | None = None,
-    pixels: int = 2**20,
+    pixels: int = 2**22,
     megabytes: int = 20,
     browser: bool = True,
 ) -> None:

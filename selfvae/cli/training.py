@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from lightning_fabric import Fabric
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from selfvae import hub
 from selfvae.cli.common import In, Out, Run, progress
 from selfvae.data import crops, sources
+from selfvae.distributed import make_fabric
 from selfvae.files import write_atomic
 from selfvae.nn.precision import resolve
 from selfvae.presets import ModelConfig, configure
@@ -74,7 +74,7 @@ def train(
         }  # fmt: skip
         text = yaml.safe_dump({k: v for k, v in flags.items() if v not in (None, [])}, sort_keys=False)
         write_atomic(out / _SETTINGS, text.encode())
-    fabric = Fabric(devices=devices, num_nodes=nodes, precision=precision)
+    fabric = make_fabric(devices, nodes, precision)
     loop.train(config, dataset, out, training, init_from=trained, resume=resume, fabric=fabric)
     if not fabric.global_rank:
         print(f"model and curve are in {out}")
@@ -83,7 +83,7 @@ def train(
 def push(
     model: Run,
     name: Annotated[Positional[str], arg(metavar="OWNER/NAME")],
-    half: bool = True,
+    half: bool = False,
     private: bool = False,
 ) -> None:
     """Put a model on the Hugging Face hub, with a card; `hf auth login` first.
@@ -91,7 +91,8 @@ def push(
     Args:
         model: folder that training wrote; its settings go into the card.
         name: there; selfvae.from_pretrained takes it from then on.
-        half: weights as float16.
+        half: round the weights to float16, for half the bytes: another model, which cannot read files that
+            this one compressed.
         private: for its owner alone.
     """
     sections = {}

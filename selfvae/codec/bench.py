@@ -17,23 +17,16 @@ from torch import Tensor
 
 from selfvae.codec.container import read_header
 from selfvae.codec.progressive import Codec
-from selfvae.data.pictures import from_image, to_image
+from selfvae.data.pictures import LOSSLESS, Options, encode, encode_lossless, from_image, to_image
 from selfvae.files import write_atomic
 from selfvae.metrics.enhancement import psnr
 from selfvae.progress import Track, no_progress
 
 __all__ = ["LOSSLESS", "LOSSY", "bench", "lossless_sizes", "markdown", "plot"]
 
-Options = dict[str, Any]
-LOSSLESS: dict[str, tuple[str, Options]] = {
-    "PNG": ("PNG", {"optimize": True}),
-    "WebP": ("WEBP", {"lossless": True, "quality": 100, "method": 6}),
-    "JPEG 2000": ("JPEG2000", {"irreversible": False, "mct": 1}),  # with its colour transform
-    "JPEG XL": ("JXL", {"lossless": True, "effort": 7}),
-}
 LOSSY: dict[str, tuple[str, Callable[[int], Options]]] = {
     "JPEG": ("JPEG", lambda q: {"quality": q, "optimize": True}),
-    "WebP": ("WEBP", lambda q: {"quality": q, "method": 6}),
+    "WebP": ("WEBP", lambda q: {"lossless": False, "quality": q, "method": 6}),
     "AVIF": ("AVIF", lambda q: {"quality": q}),
 }
 _QUALITIES = (10, 25, 40, 60, 75, 85, 92, 97)
@@ -52,20 +45,12 @@ def _tensor(data: bytes, mode: str) -> Tensor:
     return from_image(Image.open(io.BytesIO(data)).convert(mode))
 
 
-def _file(image: Image.Image, format: str, options: Options) -> bytes:
-    out = io.BytesIO()
-    if image.mode == "L":
-        options = {key: value for key, value in options.items() if key != "mct"}
-    image.save(out, format, **options)
-    return out.getvalue()
-
-
 def lossless_sizes(image: Image.Image) -> dict[str, int]:
     """Bytes of a picture in every lossless format that Pillow can write here and that can hold it."""
     sizes = {}
-    for name, how in _known(LOSSLESS).items():
+    for name in _known(LOSSLESS):
         with contextlib.suppress(OSError, ValueError):  # e.g. no side of a WebP file has over 16383 pixels
-            sizes[name] = len(_file(image, *how))
+            sizes[name] = len(encode_lossless(image, name))
     return sizes
 
 
@@ -115,15 +100,15 @@ def bench(
         ways: dict[str, tuple[Callable[[], bytes], Callable[[bytes], Tensor]]] = {
             _OURS: (lambda x=x: codec.compress(x, verify=False), codec.decompress)  # type: ignore[misc]
         }
-        for name, (format, options) in lossless.items():
+        for name in lossless:
             ways[name] = (
-                lambda image=image, format=format, options=options: _file(image, format, options),  # type: ignore[misc]
+                lambda image=image, name=name: encode_lossless(image, name),  # type: ignore[misc]
                 lambda data, mode=image.mode: _tensor(data, mode),  # type: ignore[misc]
             )
-        for name, (encode, decode) in ways.items():
+        for name, (to_bytes, to_pixels) in ways.items():
             began = time.perf_counter()
             try:
-                data = encode()
+                data = to_bytes()
             except (OSError, ValueError) as error:  # e.g. no side of a WebP file has over 16383 pixels
                 if name == _OURS:
                     raise
@@ -132,7 +117,7 @@ def bench(
                 totals.pop(name, None)
                 continue
             encoded = time.perf_counter()
-            back = decode(data)
+            back = to_pixels(data)
             decoded = time.perf_counter()
             if not torch.equal(back, x):
                 raise RuntimeError(f"{name} did not return the same picture")
@@ -146,7 +131,7 @@ def bench(
                     _add(curves, _OURS, setting, cut, x, shown)
         for name, (format, options_at) in lossy.items():
             for quality in _QUALITIES:
-                data = _file(image, format, options_at(quality))
+                data = encode(image, format, **options_at(quality))
                 _add(curves, name, f"quality {quality}", len(data), x, _tensor(data, image.mode))
     subpixels = sum(x.numel() for x in pictures)
     return {

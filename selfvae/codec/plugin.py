@@ -1,4 +1,4 @@
-"""Pillow opens and saves .svae files, with the models that `use` has told of.
+"""Pillow opens and saves .svae files, from the first call of `use` on, with the models that it was given.
 
 import selfvae.codec
 selfvae.codec.use(selfvae.load("runs/halve"))
@@ -24,15 +24,27 @@ _codecs: dict[bytes, Codec] = {}  # by fingerprint; the last one saves
 
 
 def use(model: SelfVAE) -> Codec:
-    """Open files of that model, and save with it, from now on."""
+    """Teach Pillow to open .svae files of a model, and to save pictures with it.
+
+    The last model given saves; files of all models given can be opened. Nothing is registered with Pillow
+    before the first call.
+
+    Returns:
+        The codec of that model.
+
+    Raises:
+        ValueError: if the model has no codec (see `Codec`).
+    """
     codec = Codec(model)
+    if _FORMAT not in Image.SAVE:
+        _register()
     _codecs.pop(codec.fingerprint, None)
     _codecs[codec.fingerprint] = codec
     return codec
 
 
 class SvaeImageFile(ImageFile.ImageFile):
-    """A picture that is decoded when its pixels are asked for."""
+    """A picture in a .svae file, decoded when its pixels are asked for."""
 
     format = _FORMAT
     format_description = "selfvae, lossless"
@@ -54,7 +66,7 @@ class SvaeImageFile(ImageFile.ImageFile):
         if self._data:
             if self._fingerprint not in _codecs:
                 raise CodecError(
-                    f"the file needs the model {self._fingerprint.hex()}: make it known by "
+                    f"the file needs the model {self._fingerprint.hex()}: load it and call "
                     "selfvae.codec.use(model)"
                 )
             codec = _codecs[self._fingerprint]
@@ -69,7 +81,7 @@ class SvaeImageFile(ImageFile.ImageFile):
 
 def _save(image: Image.Image, file: IO[bytes], name: str | bytes) -> None:
     if not _codecs:
-        raise CodecError("which model is to compress? Say selfvae.codec.use(model) first")
+        raise CodecError("no model to compress with: call selfvae.codec.use(model) first")
     if image.mode not in ("L", "RGB"):
         raise OSError(f"cannot write mode {image.mode} as {_FORMAT}: convert it to L or RGB")
     file.write(list(_codecs.values())[-1].compress(from_image(image)))
@@ -80,6 +92,3 @@ def _register() -> None:
     Image.register_save(_FORMAT, _save)
     Image.register_extension(_FORMAT, ".svae")
     Image.register_mime(_FORMAT, "image/x-svae")
-
-
-_register()

@@ -1,4 +1,4 @@
-"""Images as uint8 arrays N x C x H x W, usually memory-mapped: splits, batches, augmentation."""
+"""Images as uint8 arrays (N, C, H, W), usually memory-mapped: splits, batches, augmentation."""
 
 from __future__ import annotations
 
@@ -9,32 +9,40 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from selfvae.files import atomic_path
-
 __all__ = [
+    "Bytes",
     "Dataset",
     "Images",
-    "Splits",
+    "Indices",
     "augment",
     "batch_indices",
+    "create_array",
     "hold_out",
     "open_arrays",
     "ranges",
+    "shuffled",
     "to_uint8",
-    "write_splits",
 ]
 
+Bytes = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.int64]
 
 _HELD_OUT = 0.15  # of the training images, for validation, where a source has no such split
 
 
 class Images:
-    """A uint8 array (N, C, H, W), usually memory-mapped, or the part of it that `index` names."""
+    """Images in a fixed order, usually in a memory-mapped file.
 
-    def __init__(self, array: np.ndarray, index: np.ndarray | None = None) -> None:
+    Args:
+        array: uint8 (N, C, H, W).
+        index: int64 (n,), which images of the array, in which order; None: all, in the array's order.
+    """
+
+    def __init__(self, array: Bytes, index: Indices | None = None) -> None:
         self.array, self.index = array, index
 
     def __len__(self) -> int:
@@ -42,15 +50,23 @@ class Images:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H, W); height and width in pixels."""
         return (len(self), *self.array.shape[1:])
 
-    def take(self, chosen: Sequence[int] | range | np.ndarray) -> Tensor:
-        """The chosen images, uint8 (B, C, H, W), in memory."""
+    def take(self, chosen: Sequence[int] | range | Indices) -> Tensor:
+        """Read images into memory.
+
+        Args:
+            chosen: positions in this order, from 0.
+
+        Returns:
+            uint8 (B, C, H, W).
+        """
         rows = np.asarray(chosen, dtype=np.int64)
         return torch.from_numpy(np.array(self.array[rows if self.index is None else self.index[rows]]))
 
     def digest(self) -> str:
-        """A hash of the images."""
+        """SHA-256 of the shape and of all images in their order, hexadecimal."""
         found = hashlib.sha256(repr(self.shape).encode())
         for part in ranges(len(self), 1024):
             found.update(self.take(part).numpy().tobytes())
@@ -58,13 +74,20 @@ class Images:
 
 
 def ranges(n: int, size: int) -> list[range]:
-    """0 to n - 1 in parts of `size`, the last one perhaps shorter."""
+    """0 to n - 1 in parts of `size`, the last one perhaps shorter.
+
+    >>> ranges(5, 2)
+    [range(0, 2), range(2, 4), range(4, 5)]
+    """
     return [range(start, min(n, start + size)) for start in range(0, n, size)]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images to train on, to choose by, and for final figures."""
+    """Images to train on, to choose settings by, and for final figures.
+
+    The first n images of `validation` and of `test` stand for the whole split: see `sources.load`.
+    """
 
     name: str
     train: Images
@@ -72,20 +95,44 @@ class Dataset:
     test: Images
 
 
-def hold_out(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices for training and for validation: a fixed random 15% is held out."""
+def hold_out(n: int) -> tuple[Indices, Indices]:
+    """Choose a random 15% of n images, at least one; always the same ones.
+
+    Returns:
+        Indices of the images to train on, ascending, and of those held out, in a random order: the first
+        of these are a random subset even where the images come class by class. int64 (m,) each.
+    """
     order = np.random.default_rng(0).permutation(n)
     held = max(1, round(n * _HELD_OUT))
-    return np.sort(order[held:]), np.sort(order[:held])
+    return np.sort(order[held:]), order[:held]
+
+
+def shuffled(images: Images) -> Images:
+    """The same images in a random order, which depends on their number only."""
+    order = np.random.default_rng([0, len(images)]).permutation(len(images))
+    return Images(images.array, order if images.index is None else images.index[order])
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+def _epoch_order(n: int, seed: int, epoch: int) -> Indices:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
-    """The images of a step: a new permutation of all n every epoch, a function of (seed, step) alone."""
+def batch_indices(n: int, batch_size: int, step: int, seed: int) -> Indices:
+    """Choose the images of a training step.
+
+    Every epoch visits all n images in a new random order. Nothing but the arguments counts, so that a
+    resumed run sees the same batches.
+
+    Args:
+        n: images in the training set.
+        batch_size: images per step.
+        step: from 0.
+        seed: of the order.
+
+    Returns:
+        int64 (batch_size,), 0 to n - 1.
+    """
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs = positions // n
     out = np.empty(batch_size, dtype=np.int64)
@@ -96,7 +143,16 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
 
 
 def augment(x: Tensor, *, flip: bool = False, translate: int = 0) -> Tensor:
-    """Random horizontal flips and shifts by up to `translate` pixels (edges repeated), on x's device."""
+    """Flip and shift images at random, each on its own, by torch's global random state.
+
+    Args:
+        x: (B, C, H, W), any dtype and device.
+        flip: mirror each image left to right with probability 1/2.
+        translate: shift by up to this many pixels in both directions; edges are repeated.
+
+    Returns:
+        x's shape, dtype and device.
+    """
     b, _, h, w = x.shape
     rows = torch.arange(h, device=x.device).expand(b, h)
     cols = torch.arange(w, device=x.device).expand(b, w)
@@ -113,7 +169,17 @@ def augment(x: Tensor, *, flip: bool = False, translate: int = 0) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Floats in [0, 1], any shape -> uint8, rounded; raises ValueError for values outside."""
+    """Convert floats in [0, 1] to 0..255, rounded to nearest.
+
+    Args:
+        x: floats of any shape; uint8 is returned as it is.
+
+    Returns:
+        uint8 of x's shape.
+
+    Raises:
+        ValueError: if x is of another dtype or has values outside [0, 1].
+    """
     if x.dtype == torch.uint8:
         return x
     if x.is_floating_point() and not x.numel():
@@ -126,10 +192,12 @@ def to_uint8(x: Tensor) -> Tensor:
     return (x * 255).round().to(torch.uint8)
 
 
-Splits = dict[str, np.ndarray]  # "train", "validation", "test": uint8 (N, C, H, W)
+def create_array(path: Path, n: int, shape: tuple[int, int, int]) -> Bytes:
+    """Create an .npy file for n images (C, H, W), to be filled: a memory map, uint8 (n, C, H, W)."""
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(n, *shape))
 
 
-def _open_array(path: Path, size: int | None) -> np.ndarray:
+def _open_array(path: Path, size: int | None) -> Bytes:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
@@ -152,7 +220,19 @@ def _open_array(path: Path, size: int | None) -> np.ndarray:
 
 
 def open_arrays(path: Path, size: int | None) -> Dataset:
-    """An .npy file, or a folder with train.npy and, if there, validation.npy and test.npy."""
+    """Open prepared images as memory maps; splits that are missing are held out of the training images.
+
+    Args:
+        path: an .npy file, or a folder with train.npy and perhaps validation.npy and test.npy: uint8
+            (N, C, H, W), 1 to 4 channels, all of one shape.
+        size: height and width in pixels that the images must have; None: any.
+
+    Returns:
+        Splits that have a file in the file's order; those held out, 15% each, in a fixed random order.
+
+    Raises:
+        ValueError: if an array has another dtype, shape or size, or too few images to hold some out.
+    """
     name = path.stem if path.is_file() else path.name
     names = ("train", "validation", "test")
     files = {n: path / f"{n}.npy" for n in names} if path.is_dir() else {"train": path}
@@ -171,11 +251,3 @@ def open_arrays(path: Path, size: int | None) -> Dataset:
     if len(index) < len(arrays["train"]):
         images["train"] = Images(arrays["train"], index)
     return Dataset(name, images["train"], images["validation"], images["test"])
-
-
-def write_splits(folder: Path, splits: Splits) -> None:
-    """Write FOLDER/train.npy, ...: all of them or nothing."""
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        for split, images in splits.items():
-            np.save(temporary / f"{split}.npy", images)

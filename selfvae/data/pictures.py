@@ -2,7 +2,8 @@
 
 Reading: palettes become RGB, one-bit pictures grey, CMYK and other colour spaces RGB; 16-bit grey keeps
 the high byte (as Pillow does for 16-bit RGB); 32-bit integers and floats are refused; the orientation that
-a camera noted is applied; of an animation the first frame is taken. Alpha is kept apart.
+a camera recorded is applied; of an animation the first frame is taken. Alpha is kept apart. Colour
+profiles and other metadata are ignored.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import io
 import struct
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +23,12 @@ from selfvae.transforms import Greyscale, ImageSpec
 
 __all__ = [
     "ENDINGS",
+    "LOSSLESS",
+    "Options",
     "Picture",
     "check_ending",
     "encode",
+    "encode_lossless",
     "from_image",
     "open_picture",
     "picture_size",
@@ -48,7 +52,12 @@ class _RefusedError(ValueError):
 
 
 class Picture(NamedTuple):
-    """pixels: uint8 (1, C, H, W), C = 1 (grey) or 3 (RGB). alpha: uint8 (1, 1, H, W), or None without."""
+    """The values of a picture.
+
+    Attributes:
+        pixels: uint8 (1, C, H, W), C = 1 (grey) or 3 (RGB).
+        alpha: uint8 (1, 1, H, W), or None without.
+    """
 
     pixels: Tensor
     alpha: Tensor | None = None
@@ -63,9 +72,18 @@ def _open(source: Source) -> Image.Image:
 
 
 def open_picture(source: Source, exact: bool = False) -> Image.Image:
-    """The file's picture in mode L, LA, RGB or RGBA; ValueError naming the file if that cannot be.
+    """Open a picture file and convert it as the module says.
 
-    exact: also if any pixel would be lost: more than 8 bits a channel, other colours, several pictures.
+    Args:
+        source: path, or binary stream.
+        exact: refuse what would lose information about pixels: more than 8 bits per channel, other
+            colours, several pictures.
+
+    Returns:
+        A Pillow image of mode L, LA, RGB or RGBA.
+
+    Raises:
+        ValueError: if the file cannot be read, or is refused; the message names it.
     """
     name = _name(source)
     try:
@@ -77,7 +95,7 @@ def open_picture(source: Source, exact: bool = False) -> Image.Image:
                 return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
             if picture.mode in ("I", "F"):
                 raise _RefusedError(
-                    f"{name} has 32 bits a channel (mode {picture.mode}): convert it to 8 or 16 bits"
+                    f"{name} has 32 bits per channel (mode {picture.mode}): convert it to 8 or 16 bits"
                 )
             transparent = (
                 picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info
@@ -91,7 +109,11 @@ def open_picture(source: Source, exact: bool = False) -> Image.Image:
 
 
 def picture_size(source: Source) -> tuple[int, int]:
-    """Height and width in pixels of what `open_picture` gives, without reading the pixels."""
+    """Height and width in pixels of what `open_picture` gives, without reading the pixels.
+
+    Raises:
+        ValueError: if the file cannot be read.
+    """
     try:
         with _open(source) as file:
             turned = 5 <= file.getexif().get(ExifTags.Base.Orientation, 1) <= 8
@@ -133,7 +155,14 @@ def _source(file: str | Source) -> Source:
 
 
 def read(file: str | Source) -> Picture:
-    """A picture file as tensors; rules and errors as above."""
+    """Read a picture file as tensors; conversions as the module says.
+
+    Args:
+        file: path, or binary stream.
+
+    Raises:
+        ValueError: if the file cannot be read; the message names it.
+    """
     return _tensors(open_picture(_source(file)))
 
 
@@ -143,10 +172,17 @@ def _tensors(picture: Image.Image) -> Picture:
 
 
 def read_exactly(file: str | Source) -> Tensor:
-    """A picture file's pixels, uint8 (1, C, H, W), C = 1 or 3; ValueError where that would lose any.
+    """Read a picture file whose pixels uint8 tensors can hold without loss.
 
-    Refused are more than 8 bits a channel, colour spaces other than grey and RGB, several pictures in a
-    file, and an alpha channel that says anything.
+    Args:
+        file: path, or binary stream.
+
+    Returns:
+        uint8 (1, C, H, W), C = 1 or 3.
+
+    Raises:
+        ValueError: if the file cannot be read, or has more than 8 bits per channel, a colour space other
+            than grey and RGB, several pictures, or an alpha channel that is not opaque everywhere.
     """
     source = _source(file)
     picture = _tensors(open_picture(source, exact=True))
@@ -164,7 +200,7 @@ def _check_exact(name: str, file: Image.Image) -> None:
     if file.format == "PPM":
         deep |= any(tile[0] in ("ppm", "ppm_plain") and _maximum(tile[3]) != 255 for tile in file.tile)  # type: ignore[attr-defined]
     if deep:
-        raise _RefusedError(f"{name} has other than 8 bits a channel: convert it first, which loses some")
+        raise _RefusedError(f"{name} does not have 8 bits per channel: convert it first, with some loss")
     if file.mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa"):
         raise _RefusedError(f"{name} is neither grey nor RGB (mode {file.mode}): convert it first")
     if getattr(file, "n_frames", 1) > 1:
@@ -177,10 +213,13 @@ def _maximum(args: object) -> object:
 
 
 def to_spec(picture: Picture, spec: ImageSpec) -> Tensor:
-    """The picture as an image of that format, uint8 (1, C, H, W).
+    """Convert a picture to an image of a model.
 
     Grey is repeated for colour, colour becomes integer luma for grey, alpha (opaque where there is none)
-    is the last of 2 or 4 channels, and fewer levels keep the high bits.
+    is the last of 2 or 4 channels, and fewer values keep the high bits.
+
+    Returns:
+        uint8 (1, C, H, W), 0 to `spec.max_value`.
     """
     x, colours = picture.pixels, 1 if spec.channels < 3 else 3
     if x.shape[1] < colours:
@@ -194,15 +233,20 @@ def to_spec(picture: Picture, spec: ImageSpec) -> Tensor:
 
 
 def show(x: Tensor, spec: ImageSpec) -> Tensor:
-    """An image of that format for the eye: its levels spread over 0..255; uint8 of the same shape."""
+    """Spread the values of an image of a spec, uint8 of any shape, over 0..255, for viewing."""
     return (x.int() * 255 // spec.max_value).to(torch.uint8)
 
 
 def write(x: Tensor, path: str | Path, alpha: Tensor | None = None) -> None:
-    """Write one image uint8 (C, H, W), 1 to 4 channels; alpha uint8 (h, w) is resized to it.
+    """Write an image as a picture file, whole or not at all.
 
-    The ending says which format; PNG and WebP files are lossless. Raises ValueError for an unknown ending
-    or, with alpha, for a format that has none.
+    Args:
+        x: uint8 (C, H, W), 1 to 4 channels.
+        path: its ending says the format; PNG and WebP files are lossless.
+        alpha: uint8 (h, w), resized to the image.
+
+    Raises:
+        ValueError: for an unknown ending, or for alpha in a format that has none.
     """
     picture = to_image(x)
     if alpha is not None:
@@ -214,17 +258,41 @@ def write(x: Tensor, path: str | Path, alpha: Tensor | None = None) -> None:
 
 
 def check_ending(path: Path, alpha: bool = False) -> str:
-    """The kind of file that the ending of `path` says; ValueError for none, or none that holds alpha."""
+    """The format, as Pillow calls it, that the ending of a path says.
+
+    Raises:
+        ValueError: if there is none, or none that holds alpha where that is needed.
+    """
     kind = Image.registered_extensions().get(path.suffix.lower(), "")
-    if kind not in Image.SAVE or kind == "SVAE":  # which Pillow knows once selfvae.codec is imported
+    if kind not in Image.SAVE or kind == "SVAE":  # which Pillow knows once `selfvae.codec.use` was called
         raise _RefusedError(f"{path}: a picture file ends in .png, .webp, .jpg, ...; got {path.suffix!r}")
     if alpha and kind not in ("PNG", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000"):
         raise _RefusedError(f"{path}: {kind} files hold no alpha channel: write .png or .webp")
     return kind
 
 
-def encode(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    """A picture as a file of a kind of Pillow's; by default WebP is lossless, JPEG of quality 95."""
+Options = dict[str, Any]  # of Pillow's `save`
+
+# by name: Pillow's format, and the options for the smallest file
+LOSSLESS: dict[str, tuple[str, Options]] = {
+    "PNG": ("PNG", {"optimize": True}),
+    "WebP": ("WEBP", {"lossless": True, "quality": 100, "method": 6}),
+    "JPEG 2000": ("JPEG2000", {"irreversible": False, "mct": 1}),  # with its colour transform
+    "JPEG XL": ("JXL", {"lossless": True, "effort": 7}),
+}
+
+
+def encode(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """Encode a picture as a file in memory.
+
+    Args:
+        picture: of a mode that the format can hold.
+        kind: the format, as Pillow calls it.
+        **options: of Pillow's `save`; by default WebP is lossless, JPEG of quality 95.
+
+    Raises:
+        OSError, ValueError: if the format cannot hold the picture.
+    """
     if kind == "WEBP":
         options = {"lossless": True, "exact": True, **options}
     elif kind == "JPEG":
@@ -234,7 +302,24 @@ def encode(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return out.getvalue()
 
 
-def save(picture: Image.Image, path: Path, **options: object) -> None:
-    """Write a picture file whole or not at all."""
+def encode_lossless(picture: Image.Image, name: str) -> bytes:
+    """Encode a picture in one of the formats of `LOSSLESS`, as small as it gets; errors as `encode`."""
+    kind, options = LOSSLESS[name]
+    if picture.mode == "L":  # no colours to transform
+        options = {key: value for key, value in options.items() if key != "mct"}
+    return encode(picture, kind, **options)
+
+
+def save(picture: Image.Image, path: Path, **options: Any) -> None:
+    """Write a picture file whole or not at all.
+
+    Args:
+        picture: of a mode that the format can hold.
+        path: its ending says the format.
+        **options: see `encode`.
+
+    Raises:
+        ValueError: for an unknown ending, or for alpha in a format that has none.
+    """
     kind = check_ending(path, alpha=picture.mode in ("LA", "RGBA"))
     write_atomic(path, encode(picture, kind, **options))

@@ -5,28 +5,41 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from selfvae.data.batches import Bytes
 from selfvae.data.pictures import save
 
 __all__ = ["figure", "grid", "magnify", "save_animation", "save_figure", "save_grid", "to_rgb"]
 
 
 def to_rgb(x: Tensor) -> Tensor:
-    """uint8 (B, C, H, W), 1 or 2 channels grey (and alpha), 3 or 4 colour -> RGB uint8 (B, 3, H, W)."""
+    """Convert images uint8 (B, C, H, W), grey or colour, to RGB (B, 3, H, W); alpha is left out."""
     return x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
 
 
 def magnify(x: Tensor, rows: int, cols: int | None = None) -> Tensor:
-    """Images (B, C, H, W), every pixel as `rows` x `cols` of them, by default a square."""
+    """Repeat every pixel of images (B, C, H, W) `rows` times down and `cols` (or `rows`) times across."""
     return x.repeat_interleave(rows, 2).repeat_interleave(cols or rows, 3)
 
 
 def grid(x: Tensor, columns: int | None = None, zoom: int = 1, gap: int = 2) -> Tensor:
-    """uint8 (B, C, H, W) -> one RGB picture (3, h, w), row by row, white gaps of `gap` pixels."""
+    """Arrange images in a grid, row by row.
+
+    Args:
+        x: uint8 (B, C, H, W), B at least 1.
+        columns: images per row; by default about as many as rows.
+        zoom: pixels per pixel, in height and width.
+        gap: white pixels between images.
+
+    Returns:
+        RGB, uint8 (3, h, w).
+
+    Raises:
+        ValueError: if there are no images.
+    """
     x = magnify(to_rgb(x), zoom)
     n, _, h, w = x.shape
     if n == 0:
@@ -40,7 +53,7 @@ def grid(x: Tensor, columns: int | None = None, zoom: int = 1, gap: int = 2) -> 
     return out
 
 
-def _array(picture: Tensor) -> np.ndarray:
+def _array(picture: Tensor) -> Bytes:
     """(3, h, w) -> (h, w, 3)."""
     return picture.permute(1, 2, 0).contiguous().numpy()
 
@@ -51,7 +64,12 @@ def save_grid(x: Tensor, path: str | Path, columns: int | None = None, zoom: int
 
 
 def figure(rows: list[tuple[str, Tensor]], cell: int = 96) -> Image.Image:
-    """Titled rows of images, every image enlarged (nearest neighbour) to about `cell` pixels."""
+    """Draw titled rows of images.
+
+    Args:
+        rows: title and images, uint8 (B, C, H, W), of each row.
+        cell: about how many pixels high and wide an image becomes (nearest neighbour).
+    """
     gap, head = 4, 22
     largest = max(max(x.shape[2:]) for _, x in rows)
     side, strips = largest * max(1, cell // largest), []
@@ -75,6 +93,12 @@ def save_figure(rows: list[tuple[str, Tensor]], path: str | Path, cell: int = 96
 
 
 def save_animation(x: Tensor, path: str | Path, milliseconds: int = 100) -> None:
-    """Write uint8 (frames, C, H, W) as an endless GIF or WebP animation."""
+    """Write images as an animation that repeats for ever.
+
+    Args:
+        x: uint8 (frames, C, H, W).
+        path: ending in .gif or .webp.
+        milliseconds: per frame.
+    """
     first, *rest = (Image.fromarray(_array(frame)) for frame in to_rgb(x.cpu()))
     save(first, Path(path), save_all=True, append_images=rest, duration=milliseconds, loop=0)

@@ -1,31 +1,42 @@
-"""Data: every source becomes memory-mapped uint8 arrays N x C x H x W, prepared once and cached.
+"""Data: every source becomes memory-mapped uint8 arrays (N, C, H, W), prepared once and cached.
 
-`load` takes a name (`SOURCES`) or a path. Prepared arrays lie in $SELFVAE_CACHE, by default
-~/.cache/selfvae; delete a folder there to prepare its source again.
+`load` takes a name (`SOURCES`) or a path. Prepared arrays are in $SELFVAE_CACHE, by default
+~/.cache/selfvae; delete a folder there to prepare its source again. Preparing needs little memory: every
+picture is written as soon as it is read. If several processes ask for a source, the first one prepares it
+and the others wait.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
-from selfvae.data.batches import Dataset, Splits, hold_out, open_arrays, write_splits
-from selfvae.data.crops import sample_photos
+from selfvae.data.batches import Bytes, Dataset, create_array, hold_out, open_arrays, shuffled
+from selfvae.data.crops import write_sample_photos
 from selfvae.data.pictures import ENDINGS, open_picture
-from selfvae.files import below
+from selfvae.files import atomic_path, below
 
-__all__ = ["HubSource", "load", "square"]
+__all__ = ["HUB", "SOURCES", "HubSource", "load", "square"]
 
 
-def square(picture: Image.Image, size: int) -> np.ndarray:
-    """The centre square, resized (antialiased bicubic) to size x size: RGB uint8 (3, size, size)."""
+def square(picture: Image.Image, size: int) -> Bytes:
+    """Cut out the centre square and resize it (antialiased bicubic).
+
+    Args:
+        picture: of any mode and size.
+        size: height and width of the result in pixels.
+
+    Returns:
+        RGB, uint8 (3, size, size).
+    """
     picture = picture.convert("RGB")
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
@@ -35,54 +46,70 @@ def square(picture: Image.Image, size: int) -> np.ndarray:
     return np.asarray(picture).transpose(2, 0, 1)
 
 
-def _split(images: np.ndarray, parts: Sequence[str], source: object) -> Splits:
-    """Hold out a fixed random 15% for every part beyond "train"."""
-    if len(images) < len(parts):
+def _write(
+    out: Path, squares: Iterable[Bytes], n: int, size: int, parts: tuple[str, ...], source: object
+) -> None:
+    """Write n squares, uint8 (3, size, size), as arrays of these splits, one after the other.
+
+    A fixed random 15% of what is left is held out for every split beyond the first.
+    """
+    if n < len(parts):
         raise ValueError(
-            f"{source} holds {len(images)} image(s) to train on; at least {len(parts)} are needed to "
+            f"{source} holds {n} image(s) to train on; at least {len(parts)} are needed to "
             f"split them into {', '.join(parts)}"
         )
-    out: Splits = {}
-    for part in parts:
-        if part != "train":
-            kept, held = hold_out(len(images))
-            out[part], images = images[held], images[kept]
-    return {"train": images, **out}
+    first, *others = parts
+    left, places = np.arange(n), {}
+    for part in others:
+        kept, held = hold_out(len(left))
+        places[part], left = np.sort(left[held]), left[kept]
+    places[first] = left
+    arrays = {
+        part: create_array(out / f"{part}.npy", len(at), (3, size, size)) for part, at in places.items()
+    }
+    place = {i: (part, j) for part, at in places.items() for j, i in enumerate(at.tolist())}
+    for i, image in enumerate(squares):
+        part, j = place[i]
+        arrays[part][j] = image
 
 
-def _read_folder(folder: Path, size: int) -> np.ndarray:
-    files = below(folder, ENDINGS)
-    if not files:
-        raise ValueError(
-            f"{folder} holds no images: expected files ending in {', '.join(ENDINGS)} (or train.npy)"
-        )
-    out = np.empty((len(files), 3, size, size), np.uint8)
-    for i, file in enumerate(files):
-        out[i] = square(open_picture(file), size)
-    return out
-
-
-def _folder(folder: Path, size: int) -> Splits:
-    """A folder of images; sub-folders train, validation, test are taken as the splits."""
+def _write_folder(out: Path, folder: Path, size: int) -> None:
+    """Write a folder of pictures; sub-folders train, validation, test are the splits, if they are there."""
     names = {"train": ["train"], "validation": ["validation", "valid", "val"], "test": ["test"]}
     given = {
         split: next((folder / n for n in known if (folder / n).is_dir()), None)
         for split, known in names.items()
     }
     if given["train"] is None:
-        return _split(_read_folder(folder, size), ["train", "test", "validation"], folder)
-    found = {split: _read_folder(path, size) for split, path in given.items() if path is not None}
-    missing = [split for split in ("test", "validation") if split not in found]
-    return {**found, **_split(found["train"], ["train", *missing], folder)}
+        given = {"train": folder, "validation": None, "test": None}
+    missing = [split for split in ("test", "validation") if given[split] is None]
+    for split, path in given.items():
+        if path is None:
+            continue
+        files = below(path, ENDINGS)
+        if not files:
+            raise ValueError(
+                f"{path} holds no images: expected files ending in {', '.join(ENDINGS)} (or train.npy)"
+            )
+        squares = (square(open_picture(file), size) for file in files)
+        parts = ("train", *missing) if split == "train" else (split,)
+        _write(out, squares, len(files), size, parts, folder)
 
 
 @dataclass(frozen=True)
 class HubSource:
     """A data set on the hub, read with the package `datasets`.
 
-    repo: name on the hub, or a local folder of the same layout. column: of the images. splits: its names
-    for train, validation and test; None: hold out 15% of train. box: left, top, right, bottom of a crop
-    before the resize, in pixels.
+    Args:
+        repo: name on the hub, or a local folder of the same layout.
+        column: of the images.
+        splits: its names for train, validation and test; None: hold out 15% of train.
+        size: height and width in pixels by default.
+        config: name of its configuration, if it has several.
+        revision: branch, tag or commit.
+        box: left, top, right, bottom of a crop before the resize, in pixels.
+        by_class: its images may come class by class: see `load`.
+        note: what is special about it.
     """
 
     repo: str
@@ -92,17 +119,23 @@ class HubSource:
     config: str | None = None
     revision: str | None = None
     box: tuple[int, int, int, int] | None = None
+    by_class: bool = False
     note: str = ""
 
-    def read(self, size: int) -> Splits:
-        """All images as uint8 arrays (N, 3, size, size) by split."""
+    def write(self, out: Path, size: int) -> None:
+        """Fetch all images and write OUT/train.npy, ...: uint8 (N, 3, size, size).
+
+        Raises:
+            ImportError: if the package `datasets` is missing.
+            OSError: if the data set cannot be fetched.
+            ValueError: if it has no such column, or too few images.
+        """
         try:
             import datasets
         except ImportError:
             raise ImportError(
                 f"{self.repo} is read with the package datasets: pip install 'selfvae[hub]'"
             ) from None
-        out: Splits = {}
         for ours, theirs in zip(("train", "validation", "test"), self.splits, strict=True):
             if theirs is None:
                 continue
@@ -117,13 +150,9 @@ class HubSource:
                 raise ValueError(
                     f"{self.repo} has no column {self.column!r}; it has {', '.join(rows.column_names)}"
                 )
-            images = np.empty((len(rows), 3, size, size), np.uint8)
-            for i, picture in enumerate(self._pictures(rows)):
-                images[i] = square(picture, size)
-            out[ours] = images
-        if "validation" not in out:
-            out |= _split(out["train"], ["train", "validation"], self.repo)
-        return out
+            squares = (square(picture, size) for picture in self._pictures(rows))
+            parts = ("train", "validation") if ours == "train" and self.splits[1] is None else (ours,)
+            _write(out, squares, len(rows), size, parts, self.repo)
 
     def _pictures(self, rows: Any) -> Iterator[Image.Image]:
         for row in rows.select_columns([self.column]):
@@ -137,15 +166,15 @@ HUB: dict[str, HubSource] = {
     "cifar10": HubSource("uoft-cs/cifar10", "img", ("train", None, "test"), 32),
     "imagenet32": HubSource(
         "benjamin-paine/imagenet-1k-32x32", "image", ("train", None, "validation"), 32,
-        note="box-downsampled by Chrabaszcz et al. 2017, not van den Oord's version",
+        by_class=True, note="box-downsampled by Chrabaszcz et al. 2017, not van den Oord's version",
     ),
     "imagenet64": HubSource(
         "benjamin-paine/imagenet-1k-64x64", "image", ("train", None, "validation"), 64,
-        note="box-downsampled by Chrabaszcz et al. 2017, not van den Oord's version",
+        by_class=True, note="box-downsampled by Chrabaszcz et al. 2017, not van den Oord's version",
     ),
     "imagenette": HubSource(
         "frgfm/imagenette", "image", ("train", None, "validation"), 64,
-        config="full_size", revision="refs/convert/parquet",
+        config="full_size", revision="refs/convert/parquet", by_class=True,
     ),
     "celeba": HubSource(
         "flwrlabs/celeba", "image", ("train", "valid", "test"), 64, box=_CELEBA_BOX
@@ -159,17 +188,23 @@ def _cache() -> Path:
     return Path(os.environ.get("SELFVAE_CACHE") or Path.home() / ".cache" / "selfvae")
 
 
-def _prepare(name: str, key: str, read: Callable[[], Splits]) -> Dataset:
-    """Arrays from the cache; made and renamed into place as a whole if they are not there."""
+def _prepare(name: str, key: str, write: Callable[[Path], None]) -> Dataset:
+    """Open arrays in the cache; if they are not there, `write` them into a folder, whole or not at all."""
     folder = _cache() / key
     if not folder.is_dir():
-        try:
-            write_splits(folder, read())
-        except OSError:
-            if not folder.is_dir():  # another process may have been first
-                raise
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{key}.lock")):  # the others wait for the first one
+            if not folder.is_dir():
+                with atomic_path(folder) as temporary:
+                    temporary.mkdir()
+                    write(temporary)
     dataset = open_arrays(folder, None)
     return Dataset(name, dataset.train, dataset.validation, dataset.test)
+
+
+def _by_class(dataset: Dataset) -> Dataset:
+    """The data set with validation and test images, which may come class by class, in a random order."""
+    return Dataset(dataset.name, dataset.train, shuffled(dataset.validation), shuffled(dataset.test))
 
 
 def _fingerprint(folder: Path) -> str:
@@ -183,26 +218,39 @@ def _fingerprint(folder: Path) -> str:
 
 
 def load(source: str | Path, size: int | None = None) -> Dataset:
-    """Images from a name or a path, as memory-mapped uint8 arrays in three splits.
+    """Open a source of images as memory-mapped arrays in three splits, prepared first if need be.
 
-    Arguments:
+    Scores that are limited to n images (`limit`, validation during training, reports) take the first n of
+    a split. Where these could be of one class, the order is random, but always the same: in splits held
+    out by this function, in folders of picture files, and in hub data sets that come class by class.
+    Splits that an array file holds, and CIFAR-10's and CelebA's test sets, keep their own order, so that
+    "the first 1,000 images" means the same to everybody.
+
+    Args:
         source: one of `SOURCES`, an .npy file (N, C, H, W), a folder with train.npy (and validation.npy,
-            test.npy), or a folder of image files (with sub-folders train, validation, test, or split at
-            random). What is missing is held out of the training images, 15% each, at random but fixed.
+            test.npy), or a folder of picture files (with sub-folders train, validation, test, or split at
+            random). What is missing is held out of the training images, 15% each.
         size: height and width in pixels; by default the source's own, 32 for photos and folders.
 
-    Raises ValueError or FileNotFoundError that names the file and what was expected.
+    Returns:
+        Images as uint8 (N, C, H, W).
+
+    Raises:
+        FileNotFoundError: if nothing is there.
+        ValueError: if a file is not as expected; the message names it.
+        OSError, ImportError: if a data set cannot be fetched.
     """
     name = str(source)
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1 pixel; got {size}")
     if name == "photos":
         n = size or 32
-        return _prepare(name, f"photos-{n}", lambda: sample_photos(n))
+        return _prepare(name, f"photos-{n}", lambda out: write_sample_photos(out, n))
     if name in HUB:
         hub_source = HUB[name]
         n = size or hub_source.size
-        return _prepare(name, f"{name}-{n}", lambda: hub_source.read(n))
+        dataset = _prepare(name, f"{name}-{n}", lambda out: hub_source.write(out, n))
+        return _by_class(dataset) if hub_source.by_class else dataset
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(
@@ -215,4 +263,5 @@ def load(source: str | Path, size: int | None = None) -> Dataset:
     if (path / "train.npy").exists():
         return open_arrays(path, size)
     n = size or 32
-    return _prepare(path.name, f"folder-{n}-{_fingerprint(path)}", lambda: _folder(path, n))
+    key = f"folder-{n}-{_fingerprint(path)}"
+    return _by_class(_prepare(path.name, key, lambda out: _write_folder(out, path, n)))

@@ -1,4 +1,7 @@
-"""Distributions of latents: each has log_prob(z) -> (B,) nats and sample(temperature) -> z."""
+"""Distributions of latents: each has log_prob(z) -> (B,) nats and sample(temperature, generator) -> z.
+
+A generator must be on the parameters' device; None stands for torch's global random state.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,9 @@ def soft_limit(raw: Tensor, limit: float = 7.0) -> Tensor:
     return limit * torch.tanh(raw / limit)
 
 
-def randn_like(x: Tensor) -> Tensor:
+def randn_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw normal numbers of x's shape; the same ones for every memory layout of x."""
-    return torch.randn_like(x, memory_format=torch.contiguous_format)
+    return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
 
 
 class DiagonalNormal:
@@ -54,9 +57,9 @@ class DiagonalNormal:
         square = (z - self.mean) ** 2 * torch.exp(-self.log_var)
         return -0.5 * (square + self.log_var + _LOG_2PI).flatten(1).sum(1)
 
-    def sample(self, temperature: float = 1.0) -> Tensor:
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Draw z (B, C, h, w), reparameterised; temperature multiplies the standard deviation."""
-        noise = randn_like(self.mean)
+        noise = randn_like(self.mean, generator)
         return self.mean + temperature * torch.exp(0.5 * self.log_var) * noise
 
     def mode(self) -> Tensor:
@@ -91,9 +94,9 @@ class UnitUniform:
         inside = ((z - self.mean).abs() <= 0.5 + 1e-4).flatten(1).all(1)
         return torch.where(inside, 0.0, -torch.inf)
 
-    def sample(self, temperature: float = 1.0) -> Tensor:
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Draw z (B, C, h, w), reparameterised; temperature multiplies the width, 0 gives the mean."""
-        return self.mean + temperature * (rand_like(self.mean) - 0.5)
+        return self.mean + temperature * (rand_like(self.mean, generator) - 0.5)
 
     def mode(self) -> Tensor:
         """Return the integer nearest to the mean, within -128..127: (B, C, h, w)."""
@@ -128,9 +131,9 @@ class NoisyLogistic:
         each = F.logsigmoid(upper) + F.logsigmoid(-lower) + log1mexp(inverse)
         return each.flatten(1).sum(1)
 
-    def sample(self, temperature: float = 1.0) -> Tensor:
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Draw integers within -128..127, as float (B, C, h, w); temperature multiplies the scale."""
-        u = rand_like(self.mean).clamp(1e-6, 1 - 1e-6)
+        u = rand_like(self.mean, generator).clamp(1e-6, 1 - 1e-6)
         z = self.mean + temperature * torch.exp(self.log_scale) * torch.logit(u)
         return torch.floor(z + 0.5).clamp(-128, 127)
 
@@ -166,11 +169,12 @@ class GaussianMixture:
         out = torch.logsumexp(each, 1) - math.log(len(means))
         return out.to(at_least_float32(z).dtype)
 
-    def sample(self, temperature: float = 1.0) -> Tensor:
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Draw z (B, C, h, w); temperature multiplies the standard deviations."""
-        which = torch.randint(len(self.means), (self.count,), device=self.means.device)
+        device = self.means.device
+        which = torch.randint(len(self.means), (self.count,), device=device, generator=generator)
         mean = self.means[which]
-        return mean + temperature * torch.exp(0.5 * self.log_vars[which]) * randn_like(mean)
+        return mean + temperature * torch.exp(0.5 * self.log_vars[which]) * randn_like(mean, generator)
 
     def mode(self) -> Tensor:
         """Return the mean of the component with the highest peak density: (B, C, h, w)."""
@@ -205,12 +209,12 @@ class LocalGaussianMixture:
         weight = torch.log_softmax(self.logits, 0)[None, :, None, None]
         return torch.logsumexp(weight + each, 1).flatten(1).sum(1)
 
-    def sample(self, temperature: float = 1.0) -> Tensor:
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Draw z (B, C, h, w); temperature multiplies the standard deviations."""
         b, h, w = self.shape
-        pick = torch.multinomial(torch.softmax(self.logits, 0), b * h * w, replacement=True)
+        pick = torch.multinomial(torch.softmax(self.logits, 0), b * h * w, True, generator=generator)
         mean, std = self.means[pick], torch.exp(0.5 * self.log_vars[pick])
-        z = mean + temperature * std * randn_like(mean)
+        z = mean + temperature * std * randn_like(mean, generator)
         return z.view(b, h, w, -1).permute(0, 3, 1, 2).contiguous()
 
     def mode(self) -> Tensor:

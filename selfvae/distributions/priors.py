@@ -41,7 +41,7 @@ class LatentDistribution(Protocol):
     """What a prior returns."""
 
     def log_prob(self, z: Tensor) -> Tensor: ...
-    def sample(self, temperature: float = 1.0) -> Tensor: ...
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor: ...
     def mode(self) -> Tensor: ...
 
 
@@ -140,10 +140,9 @@ class FlowDistribution:
         zeros = torch.zeros_like(noise)
         return DiagonalNormal(zeros, zeros).log_prob(noise) + log_det
 
-    def sample(self, temperature: float = 1.0) -> Tensor:
-        return self.flow.inverse(
-            temperature * torch.randn(self.shape, dtype=self.dtype, device=self.device)
-        )
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        noise = torch.randn(self.shape, dtype=self.dtype, device=self.device, generator=generator)
+        return self.flow.inverse(temperature * noise)
 
     def mode(self) -> Tensor:
         """The image of the noise's mode, not in general the density's."""

@@ -20,15 +20,31 @@ __all__ = ["baseline_enhancement", "evaluate_enhancement", "psnr", "ssim"]
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of images (B, C, H, W) on the scale 0..255: dB (B,), 100 at most."""
+    """Peak signal-to-noise ratio of two sets of images.
+
+    Args:
+        a, b: (B, C, H, W), any dtype, on the scale 0..255.
+
+    Returns:
+        float64 (B,), dB, at most 100.
+    """
     error = (a.double() - b.double()).square().flatten(1).mean(1)
     return 10 * torch.log10(255**2 / error.clamp(min=255**2 * 1e-10))
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of images on the scale 0..255 (B, C, H, W), mean over channels: (B,).
+    """Structural similarity of two sets of images, with a Gaussian window of 11 x 11 and sigma 1.5.
 
-    Gaussian window of standard deviation 1.5, 11 x 11. Source: Wang et al. 2004.
+    Args:
+        a, b: (B, C, H, W), any dtype, on the scale 0..255; at least 11 x 11 pixels.
+
+    Returns:
+        float64 (B,), means over channels.
+
+    Raises:
+        ValueError: if the images are smaller.
+
+    Source: Wang et al. 2004.
     """
     if min(a.shape[2:]) < 11:
         raise ValueError(f"SSIM needs images of 11 x 11 pixels or more; got {a.shape[2]} x {a.shape[3]}")
@@ -46,10 +62,18 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def baseline_enhancement(model: SelfVAE, y: Tensor, k: int = 1) -> Tensor:
-    """What one would show without a model, given y[k] (B, c, h, w): uint8 (B, C, H, W).
+    """Enhance images without a model, by the transforms' own estimates.
 
-    The transforms' own guesses: bicubic upscaling (from every n-th pixel: linear interpolation), the grey
-    image in every channel, the middle of each step of a bit depth, the blurred image as it is.
+    These are bicubic upscaling (linear interpolation from every n-th pixel), the grey image in every
+    channel, the middle of each step of a bit depth, the blurred image as it is.
+
+    Args:
+        model: whose transforms are inverted.
+        y: y[k], uint8 (B, c, h, w).
+        k: its level.
+
+    Returns:
+        uint8 (B, C, H, W).
     """
     for level in reversed(model.levels[:k]):
         guess = _guess(level.transform, y, level.spec)
@@ -62,11 +86,23 @@ def _guess(d: Transform, y: Tensor, spec: ImageSpec) -> Tensor:
         for step, taken in reversed(d.steps(spec)):
             y = _guess(step, y, taken)
         return y.float()
-    if isinstance(d, MeanDownscale):  # its own guess, the models' anchor, is bilinear
+    if isinstance(d, MeanDownscale):  # its own estimate, the models' residual mean, is bilinear
         return F.interpolate(
             y.float(), scale_factor=tuple(map(float, d.scale)), mode="bicubic", align_corners=False
         )
     return d.estimate(y, spec)
+
+
+def _compare(model: SelfVAE, k: int, kind: str, x: Tensor, result: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Scores of results (on x's scale, float or uint8) against x and y = y[k], (B,) each, by name."""
+    unit, back = 255 / model.spec.max_value, result.round().to(torch.uint8)
+    for level in model.levels[:k]:
+        back = level.transform(back)
+    return {
+        f"psnr_{kind}": psnr(result * unit, x * unit),
+        f"ssim_{kind}": ssim(result * unit, x * unit),
+        f"consistency_error_{kind}": (back.double() - y.double()).abs().flatten(1).mean(1),
+    }
 
 
 @torch.no_grad()
@@ -80,13 +116,27 @@ def evaluate_enhancement(
     batch_size: int = 32,
     **how: Unpack[SamplingOptions],
 ) -> dict[str, Any]:
-    """How near the images drawn given y[k] alone come to x, and how they differ among themselves.
+    """Compare images drawn given only y[k] with the images x that y[k] was computed from.
 
-    For single draws, for the mean of `draws` of them and for `baseline_enhancement`: PSNR (dB) and SSIM
-    against x, means over images, and the consistency error, the mean distance of d(result) to y[k] in
-    levels of y[k]. diversity_rmse: the root mean square distance between two draws, in grey levels, mean
-    over pairs and images. All on the scale 0..255. Images are cropped to a size that the model's networks
-    divide.
+    Several processes share the work. Images are cropped to multiples that the model's networks need.
+
+    Args:
+        model: with at least k + 1 levels.
+        images: of a split.
+        k: level of the given image.
+        draws: per image, at least 2.
+        limit: the first this many images of the split (see `sources.load` for their order); None: all.
+        batch_size: images per batch.
+        **how: see `SamplingOptions`.
+
+    Returns:
+        Means over images, for single draws (NAME_draw), the mean of all draws (NAME_mean) and
+        `baseline_enhancement` (NAME_plain): psnr (dB) and ssim against x, and consistency_error, the mean
+        distance of d(result) to y[k] in values of y[k]. diversity_rmse: the root mean square distance
+        between two draws, mean over pairs and images. All but the consistency error on the scale 0..255.
+
+    Raises:
+        ValueError: if an argument is out of range, or the images do not fit.
     """
     check_computed(model, k)
     if draws < 2:
@@ -94,17 +144,6 @@ def evaluate_enhancement(
     n, work = batches(model, images, limit, batch_size)
     seed, unit = how.get("seed"), 255 / model.spec.max_value
     height, width = (size - size % m for size, m in zip(images.shape[2:], model.multiples[0], strict=True))
-
-    def compare(kind: str, x: Tensor, result: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Scores of results (on x's scale, float or uint8) against x."""
-        back = result.round().to(torch.uint8)
-        for level in model.levels[:k]:
-            back = level.transform(back)
-        return {
-            f"psnr_{kind}": psnr(result * unit, x * unit),
-            f"ssim_{kind}": ssim(result * unit, x * unit),
-            f"consistency_error_{kind}": (back.double() - y.double()).abs().flatten(1).mean(1),
-        }
 
     def score(batch: range) -> dict[str, Tensor]:
         x = images.take(batch)[:, :, :height, :width].to(model.device)
@@ -115,15 +154,15 @@ def evaluate_enhancement(
                 how["seed"] = seed + batch.start * draws + draw
             results.append(enhance(model, y, k, **how))
         stack = torch.stack(results).double()
-        each = [compare("draw", x, result, y) for result in results]
+        each = [_compare(model, k, "draw", x, result, y) for result in results]
         apart = [
             (stack[i] - stack[j]).square().flatten(1).mean(1).sqrt()
             for i in range(draws) for j in range(i)
         ]  # fmt: skip
         scores = {
             **{name: torch.stack([scores[name] for scores in each]).mean(0) for name in each[0]},
-            **compare("mean", x, stack.mean(0), y),
-            **compare("plain", x, baseline_enhancement(model, y, k), y),
+            **_compare(model, k, "mean", x, stack.mean(0), y),
+            **_compare(model, k, "plain", x, baseline_enhancement(model, y, k), y),
             "diversity_rmse": torch.stack(apart).mean(0) * unit,
         }
         return {name: values.cpu() for name, values in scores.items()}

@@ -1,6 +1,6 @@
 """Quality of samples: Frechet and kernel distances, precision and recall, on any network's features.
 
-The features are those of the Inception network of Heusel et al. 2017 (2048 numbers an image) where the
+The features are those of the Inception network of Heusel et al. 2017 (2048 numbers per image), where the
 package torch-fidelity can fetch it, or of any network: a callable from images uint8 (B, 3, H, W) to (B, D).
 The papers' protocol: sampled uint8 images, not means; as many generated as real ones.
 """
@@ -34,9 +34,15 @@ Network = Callable[[Tensor], Tensor]
 
 
 def load_network(name: str, device: torch.device | str = "cpu") -> Network:
-    """The network "inception", or MODULE:NAME, on the device: a callable, or a class without arguments.
+    """Load a feature network.
 
-    Raises ImportError or ValueError that says what to install or give instead.
+    Args:
+        name: "inception", or MODULE:NAME of a callable or of a class that is called without arguments.
+        device: where it runs.
+
+    Raises:
+        ImportError, OSError: if it cannot be imported or fetched; the message says what to do.
+        ValueError: if it is no callable.
     """
     if name == "inception":
         return _inception(device)
@@ -77,7 +83,18 @@ def _inception(device: torch.device | str) -> Network:
 
 @torch.no_grad()
 def features(network: Network, images: Tensor) -> Tensor:
-    """Features of images uint8 (B, C, H, W), grey ones repeated to three channels: float64 (B, D)."""
+    """Features of images.
+
+    Args:
+        network: from uint8 (B, 3, H, W) to (B, D).
+        images: uint8 (B, C, H, W); grey ones are repeated to three channels, alpha is left out.
+
+    Returns:
+        float64 (B, D), on the CPU.
+
+    Raises:
+        ValueError: if the network returns another shape.
+    """
     rgb = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
     out = network(rgb)
     if out.ndim != 2 or out.shape[0] != images.shape[0]:
@@ -100,9 +117,17 @@ def _check_numbers(real: int, drawn: int, least: int, why: str) -> None:
 
 
 def frechet_distance(real: Tensor, drawn: Tensor) -> float:
-    """|m - n|^2 + tr(S + T - 2 (S T)^(1/2)) of two sets of features (N, D), (M, D), as Gaussians.
+    """Frechet distance of two sets of features taken as Gaussians (FID, with Inception features).
 
-    More images than D are needed, else the covariances have no full rank. Source: Heusel et al. 2017.
+    |m - n|^2 + tr(S + T - 2 (S T)^(1/2)) for means m, n and covariances S, T.
+
+    Args:
+        real, drawn: (N, D) and (M, D); N and M above D, else the covariances do not have full rank.
+
+    Raises:
+        ValueError: if there are fewer, or the shapes do not fit.
+
+    Source: Heusel et al. 2017.
     """
     _check(real, drawn, real.shape[-1] + 1, f"a covariance of {real.shape[-1]} features")
     real, drawn = real.double(), drawn.double()
@@ -127,7 +152,16 @@ def kernel_distance(
 ) -> KernelDistance:
     """Unbiased squared maximum mean discrepancy with the kernel (a.b / D + 1)^3, over random subsets.
 
-    `size` is lowered to the number of images where there are fewer. Source: Binkowski et al. 2018 (KID).
+    Args:
+        real, drawn: features (N, D) and (M, D).
+        subsets: number of subsets.
+        size: features per subset, or N or M where these are less.
+        seed: of the subsets.
+
+    Raises:
+        ValueError: if there are fewer than 2 features, or the shapes do not fit.
+
+    Source: Binkowski et al. 2018 (KID).
     """
     _check(real, drawn, 2, "the kernel distance")
     n = min(size, len(real), len(drawn))
@@ -144,14 +178,22 @@ def kernel_distance(
 
 
 class PrecisionRecall(NamedTuple):
-    """Parts of the drawn images near real ones, and of the real images near drawn ones."""
+    """Fractions of the drawn images near real ones, and of the real images near drawn ones."""
 
     precision: float
     recall: float
 
 
 def precision_recall(real: Tensor, drawn: Tensor, k: int = 3, chunk: int = 1000) -> PrecisionRecall:
-    """How many points of one set lie within the other's balls to their k-th neighbours.
+    """Fractions of the points of one set within a ball, to the k-th neighbour, around a point of the other.
+
+    Args:
+        real, drawn: features (N, D) and (M, D).
+        k: from 1.
+        chunk: points compared at a time: bounds the memory.
+
+    Raises:
+        ValueError: if there are k points or fewer, or the shapes do not fit.
 
     Source: Kynkaanniemi et al. 2019.
     """
@@ -168,7 +210,7 @@ def _covered(points: Tensor, centres: Tensor, k: int, chunk: int) -> float:
 
 
 def report(real: Tensor, drawn: Tensor) -> dict[str, Any]:
-    """All of it, for features (N, D) and (M, D)."""
+    """All distances by name, for features (N, D) and (M, D)."""
     kid, pr = kernel_distance(real, drawn), precision_recall(real, drawn)
     return {
         "real_images": len(real),
@@ -191,12 +233,23 @@ def evaluate_samples(
     track: Track = no_progress,
     **how: Unpack[SamplingOptions],
 ) -> dict[str, Any]:
-    """`report` for all images against n drawn ones of the same size.
+    """Compare drawn images with real ones: `report`. Several processes share the work.
 
-    Arguments:
-        n: images to draw; the papers take 10,000 against test and 50,000 against train.
-        track: given the steps and what they are, hands them on: to show progress.
-        how: as for `tasks.generate`; the seed goes up with every batch.
+    Args:
+        model: initialised or loaded.
+        images: real ones, all of which are used.
+        network: gives the features.
+        n: images to draw, of the real ones' size; the papers take 10,000 against test and 50,000 against
+            train.
+        batch_size: images per batch.
+        track: shows progress over the batches.
+        **how: see `SamplingOptions`; the seed is raised by the number of images before each batch.
+
+    Returns:
+        Distances, precision and recall by name.
+
+    Raises:
+        ValueError: if there are too few images for a covariance of the features.
     """
     if n < 1 or batch_size < 1:
         raise ValueError(f"n and batch_size must be at least 1; got {n} and {batch_size}")

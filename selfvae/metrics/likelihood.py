@@ -19,19 +19,32 @@ __all__ = ["batches", "check_values", "evaluate", "summary"]
 
 
 def check_values(model: SelfVAE, images: Images) -> None:
-    """Raise ValueError if images hold values that the model gives no probability to."""
+    """Raise ValueError if images hold values above the model's largest one."""
     if model.spec.num_values == 256:
         return
     top = max(int(images.take(batch).max()) for batch in ranges(len(images), 1024))
     if top > model.spec.max_value:
         raise ValueError(
             f"the images hold values up to {top}; the model has {model.spec.num_values} levels "
-            f"(0 to {model.spec.max_value}): build it with levels=256, or reduce the images"
+            f"(0 to {model.spec.max_value}): build it with num_values=256, or reduce the images"
         )
 
 
 def batches(model: SelfVAE, images: Images, limit: int | None, batch_size: int) -> tuple[int, list[range]]:
-    """The number of images to score, and their indices batch by batch; all checked."""
+    """The images to score.
+
+    Args:
+        model: that scores them.
+        images: of a split; see `sources.load` for their order.
+        limit: the first this many; None: all.
+        batch_size: images per batch.
+
+    Returns:
+        Their number, and their positions batch by batch.
+
+    Raises:
+        ValueError: if there are none, or they hold values that the model does not have.
+    """
     n = len(images) if limit is None else min(limit, len(images))
     if n < 1 or batch_size < 1:
         raise ValueError(f"limit and batch_size must be at least 1; got {n} and {batch_size}")
@@ -40,7 +53,15 @@ def batches(model: SelfVAE, images: Images, limit: int | None, batch_size: int) 
 
 
 def summary(nats: dict[str, Tensor], dims: int) -> dict[str, float]:
-    """Means and standard errors over images, in bits/dim, of bounds of ln p(x), nats (B,), by name."""
+    """Means over images and their standard errors, in bits/dim.
+
+    Args:
+        nats: bounds of ln p(x), (B,) nats, by name.
+        dims: dimensions of an image, C * H * W.
+
+    Returns:
+        For each name the mean, and as NAME_stderr its standard error.
+    """
     out = {}
     for name, values in nats.items():
         bits = bits_per_dim(-values.double(), dims)
@@ -61,13 +82,25 @@ def evaluate(
     batch_size: int = 32,
     precision: Resolved = "32-true",
 ) -> dict[str, Any]:
-    """Mean scores over the first `limit` images (all if None).
+    """Score images: mean bounds of the likelihood. Several processes share the work.
 
-    Returns, as means over images: bits_per_dim (of the ELBO, one draw an image), elbo_nats, re and kl
-    (lists over levels, in nats and in bits/dim), images; with iw > 0 the bounds of so many draws an image:
-    iwae_bits_per_dim, tmc_bits_per_dim (all combinations of the levels' draws) and, from the same draws,
-    elbo_bits_per_dim. Every bits_per_dim comes with its standard error over images. With precision
-    "bf16-mixed" the networks compute in bfloat16 (see `precision`). Several processes share the work.
+    Args:
+        model: initialised or loaded.
+        images: of a split.
+        iwae_samples: draws per image of the importance-weighted bounds; 0: leave them out.
+        limit: score the first this many images of the split, whose order is random wherever they could
+            come class by class (see `sources.load`); None: all.
+        batch_size: images per batch, and images times draws per pass of the decoders.
+        precision: of the networks; see `nn.precision`.
+
+    Returns:
+        Means over images: bits_per_dim (of the ELBO at one draw), elbo_nats, re_nats, kl_nats,
+        re_bits_per_dim and kl_bits_per_dim (lists over levels), and "images", their number. With
+        iwae_samples also iwae_bits_per_dim, tmc_bits_per_dim (all combinations of the levels' draws) and,
+        from the same draws, elbo_bits_per_dim. Bounds have a standard error over images, NAME_stderr.
+
+    Raises:
+        ValueError: if the images do not fit the model, or there are none.
     """
     n, parts = batches(model, images, limit, batch_size)
 

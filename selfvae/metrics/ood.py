@@ -44,7 +44,16 @@ ALTERED: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
 
 @torch.no_grad()
 def scores(model: SelfVAE, x: Tensor, batch_size: int = 32) -> dict[str, Tensor]:
-    """All scores of images x, uint8 (B, C, H, W): float64 (B,) nats each, by name."""
+    """All scores of images; several processes share the work.
+
+    Args:
+        model: initialised or loaded; draws come from torch's global random state.
+        x: uint8 (B, C, H, W).
+        batch_size: images per batch.
+
+    Returns:
+        float64 (B,) nats each, by name; see the module.
+    """
     re, kl = gather(distributed_map(lambda part: model(part.to(model.device)).cpu(), x.split(batch_size)))
     levels = re + kl
     out = {"nll": levels.sum(0)}
@@ -62,7 +71,13 @@ def scores(model: SelfVAE, x: Tensor, batch_size: int = 32) -> dict[str, Tensor]
 
 
 def auroc(inside: Tensor, outside: Tensor) -> float:
-    """Probability that a score from outside (N,) is above one from inside (M,), ties counting a half.
+    """Area under the ROC curve: the probability that a score from outside is above one from inside.
+
+    Ties count one half.
+
+    Args:
+        inside: scores of the in-set, (M,).
+        outside: scores of the out-set, (N,).
 
     >>> auroc(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]))
     0.875
@@ -81,13 +96,23 @@ def evaluate_ood(
     batch_size: int = 32,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """AUROC of every score for every out-set against the first `limit` images of the in-set.
+    """AUROC of every score for every out-set. Several processes share the work.
 
-    Arguments:
-        outside: by name; None: made from the in-set, as the name in `ALTERED` says.
+    Args:
+        model: initialised or loaded.
+        inside: images of the in-set.
+        outside: images of the out-sets, by name; None: made from the in-set, as the name in `ALTERED` says.
+        limit: the first this many images of each set (see `sources.load` for their order); None: as many
+            as the in-set has.
+        batch_size: images per batch.
         seed: of the latents and of the sets that are random.
 
-    Returns {"images": n, out-set: {score: AUROC}}; 0.5 is chance, below it the out-set seems more likely.
+    Returns:
+        {"images": n, out-set: {score: AUROC}}; 0.5 is chance, and below it the model finds the out-set
+        more likely than the in-set.
+
+    Raises:
+        ValueError: if a set does not fit, is unknown, or has fewer than 2 images.
     """
     n = len(inside) if limit is None else min(limit, len(inside))
     if n < 2:

@@ -19,10 +19,20 @@ __all__ = ["measure_speed"]
 def measure_speed(
     model: SelfVAE, counts: Sequence[int] = (1, 20, 100), repeats: int = 5, seed: int = 0
 ) -> dict[str, Any]:
-    """Seconds to generate so many images at once, and to reconstruct them: medians of `repeats`.
+    """Time generation and reconstruction, as in the papers' tables (1, 20 and 100 images).
 
-    Images are of the size that the model was built for; a first run of each is not counted. The models
-    of the papers' tables are timed this way (generation of 1, 20 and 100 images).
+    Args:
+        model: any; images are of the size that it was built for.
+        counts: images drawn at once.
+        repeats: timed runs, after one that is not counted.
+        seed: of the draws.
+
+    Returns:
+        generate_N_seconds and reconstruct_N_seconds (medians of the runs), parameters, device, threads,
+        repeats.
+
+    Raises:
+        ValueError: if counts or repeats are below 1.
     """
     if repeats < 1 or min(counts) < 1:
         raise ValueError(f"counts and repeats must be at least 1; got {counts} and {repeats}")

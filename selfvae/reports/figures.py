@@ -6,14 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Unpack
 
-import torch
 from torch import Tensor
 
 from selfvae.data.pictures import show
 from selfvae.data.sheets import save_figure
 from selfvae.distributed import distributed_map, on_rank_zero
 from selfvae.files import write_atomic
-from selfvae.model import SelfVAE
+from selfvae.model import SelfVAE, spread_levels
 from selfvae.operations import (
     SamplingOptions,
     complete,
@@ -32,15 +31,26 @@ from selfvae.transforms import ImageSpec, Transform
 __all__ = ["draw_figures"]
 
 Row = tuple[str, Tensor]
-_LEVELS = 3  # of a long chain of computed images, so many are shown
+_LEVELS = 3  # shown of the computed images of a long chain
 
 
 def draw_figures(model: SelfVAE, x: Tensor, out: str | Path, **how: Unpack[SamplingOptions]) -> list[Path]:
-    """Draw all figures that the model allows from images x, uint8 (B, C, H, W), B >= 2.
+    """Draw all figures that a model allows; several processes share the work.
 
-    Writes one PNG file each and index.html into the folder `out`; returns the files. A model without
-    latents has no reconstructions, interpolations and variations; one without computed images has no
-    conditional generations. Several processes share the work.
+    A model without latents has no reconstructions, interpolations and variations; one without computed
+    images has no conditional generations.
+
+    Args:
+        model: initialised or loaded.
+        x: images to start from, uint8 (B, C, H, W), B at least 2.
+        out: folder for a PNG file per figure and index.html.
+        **how: see `SamplingOptions`.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: if there are fewer than 2 images.
     """
     if x.shape[0] < 2:
         raise ValueError(f"figures take at least 2 images; got {x.shape[0]}")
@@ -49,16 +59,20 @@ def draw_figures(model: SelfVAE, x: Tensor, out: str | Path, **how: Unpack[Sampl
     pages: list[tuple[str, str, Callable[..., list[Row]]]] = []
     if model.has_latents:
         pages += [
-            ("reconstructions", "Reconstructions by what is sent.", _reconstructions),
-            ("interpolations", "Interpolations of u; the rest is drawn with one noise.", _interpolations),
-            ("variations", "Variations: u is kept, the rest drawn anew.", _variations),
+            ("reconstructions", "Reconstructions, by what is given.", _reconstructions),
+            (
+                "interpolations",
+                "Interpolations of u; the rest is drawn with equal noise.",
+                _interpolations,
+            ),
+            ("variations", "Variations: u is kept, the rest is drawn anew.", _variations),
         ]
     if len(model.levels) > 1:
-        caption = "Conditional generations: a computed image is given, and nothing else."
+        caption = "Conditional generations: only a computed image is given."
         pages.insert(1, ("conditional", caption, _conditional))
     pages += [
-        ("generations", "Generated from nothing, every level.", _generations),
-        ("transforms", "What a hierarchy can be made of.", _transforms),
+        ("generations", "Unconditional samples, every level.", _generations),
+        ("transforms", "The transforms that a hierarchy can be made of.", _transforms),
     ]
 
     def draw(number: int) -> Path:
@@ -71,14 +85,6 @@ def draw_figures(model: SelfVAE, x: Tensor, out: str | Path, **how: Unpack[Sampl
     sections = [figure(file.name, caption) for file, (_, caption, _) in zip(files, pages, strict=True)]
     on_rank_zero(lambda: write_atomic(out / "index.html", page(title, sections)))
     return [*files, out / "index.html"]
-
-
-def _shown_levels(model: SelfVAE) -> list[int]:
-    """k of the computed images worth a row: all, or some spread over a long chain."""
-    top = len(model.levels) - 1
-    if top <= _LEVELS:
-        return list(range(1, top + 1))
-    return torch.linspace(1, top, _LEVELS).round().int().tolist()
 
 
 def _computed(model: SelfVAE, x: Tensor) -> dict[str, Tensor]:
@@ -99,7 +105,7 @@ def _operations(model: SelfVAE) -> list[tuple[str, str]]:
 def _reconstructions(model: SelfVAE, x: Tensor, **how: Unpack[SamplingOptions]) -> list[Row]:
     computed = _computed(model, x)
     rows = [("the images", computed["y0"])]
-    rows += [(f"y{k}, computed", computed[f"y{k}"]) for k in _shown_levels(model)]
+    rows += [(f"y{k}, computed", computed[f"y{k}"]) for k in spread_levels(model, _LEVELS, first=1)]
     for name, label in _operations(model):
         rows.append((label, show(reconstruct(model, x, name, **how), model.spec)))
     return rows
@@ -108,7 +114,7 @@ def _reconstructions(model: SelfVAE, x: Tensor, **how: Unpack[SamplingOptions]) 
 def _conditional(model: SelfVAE, x: Tensor, **how: Unpack[SamplingOptions]) -> list[Row]:
     computed, seed = _computed(model, x), how.get("seed")
     rows = []
-    for k in _shown_levels(model):
+    for k in spread_levels(model, _LEVELS, first=1):
         rows.append((f"y{k}, given", computed[f"y{k}"]))
         y = infer(model, x, f"y{k}")[f"y{k}"]
         for draw in range(2):
@@ -122,7 +128,7 @@ def _generations(model: SelfVAE, x: Tensor, **how: Unpack[SamplingOptions]) -> l
     drawn = complete(model, {}, (x.shape[0], x.shape[2], x.shape[3]), **how)
     return [
         (f"y{k}" if k else "x", show(drawn[f"y{k}"], model.levels[k].spec))
-        for k in [*reversed(_shown_levels(model)), 0]
+        for k in [*reversed(spread_levels(model, _LEVELS, first=1)), 0]
     ]
 
 

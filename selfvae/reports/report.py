@@ -1,7 +1,7 @@
 """All scores of trained models in one report, in the layout of the papers' tables and beside their figures.
 
 Every part is kept in OUT/parts as JSON under a key made of the weights, the images and the settings: a
-report that was ended goes on where it was, and one with another model added computes that model alone.
+report that was interrupted goes on where it was, and a model added later is the only one computed.
 """
 
 from __future__ import annotations
@@ -70,12 +70,20 @@ PAPERS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """What is measured. All limits take the first images of the split (see `sources.load`).
 
-    limit: images for the ELBO. iw: draws of the importance-weighted bounds (also 1, 8 and 64), of iw_limit
-    images. precision: of the networks for the bounds; bf16-mixed is faster. enhance_limit: images enhanced,
-    draws times each. ood_limit: images of each set. quality_n: images drawn for the sample quality.
-    figures: images in a row of the figures; 0: none. seed: of all draws.
+    Args:
+        limit: images for the ELBO.
+        iw: draws of the importance-weighted bounds (also 1, 8 and 64); 0: none.
+        iw_limit: images for these.
+        precision: of the networks for the bounds; bf16-mixed is faster.
+        enhance_limit: images enhanced.
+        draws: enhancements per image.
+        ood_limit: images of each set.
+        quality_n: images drawn for the sample quality.
+        figures: images in a row of the figures; 0: none.
+        batch_size: images per batch.
+        seed: of all draws.
     """
 
     limit: int = 10_000
@@ -110,16 +118,27 @@ def write_report(
     device: torch.device | str = "cpu",
     progress: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Measure the models in the folders `runs` on images; writes out/report.md and report.html.
+    """Measure models and write out/report.md and report.html; several processes share the work.
 
-    Arguments:
-        data: what the images are called in the report.
-        outside: out-sets, as for `ood`; by default all that are made from the images.
+    A report that was interrupted goes on where it was: what is in out/parts is not measured again.
+
+    Args:
+        runs: folders of the models.
+        images: that they are measured on.
+        data: name of the images in the report.
+        out: folder to write.
+        settings: what is measured.
+        outside: out-sets, as for `evaluate_ood`; by default all that are made from the images.
         features: name and network for the sample quality, which is left out without.
-        command: noted in the report.
+        command: printed in the report.
+        device: that the models run on.
         progress: told what is measured next.
 
-    Returns the path of report.md. Several processes share the work.
+    Returns:
+        The path of report.md.
+
+    Raises:
+        ValueError: if there are no runs, or the images do not fit.
     """
     if not runs:
         raise ValueError("a report needs at least one folder with a model")
@@ -139,24 +158,24 @@ def write_report(
         for name, parts in rows.items()
         for file in parts.get("figures", {"files": []})["files"]
     ]
+    notes = _notes(settings, len(images), data, command, torch.device(device))
+    on_rank_zero(lambda: write_atomic(out / "report.md", _markdown(notes, tables, pictures).encode()))
+    on_rank_zero(lambda: write_atomic(out / "report.html", _html(notes, tables, pictures)))
+    return out / "report.md"
+
+
+def _notes(settings: Settings, n: int, data: str, command: str, device: torch.device) -> list[str]:
+    """What was measured, where, and how to read it."""
     notes = [
         f"Command: `{command}`" if command else "",
-        f"Data: {data}, {len(images)} images, {settings.limit} at most for the ELBO, "
+        f"Data: {data}, {n} images, {settings.limit} at most for the ELBO, "
         f"{settings.iw_limit} for IWAE-{settings.iw} ({settings.precision}). Seed {settings.seed}.",
-        f"selfvae {_commit()}, torch {torch.__version__}, {_machine(torch.device(device))}, "
+        f"selfvae {_commit()}, torch {torch.__version__}, {_machine(device)}, "
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.",
         "Terms are nats per image; bits/dim counts the dimensions of x only; +- is the standard error over "
         "images.",
     ]
-    notes = [note for note in notes if note]
-    text = _markdown(notes, tables, pictures)
-    on_rank_zero(lambda: write_atomic(out / "report.md", text.encode()))
-    sections = [f"<p>{escape(note)}</p>" for note in notes]
-    for caption, columns, lines in tables:
-        sections += [f"<h2>{escape(caption)}</h2>", html.table(columns, lines)]
-    sections += [html.figure(file, caption) for caption, file in pictures]
-    on_rank_zero(lambda: write_atomic(out / "report.html", html.page("selfvae report", sections)))
-    return out / "report.md"
+    return [note for note in notes if note]
 
 
 @dataclass
@@ -178,9 +197,13 @@ class _Work:
         self.base = [self.mark, self.images.digest(), self.device.type]
 
     def kept(self, name: str, on: list[Any], task: Callable[[], Part], shared: bool = True) -> Part:
-        """The result of a task, from its file if there is one for what it depends `on`.
+        """The result of a task: from its file if it was measured before, else measured and written.
 
-        shared: all processes do it together; else it is a share of one.
+        Args:
+            name: of the task.
+            on: everything that the result depends on, besides model, images, device and seed.
+            task: measures it.
+            shared: all processes call this together; else one process does.
         """
         text = json.dumps([*self.base, name, self.settings.seed, *on])
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -197,6 +220,7 @@ class _Work:
         return part
 
     def measure(self) -> dict[str, Part]:
+        """All parts, by name."""
         model, images, s = self.model, self.images, self.settings
         size: dict[str, Any] = {"batch_size": s.batch_size}
         how: dict[str, Any] = {**size, "seed": s.seed}
@@ -260,6 +284,7 @@ class _Work:
         return {kind: values.tolist() for kind, values in found._asdict().items()}
 
     def draw(self) -> Part:
+        """The figures: their files' paths from the report."""
         x = self.images.take(range(min(self.settings.figures, len(self.images))))
         own = f"{self.run.name}-{self.mark}"  # two runs may have one name
         files = draw_figures(self.model, x, self.out / "figures" / own, seed=self.settings.seed)
@@ -397,3 +422,11 @@ def _markdown(notes: list[str], tables: list[Table], pictures: list[tuple[str, s
         text.append("")
     text += [f"![{caption}]({file})\n" for caption, file in pictures]
     return "\n".join(text)
+
+
+def _html(notes: list[str], tables: list[Table], pictures: list[tuple[str, str]]) -> bytes:
+    sections = [f"<p>{escape(note)}</p>" for note in notes]
+    for caption, columns, rows in tables:
+        sections += [f"<h2>{escape(caption)}</h2>", html.table(columns, rows)]
+    sections += [html.figure(file, caption) for caption, file in pictures]
+    return html.page("selfvae report", sections)

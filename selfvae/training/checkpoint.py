@@ -1,4 +1,4 @@
-"""What a run leaves behind: the checkpoint to resume from, and the curve."""
+"""What a training run writes: the checkpoint to resume from, and the curve."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ __all__ = ["Log", "State", "check_free", "check_same_model", "take_weights"]
 
 
 class Log:
-    """A CSV file with one row a logged step; a resumed run drops the rows after its checkpoint."""
+    """A CSV file with one row per logged step; a resumed run drops the rows after its checkpoint.
+
+    Args:
+        path: of the file.
+        step: of the checkpoint; 0: a new run.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
@@ -37,6 +42,7 @@ class Log:
                 self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
 
     def write(self, row: dict[str, Any]) -> None:
+        """Add a row, by column; the file is written anew, whole or not at all."""
         self.rows.append(row)
         out = io.StringIO()
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
@@ -48,7 +54,18 @@ class Log:
 
 @dataclass
 class State:
-    """All that changes during training."""
+    """Everything that changes during training.
+
+    Attributes:
+        model: the weights that are trained.
+        ema: their moving average.
+        optimizer: of the model's parameters.
+        guard: against outlying gradients.
+        step: optimizer steps made.
+        seconds, cpu_seconds: of training, over all parts of a resumed run.
+        best: lowest validation score, bits/dim.
+        since_best: evaluations since then.
+    """
 
     model: SelfVAE
     ema: SelfVAE
@@ -64,11 +81,11 @@ class State:
     _numbers = ("step", "seconds", "cpu_seconds", "best", "since_best")
 
     def spent(self, clock: Literal["wall", "cpu"]) -> float:
-        """Seconds of training by that clock."""
+        """Seconds of training by a clock: wall time, or this process's processor time."""
         return self.cpu_seconds if clock == "cpu" else self.seconds
 
     def save(self, path: Path, config: TrainConfig) -> None:
-        """Everything needed to go on, in one file, written whole or not at all."""
+        """Write everything needed to resume as one file, whole or not at all."""
         tensors: dict[str, Tensor] = dict(self.guard.state())
         for prefix, model in (("model", self.model), ("ema", self.ema)):
             tensors |= {f"{prefix}.{k}": v for k, v in hub.unique_state_dict(model).items()}
@@ -85,6 +102,7 @@ class State:
         write_tensors(path, tensors, metadata)
 
     def restore(self, path: Path) -> None:
+        """Read what `save` wrote, into models and an optimizer of the same structure."""
         tensors: dict[str, Tensor] = {}
         with safe_open(path, framework="pt") as file:
             numbers = json.loads(file.metadata()["state"])
@@ -106,7 +124,7 @@ class State:
 
 
 def check_same_model(checkpoint: Path, config: ModelConfig) -> None:
-    """Raise ValueError if a checkpoint is of another model, or of a later format."""
+    """Raise ValueError if a checkpoint is damaged, of another model, or of a later format."""
     try:
         with safe_open(checkpoint, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -115,7 +133,7 @@ def check_same_model(checkpoint: Path, config: ModelConfig) -> None:
             f"{checkpoint} is damaged ({error}): begin another run with --start {checkpoint.parent}"
         ) from None
     if "model" not in metadata:
-        raise ValueError(f"{checkpoint} is no checkpoint of a run: expected what selfvae train writes")
+        raise ValueError(f"{checkpoint} is not a checkpoint: expected one that selfvae train wrote")
     found = int(metadata.get("format", 1))  # the first ones did not say
     if found > FORMAT:
         raise ValueError(
@@ -136,7 +154,11 @@ def _differences(a: ModelConfig, b: ModelConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def take_weights(model: SelfVAE, start: SelfVAE) -> None:
-    """Begin with another model's weights; ValueError if they are not of the same shapes."""
+    """Copy the weights of `start` into a model.
+
+    Raises:
+        ValueError: if they are not of the same shapes; the message says which settings differ.
+    """
     try:
         hub.load_unique_state_dict(model, hub.unique_state_dict(start))
     except RuntimeError:

@@ -18,23 +18,24 @@ Optimizer = Literal["adamax", "adamw", "muon"]
 class TrainConfig:
     """How a model is trained; the defaults are the papers' with EMA and clipping added.
 
-    Arguments:
+    Args:
         steps: optimizer steps in all.
-        batch_size: images a step, over all devices and accumulated parts.
+        batch_size: images per step, over all devices and accumulated parts.
         optimizer: "adamax", "adamw" or "muon" (see `optim.Muon`).
         lr: learning rate at the start; by default 0.03 for "muon", 0.002 for the others.
-        lr_floor: the least learning rate.
-        lr_decay: factor a step of the exponential schedule.
-        schedule: "exponential" decays by lr_decay a step; "cosine" reaches lr_floor at the last step.
-        warmup: steps over which the rate rises from 0.
+        min_lr: the least learning rate, at most lr; by default 0.0001, or lr / 20 where that is less.
+        lr_decay: factor per step of the exponential schedule.
+        schedule: "exponential" decays by lr_decay per step; "cosine" reaches min_lr at the last step.
+        warmup: steps over which the rate rises from 0; at most a tenth of the run, by steps or seconds.
+        weight_decay: of "adamw", decoupled: each step takes lr * weight_decay of all weights away.
         kl_warmup: steps over which the weight of the KL terms rises from 0 to 1.
-        free_bits: bits/dim (of x) that every latent's KL, averaged over the batch, may cost for free.
-        clip: a gradient longer than `clip_factor` times the usual norm is shortened to that.
-        skip: one longer than `skip_factor` times the usual norm is dropped.
+        free_bits: bits/dim (of x) of every latent's KL, averaged over the batch, that cost nothing.
+        clip_factor: a gradient longer than this times the usual norm is shortened to that.
+        skip_factor: a gradient longer than this times the usual norm is dropped.
         ema: decay of the weights' moving average, which is what gets saved and scored.
         flip: random horizontal flips.
-        translate: random shifts by up to so many pixels, edges repeated.
-        accumulate: parts that a batch is split into to save memory.
+        translate: random shifts by up to this many pixels, edges repeated.
+        grad_accum: parts that a batch is split into to save memory.
         precision: "32-true", "bf16-mixed" (likelihoods stay in float32), or "auto": the faster one here.
         activation_checkpointing: compute what is inside the networks' blocks again in the backward pass:
             less memory, for more time.
@@ -45,22 +46,28 @@ class TrainConfig:
         log_every: steps between rows of log.csv.
         eval_every: steps between validations (and sample grids).
         checkpoint_every: steps between checkpoints.
-        eval_images: validation images scored at every evaluation.
-        max_seconds: end by the clock if that comes before the last step; "cosine" then follows the clock
-            and the run no longer depends on the seed alone. 0: no limit.
+        eval_images: validation images scored at every evaluation: the first ones, whose order is random
+            wherever they could come class by class (see `sources.load`).
+        max_seconds: end by the clock if that comes before the last step, counted over all parts of a
+            resumed run; warm-up and "cosine" then follow the clock, and the run depends on more than the
+            seed. 0: no limit.
         clock: what max_seconds counts: "wall", or "cpu", this process's own time, all threads together,
             whatever else the machine does.
-        patience: stop after so many evaluations without a better validation score; 0: never.
+        patience: stop after this many evaluations without a better validation score; 0: never.
+
+    Raises:
+        ValueError: if a setting is out of range; the message names it.
     """
 
     steps: int = 100_000
     batch_size: int = 32
     optimizer: Optimizer = "adamax"
     lr: float | None = None
-    min_lr: float = 0.0001
+    min_lr: float | None = None
     lr_decay: float = 0.999999
     schedule: Literal["exponential", "cosine"] = "exponential"
     warmup: int = 100
+    weight_decay: float = 0.0
     kl_warmup: int = 0
     free_bits: float = 0.0
     clip_factor: float = 2.0
@@ -90,8 +97,8 @@ class TrainConfig:
         for field in positive:
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be positive; got {getattr(self, field)}")
-        for field in ("min_lr", "warmup", "kl_warmup", "free_bits", "translate", "seed", "max_seconds",
-                      "patience"):  # fmt: skip
+        for field in ("warmup", "weight_decay", "kl_warmup", "free_bits", "translate", "seed",
+                      "max_seconds", "patience"):  # fmt: skip
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field} must be finite and not negative; got {getattr(self, field)}")
         for field, known in (
@@ -104,11 +111,15 @@ class TrainConfig:
                 raise ValueError(f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}")
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr must be positive; got {self.lr}")
+        if self.min_lr is not None and not 0 <= self.min_lr <= self.top_lr:
+            raise ValueError(f"min_lr must be 0 to lr, {self.top_lr:g}; got {self.min_lr:g}")
+        if self.weight_decay and self.optimizer != "adamw":
+            raise ValueError(f"weight_decay goes with optimizer adamw; got {self.optimizer}")
         if not 0 < self.lr_decay <= 1:
             raise ValueError(f"lr_decay must be above 0 and at most 1; got {self.lr_decay}")
         if self.batch_size % self.grad_accum:
             raise ValueError(
-                f"batch_size must be a multiple of accumulate; got {self.batch_size} and {self.grad_accum}"
+                f"batch_size must be a multiple of grad_accum; got {self.batch_size} and {self.grad_accum}"
             )
         if self.cuda_graphs and self.kl_warmup:
             raise ValueError(
@@ -118,13 +129,25 @@ class TrainConfig:
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be at least 0 and below 1; got {self.ema}")
 
+    @property
+    def top_lr(self) -> float:
+        """The learning rate at the start, after warm-up."""
+        return self.lr or (0.03 if self.optimizer == "muon" else 0.002)
+
     def rate(self, step: int, seconds: float = 0.0) -> float:
-        """The learning rate of a step (from 0), begun after so many seconds by the clock."""
-        top = self.lr or (0.03 if self.optimizer == "muon" else 0.002)
+        """The learning rate of a step.
+
+        Args:
+            step: from 0.
+            seconds: by the `clock`, when the step begins; only `max_seconds` makes them count.
+        """
+        top = self.top_lr
+        least = min(0.0001, top / 20) if self.min_lr is None else self.min_lr
+        by_clock = seconds / self.max_seconds if self.max_seconds else 0.0
         if self.schedule == "cosine":
-            by_clock = seconds / self.max_seconds if self.max_seconds else 0.0
             part = min(1.0, max(step / self.steps, by_clock))
-            rate = self.min_lr + (top - self.min_lr) * (1 + math.cos(math.pi * part)) / 2
+            rate = least + (top - least) * (1 + math.cos(math.pi * part)) / 2
         else:
-            rate = max(self.min_lr, top * self.lr_decay**step)
-        return rate * min(1.0, (step + 1) / self.warmup) if self.warmup else rate
+            rate = max(least, top * self.lr_decay**step)
+        warmup = min(self.warmup, max(1, self.steps // 10))
+        return rate * min(1.0, max((step + 1) / warmup, 10 * by_clock)) if warmup else rate

@@ -16,10 +16,14 @@ __all__ = ["Guard"]
 class Guard:
     """Clip large gradients and skip outliers, relative to the usual norm, by a rule that cannot lock up.
 
-    The usual norm is a running geometric mean. A gradient above `clip_factor` times that norm is clipped
-    to it. One above `skip_factor` times it, or one that is not finite, counts as zero. A skipped finite
-    gradient still raises the usual norm by a fixed factor, so that within a few dozen steps the limit
-    follows gradients that really grow. Nothing here waits for the device.
+    The usual norm is a running geometric mean. A gradient above `clip_factor` times that norm is scaled
+    down to that. One above `skip_factor` times it, or one that is not finite, becomes zero. A skipped
+    finite gradient still raises the usual norm by a fixed factor, so that within a few dozen steps the
+    limit follows gradients that really grow. Nothing here waits for the device.
+
+    Args:
+        config: for clip_factor and skip_factor.
+        device: of the gradients.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
@@ -29,7 +33,14 @@ class Guard:
         self.dropped_in_a_row = torch.zeros((), device=device)
 
     def __call__(self, grads: list[Tensor]) -> Tensor:
-        """Shorten or zero the gradients in place; the norm they had."""
+        """Scale or zero the gradients of a step in place.
+
+        Args:
+            grads: of all parameters, any shapes.
+
+        Returns:
+            The norm of all of them before, a scalar.
+        """
         norm = torch.nn.utils.get_total_norm(grads)
         finite = torch.isfinite(norm)
         log_norm = torch.log(norm.clamp(min=1e-12))
@@ -46,9 +57,11 @@ class Guard:
         return norm
 
     def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, by name."""
         names = ("log_usual", "dropped", "dropped_in_a_row")
         return {f"guard.{name}": getattr(self, name) for name in names}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what `state` gave from a checkpoint's tensors."""
         for key in self.state():
             setattr(self, key.removeprefix("guard."), tensors[key].to(self.log_usual.device))

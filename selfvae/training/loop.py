@@ -1,7 +1,7 @@
 """One training loop: any model, any device, resumable to the bit.
 
-Everything random in step t follows from (seed, t, rank) alone, so on the CPU a run that is killed and
-resumed makes the same steps as one that is not, to the bit.
+All random numbers of step t depend only on (seed, t, rank), so on the CPU a run that is killed and resumed
+makes the same steps as one that is not, to the bit.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from selfvae import hub
 from selfvae.data.batches import Dataset, augment, batch_indices
 from selfvae.data.sheets import save_grid
-from selfvae.distributed import launch_fabric
+from selfvae.distributed import accelerator, launch_fabric, make_fabric
 from selfvae.metrics.likelihood import check_values, evaluate
 from selfvae.model import SelfVAE
 from selfvae.nn.layers import checkpoint_activations
@@ -39,7 +41,7 @@ from selfvae.training.checkpoint import Log, State, check_free, check_same_model
 from selfvae.training.config import TrainConfig
 from selfvae.training.graphs import GraphedPass
 from selfvae.training.guard import Guard
-from selfvae.training.optim import OPTIMIZERS
+from selfvae.training.optim import make_optimizer
 
 __all__ = ["make_step", "prepare", "train"]
 
@@ -77,15 +79,23 @@ def _update_ema(ema: SelfVAE, model: SelfVAE, config: TrainConfig, step: int) ->
 
 
 def prepare(model: SelfVAE, fabric: Fabric, config: TrainConfig) -> tuple[Any, State]:
-    """The model as `make_step` takes it, and all that changes; the model itself is moved and laid out."""
+    """Make a model ready for training: on its device, in its memory layout, with an optimizer.
+
+    Args:
+        model: initialised on data; changed in place.
+        fabric: launched.
+        config: how it is trained.
+
+    Returns:
+        The model as `make_step` takes it (of the class that Fabric wraps it in), and the state of step 0.
+    """
     model.to(fabric.device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     if config.activation_checkpointing:
         checkpoint_activations(model)
-    kind = OPTIMIZERS[config.optimizer]
-    wrapped, optimizer = fabric.setup(model, kind(model.parameters(), lr=config.rate(0)))
+    wrapped, optimizer = fabric.setup(model, make_optimizer(model.parameters(), config))
     state = State(model, ema, optimizer, Guard(config, fabric.device))
     if config.cuda_graphs and fabric.device.type == "cuda" and fabric.world_size == 1:
         state.graphed = GraphedPass(
@@ -97,9 +107,16 @@ def prepare(model: SelfVAE, fabric: Fabric, config: TrainConfig) -> tuple[Any, S
 def make_step(
     fabric: Fabric, model: Any, state: State, x: Tensor, config: TrainConfig
 ) -> tuple[Terms, Tensor]:
-    """One step on this process's part of a batch, uint8 (B, C, H, W).
+    """Make one optimizer step and update the moving average.
 
-    Returns the terms of its last part (see `TrainConfig.grad_accum`) and the gradient's norm.
+    Args:
+        fabric, model, state: as `prepare` gives them.
+        x: this process's part of the batch, uint8 (B, C, H, W), on its device.
+        config: how it is trained.
+
+    Returns:
+        The terms of the last part of x (see `TrainConfig.grad_accum`), in nats, and the gradient's norm
+        before it was clipped, a scalar.
     """
     if state.graphed is None:
         terms = _forward_backward(fabric, model, x, config, state.step)
@@ -118,7 +135,7 @@ def _interruptible() -> Iterator[list[int]]:
     came: list[int] = []
     kept: dict[int, Any] = {}
 
-    def note(number: int, _: Any) -> None:
+    def note(number: int, _: FrameType | None) -> None:
         came.append(number)
         signal.signal(number, kept[number])  # a second one does what it always does
 
@@ -134,11 +151,195 @@ def _interruptible() -> Iterator[list[int]]:
             signal.signal(kind, handler)
 
 
-def _term_columns(terms: Terms) -> dict[str, Tensor]:
-    out = {}
-    for k, (re, kl) in enumerate(zip(terms.re, terms.kl, strict=True)):
-        out[f"re{k}"], out[f"kl{k}"] = re.detach().mean(), kl.detach().mean()
-    return out
+class _Clock:
+    """Adds the time of this process to what a resumed run took before."""
+
+    def __init__(self, state: State) -> None:
+        self.state, self.before = state, (state.seconds, state.cpu_seconds)
+        self.began, self.cpu_began, self.first_step = time.monotonic(), time.process_time(), state.step
+
+    def tick(self) -> None:
+        """Bring the state's times up to date."""
+        self.state.seconds = self.before[0] + time.monotonic() - self.began
+        self.state.cpu_seconds = self.before[1] + time.process_time() - self.cpu_began
+
+    def steps_per_second(self) -> float:
+        """Since this process began, all its work counted."""
+        return (self.state.step - self.first_step) / max(1e-9, time.monotonic() - self.began)
+
+
+@dataclass
+class _Run:
+    """A run in one process: the steps that `train` is made of."""
+
+    model: Any  # as Fabric wraps it
+    state: State
+    data: Dataset
+    out: Path
+    config: TrainConfig
+    fabric: Fabric
+    quiet: bool
+    evaluation: dict[str, float] = field(default_factory=dict)  # the last one, until it is logged
+
+    def __post_init__(self) -> None:
+        self.name, self.first = self.state.model.config.name, self.fabric.global_rank == 0
+        self.clock, self.log = _Clock(self.state), Log(self.out / "log.csv", self.state.step)
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            disable=self.quiet or not self.first, console=Console(stderr=True),
+        )  # fmt: skip
+        self.task = self.bar.add_task(self.name, total=self.config.steps, completed=self.state.step)
+
+    def batch(self) -> Tensor:
+        """This process's part of the batch of the step in hand."""
+        config, rank, world = self.config, self.fabric.global_rank, self.fabric.world_size
+        chosen = batch_indices(len(self.data.train), config.batch_size, self.state.step, config.seed)
+        x = self.data.train.take(chosen[rank::world]).to(self.fabric.device, non_blocking=True)
+        return augment(x, flip=config.flip, translate=config.translate)
+
+    def step(self) -> tuple[Terms, Tensor]:
+        """One optimizer step, as `make_step`."""
+        config, state = self.config, self.state
+        for group in state.optimizer.param_groups:
+            group["lr"] = config.rate(state.step, state.spent(config.clock))
+        _seed(config.seed, state.step, self.fabric.global_rank)
+        found = make_step(self.fabric, self.model, state, self.batch(), config)
+        state.step += 1
+        self.clock.tick()
+        return found
+
+    def stopped(self, came: list[int]) -> bool:
+        """Whether a signal or the clock ends the run: in every process alike."""
+        stop = bool(came) or 0 < self.config.max_seconds <= self.state.spent(self.config.clock)
+        if self.fabric.world_size == 1:
+            return stop
+        # all processes must end together: they agree now and then
+        agree = self.state.step % self.config.log_every == 0
+        return agree and bool(self.fabric.all_reduce(torch.tensor(float(stop)), reduce_op="sum"))
+
+    def evaluate(self) -> None:
+        """Score the averaged model on validation images, and draw samples."""
+        config, state = self.config, self.state
+        _seed(config.seed, state.step - 1, 2**31)
+        scores = evaluate(state.ema, self.data.validation, limit=config.eval_images, batch_size=64)
+        state.ema.eval()  # drops the weights that scoring kept
+        self.evaluation = {"val_bits_per_dim": round(scores["bits_per_dim"], 5)}
+        if state.step % config.eval_every == 0:  # one out of turn must not count
+            score = self.fabric.broadcast(scores["bits_per_dim"])
+            state.since_best = 0 if score < state.best else state.since_best + 1
+            state.best = min(state.best, score)
+        if self.first:
+            picture = generate(state.ema, 16, *self.data.train.shape[2:])
+            save_grid(picture, self.out / f"samples/{state.step:07d}.png")
+
+    def report(self, terms: Terms, norm: Tensor) -> None:
+        """Write a row of log.csv and say how far it is; FloatingPointError if all gradients are dropped."""
+        state = self.state
+        values = {
+            f"{kind}{k}": term.detach().mean().item()
+            for k, both in enumerate(zip(terms.re, terms.kl, strict=True))
+            for kind, term in zip(("re", "kl"), both, strict=True)
+        }
+        loss, dropped = sum(values.values()), int(state.guard.dropped.item())
+        loss /= math.log(2) * math.prod(self.data.train.shape[1:])
+        row: dict[str, float | str] = {
+            "step": state.step,
+            "seconds": round(state.seconds, 1),
+            "cpu_seconds": round(state.cpu_seconds, 1),
+            "bits_per_dim": round(loss, 5),
+            **{name: round(value, 2) for name, value in values.items()},
+            "grad_norm": round(norm.item(), 5),
+            "dropped": dropped,
+            **(self.evaluation or {"val_bits_per_dim": ""}),
+        }
+        self.evaluation = {}
+        if self.first:
+            self.log.write(row)
+        speed = self.clock.steps_per_second() * self.config.batch_size
+        text = f"{self.name} {loss:.3f} bits/dim, {speed:.0f} images/s"
+        if math.isfinite(state.best):
+            text += f", best validation {state.best:.3f}"
+        if dropped:
+            text += f", {dropped} gradients dropped"
+        self.bar.update(self.task, description=text)
+        if state.guard.dropped_in_a_row.item() >= 1000:
+            self.save()
+            raise FloatingPointError(
+                "the last 1000 gradients were all dropped as outliers or not finite; the run "
+                "is saved as it is: lower --lr, or use --precision 32-true"
+            )
+
+    def show(self) -> None:
+        """Move the progress bar: towards the last step or the time limit, whichever comes first."""
+        done, total = self.state.step, self.config.steps
+        if self.config.max_seconds:
+            spent = max(1e-9, self.state.spent(self.config.clock))
+            total = min(total, round(done * max(1.0, self.config.max_seconds / spent)))
+        self.bar.update(self.task, completed=done, total=total)
+
+    def save(self) -> None:
+        """Write the checkpoint and the averaged model."""
+        if self.first:
+            self.state.save(self.out / "checkpoint.safetensors", self.config)
+            hub.save(self.state.ema, self.out)
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    """Raise FileExistsError or FileNotFoundError unless `out` holds what is to be resumed, or nothing."""
+    checkpoint = out / "checkpoint.safetensors"
+    if not resume:
+        check_free(out)
+    elif not checkpoint.exists():
+        raise FileNotFoundError(f"nothing to resume: {checkpoint} does not exist")
+
+
+def _check_devices(config: TrainConfig, fabric: Fabric) -> None:
+    """Raise ValueError for a number or kind of devices that a run cannot have."""
+    parts = fabric.world_size * config.grad_accum
+    if fabric.device.type == "mps":
+        raise ValueError(
+            f"Apple GPUs have no float64, which models need: use accelerator={accelerator()!r}"
+        )
+    if config.max_seconds and fabric.world_size > 1:
+        raise ValueError("max_seconds ends by one process's clock: use --steps with several processes")
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size must be a multiple of devices x grad_accum = {parts}; got {config.batch_size}"
+        )
+
+
+def _begin(
+    model_config: ModelConfig, data: Dataset, config: TrainConfig, init_from: SelfVAE | None, fabric: Fabric
+) -> tuple[Any, State]:
+    """The model and the state that a new run starts with; the same in every process."""
+    _seed(config.seed, 2**32 - 1)
+    model = from_config(model_config).to(fabric.device)
+    check_values(model, data.train)
+    if init_from is not None:
+        take_weights(model, init_from)
+    # every process initialises on the whole first batch, so all start alike
+    chosen = batch_indices(len(data.train), config.batch_size, 0, config.seed)
+    model.initialise(data.train.take(chosen).to(fabric.device))
+    return prepare(model, fabric, config)
+
+
+def _go_on(
+    model_config: ModelConfig, data: Dataset, config: TrainConfig, out: Path, fabric: Fabric
+) -> tuple[Any, State]:
+    """The model and the state that a run left in `out`; ValueError if they do not fit, or time is spent."""
+    checkpoint = out / "checkpoint.safetensors"
+    check_same_model(checkpoint, model_config)
+    model = from_config(model_config).to(fabric.device)
+    check_values(model, data.train)
+    wrapped, state = prepare(model, fabric, config)
+    state.restore(checkpoint)
+    spent = state.spent(config.clock)
+    if 0 < config.max_seconds <= spent:
+        raise ValueError(
+            f"{out} has been trained for {spent:.0f} s of {config.max_seconds:g} s ({config.clock} clock), "
+            "which count over all its parts: raise max_seconds, or set it to 0 for no limit"
+        )
+    return wrapped, state
 
 
 def train(
@@ -152,133 +353,52 @@ def train(
     fabric: Fabric | None = None,
     quiet: bool = False,
 ) -> SelfVAE:
-    """Train and return the averaged model; leave model, checkpoint, curve and samples in `out`.
+    """Train a model; leaves model, checkpoint, curve and samples in a folder.
 
     Writes out/config.json and model.safetensors (the averaged weights, see `hub.load`),
     checkpoint.safetensors (to resume from), log.csv and samples/*.png. Interrupted by Ctrl-C it saves
-    and returns. `init_from`: a trained model whose weights a new run begins with.
+    and returns.
 
-    Raises FileExistsError if `out` holds a run and resume is False, FileNotFoundError the other way.
+    Args:
+        model_config: the model's structure, e.g. `build(...).config`.
+        data: images uint8 of the model's shape; see `sources.load`.
+        out: folder of the run.
+        config: how it is trained.
+        init_from: a trained model of the same structure whose weights a new run begins with.
+        resume: go on with the run in `out`; on the CPU the steps are those of a run without a break.
+        fabric: devices and precision; by default one device as `distributed.accelerator` says.
+        quiet: show no progress bar.
+
+    Returns:
+        The averaged model, in eval mode.
+
+    Raises:
+        FileExistsError: if `out` holds a run and resume is False.
+        FileNotFoundError: if it holds none and resume is True.
+        ValueError: if the data, the checkpoint or the devices do not fit, or no time is left.
+        FloatingPointError: if 1000 gradients in a row were dropped.
     """
     out = Path(out)
-    checkpoint = out / "checkpoint.safetensors"
-    if not resume:
-        check_free(out)
-    if resume and not checkpoint.exists():
-        raise FileNotFoundError(f"nothing to resume: {checkpoint} does not exist")
-    fabric = fabric or Fabric(devices=1, precision=resolve(config.precision))
+    _check_folder(out, resume)
+    fabric = fabric or make_fabric(precision=resolve(config.precision, accelerator()))
     launch_fabric(fabric)
-    rank, world = fabric.global_rank, fabric.world_size
-    part = config.batch_size // (world * config.grad_accum)
-    if config.max_seconds and world > 1:
-        raise ValueError("max_seconds ends by one process's clock: use --steps with several processes")
-    if part * world * config.grad_accum != config.batch_size:
-        raise ValueError(
-            f"batch_size must be a multiple of devices x accumulate = {world * config.grad_accum}; "
-            f"got {config.batch_size}"
-        )
-
-    def batch(step: int) -> Tensor:
-        chosen = batch_indices(len(data.train), config.batch_size, step, config.seed)
-        x = data.train.take(chosen[rank::world]).to(fabric.device, non_blocking=True)
-        return augment(x, flip=config.flip, translate=config.translate)
-
+    _check_devices(config, fabric)
     if resume:
-        check_same_model(checkpoint, model_config)
-    _seed(config.seed, 2**32 - 1)
-    bare = from_config(model_config).to(fabric.device)
-    check_values(bare, data.train)
-    if not resume:
-        if init_from is not None:
-            take_weights(bare, init_from)
-        # every process initialises on the whole first batch, so all start alike
-        chosen = batch_indices(len(data.train), config.batch_size, 0, config.seed)
-        bare.initialise(data.train.take(chosen).to(fabric.device))
-    model, state = prepare(bare, fabric, config)
-    if resume:
-        state.restore(checkpoint)
-    dims = math.prod(model_config.image_shape)
-    log = Log(out / "log.csv", state.step)
-    evaluation: dict[str, Any] = {}
-
-    def keep() -> None:
-        if rank == 0:
-            state.save(checkpoint, config)
-            hub.save(state.ema, out)
-
-    progress = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        disable=quiet or rank > 0, console=Console(stderr=True),
-    )  # fmt: skip
-    task = progress.add_task(model_config.name, total=config.steps, completed=state.step)
-    began, cpu_began, done_before = time.monotonic(), time.process_time(), state.step
-    seconds_before, cpu_before = state.seconds, state.cpu_seconds
-    with progress, _interruptible() as came:
-        while state.step < config.steps:
-            step = state.step
-            for group in state.optimizer.param_groups:
-                group["lr"] = config.rate(step, state.spent(config.clock))
-            _seed(config.seed, step, rank)
-            terms, norm = make_step(fabric, model, state, batch(step), config)
-            state.step = step + 1
-            state.seconds = seconds_before + time.monotonic() - began
-            state.cpu_seconds = cpu_before + time.process_time() - cpu_began
-
-            spent = state.spent(config.clock)
-            stop = bool(came) or 0 < config.max_seconds <= spent
-            if world > 1:  # all processes must end together: they agree now and then
-                agree = state.step % config.log_every == 0
-                stop = agree and bool(fabric.all_reduce(torch.tensor(float(stop)), reduce_op="sum"))
-            ends = stop or state.step == config.steps
-            if state.step % config.eval_every == 0 or ends:
-                _seed(config.seed, step, 2**31)
-                scores = evaluate(state.ema, data.validation, limit=config.eval_images, batch_size=64)
-                state.ema.eval()  # drops the weights that scoring kept
-                evaluation = {"val_bits_per_dim": round(scores["bits_per_dim"], 5)}
-                if state.step % config.eval_every == 0:  # one out of turn must not count
-                    score = fabric.broadcast(scores["bits_per_dim"])
-                    state.since_best = 0 if score < state.best else state.since_best + 1
-                    state.best = min(state.best, score)
-                if rank == 0:
-                    picture = generate(state.ema, 16, *model_config.image_shape[1:])
-                    save_grid(picture, out / f"samples/{state.step:07d}.png")
-                ends = ends or (0 < config.patience <= state.since_best)
-            if state.step % config.log_every == 0 or ends:
-                values = {k: v.item() for k, v in _term_columns(terms).items()}
-                loss = sum(values.values()) / (math.log(2) * dims)
-                row = {
-                    "step": state.step,
-                    "seconds": round(state.seconds, 1),
-                    "cpu_seconds": round(state.cpu_seconds, 1),
-                    "bits_per_dim": round(loss, 5),
-                    **{k: round(v, 2) for k, v in values.items()},
-                    "grad_norm": round(norm.item(), 5),
-                    "dropped": int(state.guard.dropped.item()),
-                    **(evaluation or {"val_bits_per_dim": ""}),
-                }
-                evaluation = {}
-                if rank == 0:
-                    log.write(row)
-                elapsed = max(1e-9, time.monotonic() - began)
-                rate = (state.step - done_before) * config.batch_size / elapsed
-                text = f"{model_config.name} {loss:.3f} bits/dim, {rate:.0f} images/s"
-                if math.isfinite(state.best):
-                    text += f", best validation {state.best:.3f}"
-                if row["dropped"]:
-                    text += f", {row['dropped']} gradients dropped"
-                progress.update(task, description=text)
-                if state.guard.dropped_in_a_row.item() >= 1000:
-                    keep()
-                    raise FloatingPointError(
-                        "the last 1000 gradients were all dropped as outliers or not finite; the run "
-                        "is saved as it is: lower --lr, or use --precision 32-true"
-                    )
-            done, total = state.step, config.steps
-            if config.max_seconds:  # whichever limit comes first
-                total = min(total, round(done * max(1.0, config.max_seconds / max(1e-9, spent))))
-            progress.update(task, completed=done, total=total)
-            if state.step % config.checkpoint_every == 0 or ends:
-                keep()
-            if ends:
-                break
+        model, state = _go_on(model_config, data, config, out, fabric)
+    else:
+        model, state = _begin(model_config, data, config, init_from, fabric)
+    run = _Run(model, state, data, out, config, fabric, quiet)
+    ends = state.step >= config.steps
+    with run.bar, _interruptible() as came:
+        while not ends:
+            terms, norm = run.step()
+            ends = run.stopped(came) or state.step == config.steps
+            if ends or state.step % config.eval_every == 0:
+                run.evaluate()
+                ends = ends or 0 < config.patience <= state.since_best
+            if ends or state.step % config.log_every == 0:
+                run.report(terms, norm)
+            run.show()
+            if ends or state.step % config.checkpoint_every == 0:
+                run.save()
     return state.ema

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["OPTIMIZERS", "Muon"]
+from selfvae.training.config import TrainConfig
+
+__all__ = ["Muon", "make_optimizer"]
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0 among quintics that end near 1
 _SMALL = 64  # a weight of fewer kernels than this, out x in, is left to Adam
@@ -38,11 +40,11 @@ class Muon(torch.optim.Optimizer):
     weights' size. A weight whose gradient is all zero, as that of a dropped step, stays where it is.
     Under FSDP parameters are parts of matrices: use another optimizer there.
 
-    Arguments:
+    Args:
         params: parameters; those of 4 dimensions with out x in at least 64 get Muon's steps.
         lr: length of a step in every direction of a matrix.
         momentum: of Muon's steps.
-        adam: Adam's learning rate, as a part of `lr`.
+        adam: Adam's learning rate, as a fraction of `lr`.
         betas: Adam's.
 
     Source: Jordan et al. 2024, Muon: an optimizer for hidden layers in neural networks.
@@ -60,7 +62,11 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step from the gradients; `closure` is not supported."""
+        """Change the parameters by one step from their gradients.
+
+        Raises:
+            ValueError: if `closure` is given.
+        """
         if closure is not None:
             raise ValueError("Muon takes no closure: compute the gradients before the step")
         for group in self.param_groups:
@@ -118,9 +124,12 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_addcdiv_(params, mean, root, [-lr / (1 - beta1**step) for step in steps])
 
 
-# by the names of `config.Optimizer`
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamax": torch.optim.Adamax,
-    "adamw": torch.optim.AdamW,
-    "muon": Muon,
-}
+def make_optimizer(params: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of a run, before its first step; `weight_decay` counts for "adamw" only."""
+    lr = config.rate(0)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(params, lr, weight_decay=config.weight_decay)
+    kind: Callable[..., torch.optim.Optimizer] = (
+        torch.optim.Adamax if config.optimizer == "adamax" else Muon
+    )
+    return kind(params, lr)

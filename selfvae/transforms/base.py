@@ -209,6 +209,9 @@ class Transform(nn.Module):
         """Rows and columns of a block: the height and width of x must be multiples of these."""
         return self.scale
 
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
     def forward(self, x: Tensor) -> Tensor:
         raise TypeError("use a concrete transform")
 
@@ -219,6 +222,12 @@ class Transform(nn.Module):
     def support(self, y: Tensor, spec: ImageSpec) -> Support:
         """Return the set of images x of the given spec with d(x) = y, for y (B, c, h, w)."""
         return Support(y, spec)
+
+    def restricts(self, spec: ImageSpec) -> bool:
+        """Whether y leaves less than everything open of x, whose spec is given: see `support`."""
+        rows, cols = (n // scale for n, scale in zip(self.block, self.scale, strict=True))
+        y = torch.zeros(1, self.output_spec(spec).channels, rows, cols, dtype=torch.uint8)
+        return self.support(y, spec).restricts
 
     def estimate(self, y: Tensor, spec: ImageSpec) -> Tensor:
         """Estimate x from y without a network, e.g. by interpolation.
@@ -303,6 +312,9 @@ class Chain(Transform):
             math.prod(t.scale[0] for t in transforms),
             math.prod(t.scale[1] for t in transforms),
         )
+
+    def __str__(self) -> str:
+        return " then ".join(map(str, self._steps()))
 
     def _steps(self) -> list[Transform]:
         return [t for t in self.transforms if isinstance(t, Transform)]

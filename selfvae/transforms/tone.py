@@ -133,6 +133,9 @@ class Sketch(Greyscale):
         super().__init__()
         self.blur = GaussianBlur(sigma)
 
+    def extra_repr(self) -> str:
+        return f"{self.blur.sigma}"
+
     def forward(self, x: Tensor) -> Tensor:
         grey = super().forward(x)
         divisor = 255 - self.blur(255 - grey).int()

@@ -1,4 +1,4 @@
-"""The page's jobs: how far each is, and how it is stopped."""
+"""The page's jobs: their progress, and how they are stopped."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["Jobs", "StoppedError"]
 
 
 class StoppedError(Exception):
-    """The job was stopped, by its visitor or with the server."""
+    """The job was stopped: by its visitor, or since the server ends."""
 
 
 class Jobs:
-    """The jobs that run, by the session that asked for them."""
+    """The jobs that are running, by session."""
 
     def __init__(self) -> None:
         self._signs: dict[str, threading.Event] = {}
@@ -30,15 +30,20 @@ class Jobs:
         session: str,
         show: Callable[[float, str], Any],
         shares: Mapping[str, float],
-        *space_to_depth: str,
+        *phases: str,
     ) -> Iterator[Track]:
-        """A job, as the hook that it reports its steps to; they raise StoppedError once it is stopped.
+        """Run a job: a context whose value is the hook that the job reports its steps to.
 
-        Arguments:
-            session: who asked for it.
-            show: takes how much is done, 0 to 1, and words for it.
-            shares: of the whole work, by the text that a job gives with its steps; others do not count.
-            phases: words for parts of the work, alike in length; by default the steps' own text.
+        Args:
+            session: of the visitor who asked for it.
+            show: show(part, text) is told which part of the work is done, 0 to 1, and what is being done.
+            shares: of the whole work, by the text that a job gives with its steps; other steps count
+                nothing.
+            *phases: what is being done in the first, second, ... part of the work, all of one length; by
+                default the steps' own text.
+
+        Yields:
+            track(steps, text), which raises StoppedError at the next step once the job is stopped.
         """
         sign, done = threading.Event(), 0.0
         with self._changed:
@@ -52,7 +57,7 @@ class Jobs:
                 if sign.is_set():
                     raise StoppedError
                 part = min(done, 0.999)
-                show(part, space_to_depth[int(part * len(space_to_depth))] if space_to_depth else text)
+                show(part, phases[int(part * len(phases))] if phases else text)
                 yield step
                 done += shares.get(text, 0.0) / len(steps)
 
@@ -65,13 +70,13 @@ class Jobs:
                 self._changed.notify_all()
 
     def stop(self, session: str) -> None:
-        """Stop what a session asked for, if it runs, at its next step."""
+        """Stop the job of a session, if there is one, at its next step."""
         with self._changed:
             if session in self._signs:
                 self._signs[session].set()
 
     def end(self, seconds: float) -> None:
-        """Stop all jobs, those that are still to come too, and wait until they have."""
+        """Stop all jobs, and those that are still to come, and wait for them, at most `seconds`."""
         with self._changed:
             self._ended = True
             for sign in self._signs.values():

@@ -1,4 +1,4 @@
-"""The page in a browser: a tab for each thing that the models do. It asks nobody but this machine."""
+"""The page in a browser: a tab for each task of the models. It makes no request to any other machine."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import torch
 from PIL import Image
 
+from selfvae.codec import Codec
 from selfvae.data import pictures
 from selfvae.data.crops import photo
 from selfvae.progress import Track
@@ -32,17 +33,17 @@ try:
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.responses import PlainTextResponse
 except ImportError:
-    raise ImportError("the page needs gradio: pip install 'selfvae[demo]'") from None
+    raise ImportError("the page needs gradio: pip install 'selfvae[web]'") from None
 
 __all__ = ["Page", "served"]
 
-_KEPT = 1800.0  # seconds that files and what a tab remembers are kept
-_PATIENCE = 20.0  # seconds that jobs have to stop when the server ends
+_KEPT = 1800.0  # seconds that files and results are kept
+_PATIENCE = 20.0  # seconds for jobs to stop when the server ends
 _QUEUE = 16  # jobs that may wait
 _STEPS = 9  # of an interpolation
 _HEAVY: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "work"}
 _LOCAL = ("127.0.0.1", "localhost", "[::1]")
-# what of gradio's server the page needs; the rest is not answered
+# the parts of gradio's server that the page needs; the rest is not answered
 _PATHS = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json")
 _FOLDERS = ("/assets/", "/static/")
 _API = (
@@ -59,19 +60,19 @@ _API = (
 )
 
 _INTRO = """# selfvae
-Models that know how likely a picture is: so they can **fill in** what a picture lacks, and **store** what
-is there in few bytes. All of it happens on this machine; no picture leaves it."""
-_ENHANCE = """A small, grey or banded picture comes in, and the model draws what could have been there.
-Each version agrees with what was given, exactly; they differ where the model is unsure.
+Models that know how likely a picture is: they **enhance** pictures and **compress** them without loss.
+Everything runs on this machine; no picture leaves it. Pictures and results may have up to {:,} pixels."""
+_ENHANCE = """Give a small, grey or banded picture, and the model draws what it may have looked like before.
+Where the model is exact, every version agrees with your picture; versions differ where it is unsure.
 (Colours are its weakest side so far: expect a tint.)"""
-_COMPRESS = """The file holds every pixel, the coarsest part of the picture first: so a file that has not
-arrived as a whole shows a picture already. The model knows photographs; of drawings, and of what is a JPEG
-already, the file as it came may be the smaller one."""
-_GENERATE = """Images from nothing. The model draws a coarse level first and each finer one given it: below
-the images you see what they were drawn from. The models are small: expect textures, no things."""
-_INTERPOLATE = """The model explains a picture by latents, some hundred numbers. Between those of two
-pictures lies a line, and each point of it is a picture again. Both are cut to a square and shrunk to
-the {} x {} pixels that this small model knows: expect the gist."""
+_COMPRESS = """The file holds every pixel exactly, coarse to fine: its first part gives a preview already.
+The model was trained on photographs; drawings, and pictures that have been JPEG files, may be smaller as
+they are."""
+_GENERATE = """New images, without any input. The model draws a coarse level first, then finer ones; below
+the images are the levels that they were drawn from. The models are small: expect textures, no objects."""
+_INTERPOLATE = """The model describes a picture by latents, some hundred numbers. On a line between those of
+two pictures, every point is a picture as well. Both are cropped to a square and shrunk to the {} x {}
+pixels of this small model: expect the gist."""
 
 # small pictures are for looking at, and their pixels are what matters
 _STYLE = """.pixels img { width: 100%; object-fit: contain; image-rendering: pixelated }
@@ -86,7 +87,7 @@ _POLICY = (
 
 
 class _Gate:
-    """Answers what the page asks alone, nothing that another page asks, and puts the policy on it."""
+    """Answers only the requests of this page, none of another page, and adds the security policy."""
 
     def __init__(self, app: Any, most: int) -> None:
         self.app, self.most = app, most
@@ -113,7 +114,7 @@ class _Gate:
         headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"]}
         api = tuple(f"/gradio_api/{name}" for name in _API)
         if path not in _PATHS and not path.startswith((*_FOLDERS, *api)):
-            return "not a part of this page", 404
+            return "no part of this page", 404
         origin = headers.get("origin")
         if origin and urlsplit(origin).netloc != headers.get("host"):
             return "another page may not use this one", 403
@@ -130,11 +131,17 @@ class _Upload(NamedTuple):
 
 
 def _upload(label: str) -> gr.File:
-    """A box for a file that is dropped there: neither an address to fetch nor one that is forgotten.
+    """A box to drop a file into; jobs get it as an `_Upload`.
 
-    What a job gets of it is an `_Upload`.
+    Two methods of this one component are replaced, for what gradio has no setting for:
 
-    Not a class of its own: gradio writes a file beside the module of one.
+    - `async_move_resource_to_block_cache` also takes an address and downloads it, for whoever sends one by
+      the API: this page fetches nothing.
+    - `preprocess` fails without words if the file was deleted meanwhile, as old files are; and it gives
+      the bytes only, although the name is wanted for the download.
+
+    A subclass of gr.File would be the plain way, but gradio writes a .pyi file beside the module of each
+    subclass of a component, that is into the installed package.
     """
     file: Any = gr.File(label=label, type="binary", height=130)
     move, preprocess = file.async_move_resource_to_block_cache, file.preprocess
@@ -147,7 +154,7 @@ def _upload(label: str) -> gr.File:
 
     def there(payload: Any) -> Any:
         if payload is not None and not Path(payload.path).is_file():
-            raise gr.Error("this file was forgotten meanwhile: drop it again", print_exception=False)
+            raise gr.Error("this file was deleted meanwhile: drop it again", print_exception=False)
         data = preprocess(payload)
         return None if data is None else _Upload(Path(payload.orig_name or "picture").stem[:60], data)
 
@@ -156,7 +163,7 @@ def _upload(label: str) -> gr.File:
 
 
 def _errors_shown(job: Callable[..., Any]) -> Callable[..., Any]:
-    """The job, its refusals shown on the page."""
+    """The job, its errors shown on the page: once, in words."""
 
     @functools.wraps(job)
     def told(*args: Any, **kwargs: Any) -> Any:
@@ -167,7 +174,7 @@ def _errors_shown(job: Callable[..., Any]) -> Callable[..., Any]:
         except ValueError as error:
             raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from None
         except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
-            text = f"this did not work ({html.escape(str(error))[:200]}): try a smaller picture"
+            text = f"that did not work ({html.escape(str(error))[:200]}): try a smaller picture"
             raise gr.Error(text, duration=None) from None
 
     return told
@@ -175,13 +182,13 @@ def _errors_shown(job: Callable[..., Any]) -> Callable[..., Any]:
 
 def _required(file: _Upload | None) -> _Upload:
     if file is None:
-        raise ValueError("no file is chosen yet: drop one into the empty box")
+        raise ValueError("no file yet: drop one into the empty box")
     return file
 
 
 def _remembered(value: Any) -> Any:
     if value is None:
-        raise ValueError("this was too long ago and is forgotten: press the button again")
+        raise ValueError("this result was deleted meanwhile: press the button again")
     return value
 
 
@@ -193,18 +200,52 @@ def _image(label: str | None, height: int | None = None) -> gr.Image:
     )  # fmt: skip
 
 
-class Page:
-    """The page of some models.
+class _PackedView(NamedTuple):
+    """The components that show a compressed file."""
 
-    Arguments:
-        pixels: of a picture that comes in or goes out, at most.
-        folder: what it writes for the browser goes there.
+    shown: gr.Image
+    part: gr.Slider
+    words: gr.Markdown
+    result: gr.File
+    table: gr.Markdown
+    kept: gr.State
+
+    @classmethod
+    def make(cls) -> _PackedView:
+        """Lay them out here."""
+        return cls(
+            _image("what the file shows", height=480),
+            gr.Slider(0, 100, 100, step=1, label="% of the file is there", visible=False),
+            gr.Markdown(),
+            gr.File(label="the file", interactive=False, visible=False),
+            gr.Markdown(),
+            gr.State(None, time_to_live=_KEPT),
+        )
+
+    def show(self, codec: Codec, found: work.Packed, file: str | None, track: Track) -> list[Any]:
+        """Their values for a file, which can be downloaded from a path if there is one."""
+        image, words = work.prefix(codec, found, 1.0, track)
+        download = gr.File(file, visible=file is not None)
+        return [image, gr.Slider(value=100, visible=True), words, download, found.table(), found]
+
+    def clear(self) -> list[Any]:
+        """Their values without a file."""
+        return [None, gr.Slider(visible=False), "", gr.File(visible=False), "", None]
+
+
+class Page:
+    """The page.
+
+    Args:
+        models: what its tabs work with.
+        pixels: height times width that a picture or a result may have.
+        folder: for the files that the browser fetches.
     """
 
     def __init__(self, models: Models, pixels: int, folder: Path) -> None:
         self.models, self.pixels, self.folder, self.jobs = models, pixels, folder, Jobs()
         with gr.Blocks(title="selfvae", analytics_enabled=False) as self.blocks:
-            gr.Markdown(f"{_INTRO} Pictures may have up to {pixels:,} pixels.")
+            gr.Markdown(_INTRO.format(pixels))
             if models.gaps:
                 self._enhance()
             if models.codec:
@@ -216,19 +257,17 @@ class Page:
         self.blocks.queue(max_size=_QUEUE, api_open=False)  # nothing passes by the queue
 
     def _leave(self, request: gr.Request) -> None:
-        """Nobody waits any more for what a visitor asked for."""
+        """Stop the job of a visitor who has left."""
         if request.session_hash:
             self.jobs.stop(request.session_hash)
 
-    def _run(
-        self, request: gr.Request, progress: Any, shares: Mapping[str, float], *space_to_depth: str
-    ) -> Any:
+    def _run(self, request: gr.Request, progress: Any, shares: Mapping[str, float], *phases: str) -> Any:
         """A visitor's job (`Jobs.run`), shown in the browser."""
         return self.jobs.run(
             request.session_hash or "",
             lambda part, text: progress(part, desc=text),
             shares,
-            *space_to_depth,
+            *phases,
         )
 
     def _go(self, label: str) -> gr.Button:
@@ -264,16 +303,17 @@ class Page:
             x = torch.from_numpy(photo(example, 2))
             return self._file(pictures.encode(pictures.to_image(x)), f"{example}.png")
 
-        file.change(look, file, seen, api_visibility="private")
-        take.click(example_file, None, file, api_visibility="private")
+        file.change(look, file, seen, api_visibility="private", show_progress="hidden")
+        take.click(example_file, None, file, api_visibility="private", show_progress="hidden")
         return file
 
     def _how(self, temperature: float) -> list[Any]:
         """Temperature and seed."""
-        heat = "temperature: 0 the likeliest alone, 1 all that the model thinks possible"
+        heat = "temperature: 0 the most likely result, 1 everything that the model finds possible"
+        seed = "seed: another number draws another result"
         return [
             gr.Slider(0, 1, temperature, step=0.05, label=heat),
-            gr.Number(0, label="seed: another one, other draws", precision=0, minimum=0, maximum=2**31 - 1),
+            gr.Number(0, label=seed, precision=0, minimum=0, maximum=2**31 - 1),
         ]
 
     def _enhance(self) -> None:
@@ -283,9 +323,9 @@ class Page:
             with gr.Row():
                 with gr.Column(scale=1):
                     file = self._picture("a picture", "chelsea")
-                    names = [str(gap).capitalize() for gap in gaps]
-                    which = gr.Radio(names, value=names[0], label="what it lacks", type="index")
-                    computed = gr.Checkbox(label="it lacks nothing yet: take that away first, and compare")
+                    names = [gap.label(self.pixels) for gap in gaps]
+                    which = gr.Radio(names, value=names[0], label="what to do", type="index")
+                    computed = gr.Checkbox(label="Degrade a clean picture first, then compare")
                     go = self._go("Enhance")
                     n = gr.Slider(1, 4, 2, step=1, precision=0, label="versions")
                     how = self._how(0.3)
@@ -300,7 +340,8 @@ class Page:
             file: _Upload | None, which: int, computed: bool, n: int, heat: float, seed: int,
             request: gr.Request, progress: Any = gr.Progress(),  # noqa: B008 (where gradio looks for it)
         ) -> list[tuple[Image.Image, str]]:  # fmt: skip
-            with self._run(request, progress, {"versions": 1}) as track:
+            phases = [f"drawing version {i + 1} of {n}" for i in range(n)]
+            with self._run(request, progress, {"versions": 1}, *phases) as track:
                 found = work.enhance(
                     gaps[which], _required(file).data, self.pixels, computed=computed, n=n,
                     temperature=heat, seed=seed, track=track,
@@ -319,38 +360,23 @@ class Page:
                 with gr.Column(scale=1):
                     file = self._picture("a picture", "coffee", exact=True)
                     go = self._go("Compress")
-                    packed = _upload("or a .svae file, whole or cut short")
+                    packed = _upload("or a .svae file, whole or truncated")
                     open_it = gr.Button("Open")
                 with gr.Column(scale=2):
-                    shown = _image("what it shows", height=480)
-                    part = gr.Slider(0, 100, 100, step=1, label="% of the file has arrived", visible=False)
-                    words = gr.Markdown()
-                    result = gr.File(label="the file", interactive=False, visible=False)
-                    table = gr.Markdown()
-            kept = gr.State(None, time_to_live=_KEPT)
-
+                    view = _PackedView.make()
         coding = work.shares(codec.model)
-
-        def everything(found: work.Packed, file: str | None, track: Track) -> dict[Any, Any]:
-            return {
-                kept: found,
-                table: found.table(),
-                result: gr.File(file, visible=file is not None),
-                part: gr.Slider(value=100, visible=True),
-                **dict(zip((shown, words), work.prefix(codec, found, 1.0, track), strict=True)),
-            }
 
         @_errors_shown
         def compress(
             file: _Upload | None, request: gr.Request, progress: Any = gr.Progress()  # noqa: B008
         ) -> Any:  # fmt: skip
-            # writing and reading it back take alike, the other formats less
+            # writing and reading it back take equally long, the other formats less
             steps = {name: share / 3 for name, share in coding.items()} | {"other formats": 1 / 3}
-            space_to_depth = "compressing", "reading it back, to be sure", "other formats, to compare"
-            with self._run(request, progress, steps, *space_to_depth) as track:
+            phases = "compressing", "checking: reading it back", "comparing with other formats"
+            with self._run(request, progress, steps, *phases) as track:
                 name, data = _required(file)
                 found = work.compress(codec, data, self.pixels, track)
-                return everything(found, self._file(found.data, f"{name}.svae"), track)
+                return view.show(codec, found, self._file(found.data, f"{name}.svae"), track)
 
         @_errors_shown
         def arrive(
@@ -366,18 +392,15 @@ class Page:
         ) -> Any:  # fmt: skip
             with self._run(request, progress, coding, "decoding") as track:
                 found = work.open_packed(codec, _required(file).data, self.pixels)
-                return everything(found, None, track)
-
-        outputs = [kept, table, result, part, shown, words]
-
-        def nothing() -> list[Any]:
-            return [None, "", gr.File(visible=False), gr.Slider(visible=False), None, ""]
+                return view.show(codec, found, None, track)
 
         for source in (file, packed):
-            source.change(nothing, None, outputs, api_visibility="private", show_progress="hidden")
-        go.click(compress, file, outputs, **_HEAVY)
-        part.input(arrive, [kept, part], [shown, words], trigger_mode="always_last", **_HEAVY)
-        open_it.click(open_file, packed, outputs, **_HEAVY)
+            source.change(view.clear, None, [*view], api_visibility="private", show_progress="hidden")
+        there: dict[str, Any] = {"show_progress_on": view.shown, **_HEAVY}
+        go.click(compress, file, [*view], **there)
+        to = [view.shown, view.words]
+        view.part.input(arrive, [view.kept, view.part], to, trigger_mode="always_last", **there)
+        open_it.click(open_file, packed, [*view], **there)
 
     def _generate(self) -> None:
         models = self.models.generators
@@ -420,7 +443,7 @@ class Page:
                     )
                     go = self._go("Interpolate")
                     given = gr.Radio(
-                        [("all latents", "reconstruction"), ("the coarsest one, u", "u")],
+                        [("all latents", "reconstruction"), ("only the coarsest one, u", "u")],
                         value="reconstruction", label="what is interpolated; the rest is drawn",
                     )  # fmt: skip
                     how = self._how(0.0)
@@ -442,12 +465,13 @@ class Page:
         def at(found: list[Image.Image] | None, step: int) -> Image.Image:
             return _remembered(found)[step]
 
-        go.click(interpolate, [*ends, given, *how, step], [frames, step, shown], **_HEAVY)
+        inputs = [*ends, given, *how, step]
+        go.click(interpolate, inputs, [frames, step, shown], show_progress_on=shown, **_HEAVY)
         step.change(at, [frames, step], shown, api_visibility="private", show_progress="hidden")
 
 
 def _sweep(folder: Path, age: float) -> None:
-    """Remove what lies in a folder for longer than so many seconds."""
+    """Delete the files and folders in a folder that were last changed more than `age` seconds ago."""
     for file in list(folder.iterdir()):
         with contextlib.suppress(OSError):  # somebody else was quicker
             newest = max(f.stat().st_mtime for f in (file, *file.rglob("*")))
@@ -468,24 +492,8 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-@contextlib.contextmanager
-def served(
-    models: Models,
-    host: str = "127.0.0.1",
-    port: int | None = None,
-    pixels: int = 2**20,
-    megabytes: int = 20,
-) -> Iterator[str]:
-    """The page is served as long as this is open; gives its address.
-
-    Arguments:
-        host: the address to listen on; by default this machine alone is answered.
-        port: None takes the first free one from 7860 on.
-        pixels: of a picture that comes in or goes out, at most.
-        megabytes: of a file that comes in, at most.
-
-    What arrives and what is made lies in a folder of its own for half an hour, and goes with the server.
-    """
+def _check_served(host: str, port: int | None, pixels: int, megabytes: int) -> None:
+    """Raise ValueError or OSError for limits or an address that cannot be."""
     if pixels < 1 or megabytes < 1:
         raise ValueError(f"pixels and megabytes must be at least 1; got {pixels} and {megabytes}")
     if port is not None and not 0 < port < 2**16:
@@ -497,6 +505,35 @@ def served(
         raise OSError(
             f"nothing can be served on {host} ({error}): give an address of this machine"
         ) from None
+
+
+@contextlib.contextmanager
+def served(
+    models: Models,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    pixels: int = 2**22,
+    megabytes: int = 20,
+) -> Iterator[str]:
+    """Serve the page as long as the context is open.
+
+    Uploads and results are kept in a temporary folder for half an hour at most, and deleted at the end.
+
+    Args:
+        models: see `Models.load`.
+        host: the address to listen on; by default only this machine is answered.
+        port: None takes the first free one from 7860 on.
+        pixels: height times width that a picture or a result may have.
+        megabytes: that an uploaded file may have, in MiB.
+
+    Yields:
+        The page's address.
+
+    Raises:
+        ValueError: if a limit or the port is out of range.
+        OSError: if the address is not this machine's, or the port is taken.
+    """
+    _check_served(host, port, pixels, megabytes)
     done, most = threading.Event(), megabytes * 2**20
     # a job may still be writing when the server ends
     kept = tempfile.TemporaryDirectory(prefix="selfvae-", ignore_cleanup_errors=True)

@@ -1,4 +1,4 @@
-"""What the page's tabs do, without a browser: the bytes of files in, pictures and numbers out."""
+"""The work of the page's tabs, without a browser: uploaded files in, pictures and numbers out."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from selfvae.data.pictures import Picture, show, to_image, to_spec
 from selfvae.data.sheets import figure, magnify, to_rgb
 from selfvae.data.sources import square
 from selfvae.metrics.enhancement import baseline_enhancement, psnr
-from selfvae.model import SelfVAE
+from selfvae.model import SelfVAE, spread_levels
 from selfvae.progress import Track, no_progress
 from selfvae.tiling import tiled_if_large
+from selfvae.transforms.base import round_up
 
 __all__ = [
     "Gap", "Models", "Packed", "compress", "enhance", "generate",
@@ -32,12 +33,12 @@ __all__ = [
 
 _GAPS = ("selfvae-photos-x2", "selfvae-photos-grey", "selfvae-photos-bits")
 _CODEC, _SMALL, _LATENT = "selfvae-photos", "selfvae-cifar10-small", "selfvae-cifar10-latent"
-_LEVELS = 6  # of a long chain, so many levels are shown
+_LEVELS = 6  # shown of a long chain
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Something that a picture may lack: y[k] of a model is there, the rest is to be drawn."""
+    """An enhancement: y[k] of a model is given, and the rest is drawn."""
 
     model: SelfVAE
     k: int
@@ -47,17 +48,24 @@ class Gap:
         given, whole = self.model.levels[self.k].spec, self.model.spec
         words = []
         if rows * cols > 1:
-            words.append(f"size: it becomes {cols} x as wide, {rows} x as high")
+            words.append(f"enlarge it, {cols} x as wide and {rows} x as high")
         if given.channels < whole.channels:
-            words.append("colour: it is grey")
+            words.append("colourise a grey picture")
         if given.num_values < whole.num_values:
-            words.append(f"levels: it has {given.num_values} a channel, in bands")
-        return "; ".join(words) or f"what y{self.k} does not hold"
+            words.append(f"remove banding ({given.num_values} values per channel)")
+        return "; ".join(words) or f"draw what y{self.k} does not hold"
+
+    def label(self, pixels: int) -> str:
+        """What to do, and how large a picture may be whose result has that many pixels at most."""
+        text, enlarged = str(self), math.prod(self.model.scale(self.k))
+        return f"{text[0].upper()}{text[1:]}" + (
+            f": up to {pixels // enlarged:,} pixels" if enlarged > 1 else ""
+        )
 
 
 @dataclass(frozen=True)
 class Models:
-    """What the tabs work with: gaps to fill, a codec, models that generate, one with latents."""
+    """What the tabs work with: enhancements, a codec, models that generate, one with latents."""
 
     gaps: tuple[Gap, ...]
     codec: Codec | None
@@ -66,7 +74,14 @@ class Models:
 
     @classmethod
     def load(cls, path: Path | None = None) -> Models:
-        """One trained model for everything that it can do; None: those that come with the package."""
+        """Load one trained model, for everything that it can do; None: the bundled ones.
+
+        Args:
+            path: folder of a model, or a bundled one's name.
+
+        Raises:
+            FileNotFoundError, ValueError: if there is no such model, as `hub.load`.
+        """
         if path is None:
             bundled = {name: hub.load(name) for name in (*_GAPS, _CODEC, _SMALL, _LATENT)}
             gaps = tuple(Gap(bundled[name], 1) for name in _GAPS)
@@ -79,13 +94,19 @@ class Models:
 
 
 def read(data: bytes, pixels: int, exact: bool = False, multiples: tuple[int, int] = (1, 1)) -> Picture:
-    """The picture in a file; ValueError, before it is decoded, for one of more pixels than that.
+    """Read an uploaded picture, unless it is too large.
 
-    multiples: rows and columns that a model pads the picture to; what it adds counts.
-    exact: as `pictures.read_exactly`.
+    Args:
+        data: the file's bytes.
+        pixels: height times width that it may have, checked before it is decoded.
+        exact: refuse what `pictures.read_exactly` refuses.
+        multiples: rows and columns that a model pads pictures to; the padding counts.
+
+    Raises:
+        ValueError: if the file is empty, too large, or cannot be read.
     """
     if not data:
-        raise ValueError("the file is empty: nothing arrived, or nothing was in it")
+        raise ValueError("the file is empty: drop another one")
     _check_pixels(*pictures.picture_size(io.BytesIO(data)), pixels, multiples)
     if exact:
         return Picture(pictures.read_exactly(io.BytesIO(data)))
@@ -99,11 +120,10 @@ def _check_pixels(
     multiples: tuple[int, int] = (1, 1),
     which: str = "the picture has",
 ) -> None:
-    rows, cols = multiples
-    if -(-height // rows) * rows * -(-width // cols) * cols > pixels:
+    if math.prod(round_up((height, width), multiples)) > pixels:
         raise ValueError(
             f"{which} {width} x {height} pixels, too many for this page, which takes {pixels:,} in all: "
-            "choose or crop a smaller one, start the page with --pixels, or take the command line"
+            "choose or crop a smaller one, start the page with --pixels, or use the command line"
         )
 
 
@@ -120,9 +140,23 @@ def enhance(
     track: Track = no_progress,
     **how: Unpack[operations.SamplingOptions],
 ) -> list[tuple[str, Image.Image]]:
-    """What is given, the plain enhancement, and n draws of what the picture lacks, with captions.
+    """Enhance an uploaded picture.
 
-    computed: the picture lacks nothing; y[k] is computed from it first, and draws are measured against it.
+    Args:
+        gap: the enhancement.
+        data: the file's bytes.
+        pixels: height times width that picture and result may have.
+        computed: degrade the picture first (compute y[k] from it), and measure the results against it.
+        n: number of draws.
+        track: shows progress.
+        **how: see `SamplingOptions`.
+
+    Returns:
+        Captions and pictures: what was given, the result without a model, n draws, and the clean picture
+        where it is known.
+
+    Raises:
+        ValueError: if the picture is refused.
     """
     model, k = gap.model, gap.k
     picture, (rows, cols) = read(data, pixels, multiples=model.multiples[k]), model.scale(k)
@@ -166,55 +200,74 @@ def _image(x: Tensor) -> Image.Image:
 
 @dataclass(frozen=True)
 class Packed:
-    """A .svae file, whole or cut short.
+    """A .svae file, whole or truncated.
 
-    Arguments:
+    Args:
         data: its bytes.
         x: the picture, uint8 (1, C, H, W), if it is known.
-        others: bytes of the same picture in other files, by name.
+        others: sizes of the same picture in other formats, in bytes, by name.
+        seen: what was decoded of it, by the finest image that was complete.
     """
 
     data: bytes
     x: Tensor | None = None
     others: dict[str, int] = field(default_factory=dict)
-    seen: dict[str, Tensor] = field(default_factory=dict)  # what was decoded of it, by what was there
+    seen: dict[str, Tensor] = field(default_factory=dict)
 
     def table(self) -> str:
         """Sizes, the smallest first, as Markdown."""
         if self.x is None:
             return ""
         sizes = {"**selfvae**": len(self.data), **self.others}
-        lines = ["| lossless | bytes | bits a pixel and channel |", "|---|---|---|"]
+        lines = ["| lossless | bytes | bits per sub-pixel |", "|---|---|---|"]
         for name, size in sorted(sizes.items(), key=lambda item: item[1]):
             lines.append(f"| {name} | {size:,} | {8 * size / self.x.numel():.2f} |")
         return "\n".join(lines)
 
 
 def shares(model: SelfVAE) -> dict[str, float]:
-    """How much of the work of coding a picture goes to each level, about; in all 1."""
+    """The share of each level in the work of coding a picture, roughly; they sum to 1."""
     left = [1 / math.prod(model.scale(k)) for k in range(len(model.levels))]
     own = {f"y{k}": left[k] - (left[k + 1] if level.keeps else 0) for k, level in enumerate(model.levels)}
     return {name: part / sum(own.values()) for name, part in own.items()}
 
 
 def compress(codec: Codec, data: bytes, pixels: int, track: Track = no_progress) -> Packed:
-    """The file of a picture, decoded again and compared, beside the others' sizes."""
+    """Compress an uploaded picture, check the result, and find its size in other formats.
+
+    Raises:
+        ValueError: if the picture is refused, as by `read` with `exact`.
+    """
     x = read(data, pixels, exact=True, multiples=codec.model.multiples[0]).pixels
     packed = codec.compress(x, track=track)
     for _ in track(range(1), "other formats"):
         others = lossless_sizes(to_image(x[0]))
-    return Packed(packed, x, {"the file as it came": len(data), **others})
+    return Packed(packed, x, {"your file": len(data), **others})
 
 
 def open_packed(codec: Codec, data: bytes, pixels: int) -> Packed:
-    """A .svae file of a picture of at most so many pixels; it may be cut short."""
+    """Take an uploaded .svae file, which may be truncated.
+
+    Raises:
+        ValueError: if it is no such file, or its picture has more than `pixels` pixels.
+    """
     header = read_header(data)
     _check_pixels(header.height, header.width, pixels, codec.model.multiples[0])
     return Packed(data)
 
 
 def prefix(codec: Codec, file: Packed, part: float, track: Track = no_progress) -> tuple[Image.Image, str]:
-    """What the first part (0 to 1) of a file's bytes gives, and words for it."""
+    """Decode a prefix of a file.
+
+    Args:
+        codec: of the model that the file was made with.
+        file: the file.
+        part: fraction of its bytes, 0 to 1.
+        track: shows progress.
+
+    Returns:
+        The picture, and what is exact in it, in words.
+    """
     header = read_header(file.data)
     ends = header.ends()
     cut = round(part * len(file.data))
@@ -247,11 +300,11 @@ def prefix(codec: Codec, file: Packed, part: float, track: Track = no_progress) 
 def generate(
     model: SelfVAE, n: int, track: Track = no_progress, **how: Unpack[operations.SamplingOptions]
 ) -> Image.Image:
-    """n images from nothing, and below them the levels that they were drawn from, as one picture."""
+    """Draw n unconditional samples; one picture of them, and of the levels they were drawn from."""
     height, width = model.config.image_shape[1:]
     drawn = operations.complete(model, {}, (n, height, width), track=track, **how)
-    top, rows = len(model.levels) - 1, []
-    for k in torch.linspace(0, top, min(top + 1, _LEVELS)).round().int().tolist():
+    rows = []
+    for k in spread_levels(model, _LEVELS):
         y = drawn[f"y{k}"]
         title = f"y{k}: {y.shape[3]} x {y.shape[2]}" if k else f"the images: {width} x {height} pixels"
         whole = magnify(to_rgb(show(y, model.levels[k].spec)), *model.scale(k))
@@ -268,7 +321,17 @@ def interpolate(
     track: Track = no_progress,
     **how: Unpack[operations.SamplingOptions],
 ) -> list[Image.Image]:
-    """From the first picture to the second through the latents; both are cut to the model's own size."""
+    """Interpolate between two uploaded pictures through the latents, at the model's own size.
+
+    Args:
+        model: with latents.
+        ends: both files' bytes.
+        pixels: height times width that each may have.
+        steps: pictures in all, both ends included.
+        given: which latents, as for `operations.interpolate`.
+        track: shows progress over the steps.
+        **how: see `SamplingOptions`.
+    """
 
     def small(data: bytes) -> Tensor:
         picture = square(to_image(read(data, pixels).pixels[0]), model.config.image_shape[1])

@@ -185,11 +185,11 @@ def _pad(y: Tensor, size: tuple[int, int]) -> Tensor:
 def infer(
     model: SelfVAE,
     image: Tensor,
-    given: str | Iterable[str] | None = None,
+    condition_on: str | Iterable[str] | None = None,
     k: int = 0,
     **how: Unpack[SamplingOptions],
 ) -> dict[str, Tensor]:
-    """The variables of `given` (None: all) that y[k] = image determines, with what those images bring.
+    """The variables of `condition_on` (None: all) that y[k] = image determines, and what these bring.
 
     image: uint8 (B, c, H, W), by default x. Images are computed, latents drawn from q. Returns tensors by
     name, for `complete`, of the padded size.
@@ -197,7 +197,7 @@ def infer(
     if not 0 <= k < len(model.levels):
         raise ValueError(f"k must be 0 to {len(model.levels) - 1} for this model; got {k}")
     model.levels[k].spec.check(image, f"y{k}")
-    wanted = set(variables(model) if given is None else names(model, given))
+    wanted = set(variables(model) if condition_on is None else names(model, condition_on))
     images = [int(name[1:]) for name in wanted if name[0] == "y"]
     if images:  # an image brings all above it
         wanted |= {name for name in variables(model) if int(name[1:]) >= min(images)}
@@ -337,28 +337,35 @@ def enhance(model: SelfVAE, y: Tensor, k: int = 1, **how: Unpack[SamplingOptions
 
 
 def reconstruct(
-    model: SelfVAE, x: Tensor, given: str | Iterable[str] | None = None, **how: Unpack[SamplingOptions]
+    model: SelfVAE,
+    x: Tensor,
+    condition_on: str | Iterable[str] | None = None,
+    **how: Unpack[SamplingOptions],
 ) -> Tensor:
-    """x, uint8 (B, C, H, W), again from the variables named in `given`, inferred from x itself.
+    """x, uint8 (B, C, H, W), again from the variables named in `condition_on`, inferred from x itself.
 
     By default all latents and no image: what the model calls a reconstruction.
     """
     seed = how.pop("seed", None)
     with seeded(model, seed):
-        values = infer(model, x, "reconstruction" if given is None else given, **how)
+        values = infer(model, x, "reconstruction" if condition_on is None else condition_on, **how)
         return complete(model, values, (x.shape[0], x.shape[2], x.shape[3]), **how)["y0"]
 
 
 def vary(
-    model: SelfVAE, x: Tensor, n: int, given: str | Iterable[str] = "u", **how: Unpack[SamplingOptions]
+    model: SelfVAE,
+    x: Tensor,
+    n: int,
+    condition_on: str | Iterable[str] = "u",
+    **how: Unpack[SamplingOptions],
 ) -> Tensor:
-    """n variations of each x, uint8 (B, C, H, W): `given` is kept (one inference), the rest drawn anew.
+    """n variations of each x, uint8 (B, C, H, W): one inference of `condition_on`, the rest drawn n times.
 
     Returns uint8 (B, n, C, H, W).
     """
     seed = how.pop("seed", None)
     with seeded(model, seed):
-        values = infer(model, x, given, **how)
+        values = infer(model, x, condition_on, **how)
         values = {name: value.repeat_interleave(n, 0) for name, value in values.items()}
         out = complete(model, values, (n * x.shape[0], x.shape[2], x.shape[3]), **how)["y0"]
     return out.unflatten(0, (x.shape[0], n))
@@ -369,13 +376,13 @@ def interpolate(
     a: Tensor,
     b: Tensor,
     steps: int = 8,
-    given: str | Iterable[str] = "u",
+    latents: str | Iterable[str] = "u",
     *,
     spherical: bool = False,
     track: Track = no_progress,
     **how: Unpack[SamplingOptions],
 ) -> Tensor:
-    """From a to b, uint8 (B, C, H, W) each, through the latents named in `given`.
+    """From a to b, uint8 (B, C, H, W) each, through the latents named in `latents`.
 
     The latents' posterior means are joined by a line, or by an arc (spherical: Shoemake's slerp, each
     image's latent taken as one vector); all else is drawn with the same noise at every step. Returns uint8
@@ -385,7 +392,7 @@ def interpolate(
         raise ValueError(f"both images must have one shape; got {tuple(a.shape)} and {tuple(b.shape)}")
     if steps < 2:
         raise ValueError(f"steps must be at least 2; got {steps}")
-    chosen = names(model, given)
+    chosen = names(model, latents)
     for name in chosen:
         if name[0] == "y":
             raise ValueError(f"only latents are interpolated ({', '.join(_latents(model))}); got {name!r}")

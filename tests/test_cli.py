@@ -14,7 +14,7 @@ from selfvae.data import pictures
 from selfvae.data.batches import Images
 from selfvae.metrics import enhancement
 from selfvae.operations import infer
-from selfvae.reports.figures import figures
+from selfvae.reports.figures import draw_figures
 from selfvae.transforms import Greyscale, MeanDownscale
 
 NAMES = ("selfvae", "selfvae-grey", "selfvae-bits", "vae-normal", "selfvae-halve")
@@ -160,7 +160,7 @@ def test_wrong_input(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_figures(name: str, runs: Path, tmp_path: Path, images: torch.Tensor) -> None:
-    files = figures(selfvae.load(runs / name), images, tmp_path, seed=0, temperature=0.5)
+    files = draw_figures(selfvae.load(runs / name), images, tmp_path, seed=0, temperature=0.5)
     made = {f.stem for f in files}
     assert ("conditional" in made) == (name != "vae-normal")
     assert ({"reconstructions", "interpolations", "variations"} <= made) == (name != "selfvae-halve")
@@ -168,7 +168,7 @@ def test_figures(name: str, runs: Path, tmp_path: Path, images: torch.Tensor) ->
     for file in files[:-1]:
         assert f'src="{file.name}"' in page and pictures.read(file).pixels.shape[1] == 3
     with pytest.raises(ValueError, match="at least 2 images"):
-        figures(selfvae.load(runs / name), images[:1], tmp_path)
+        draw_figures(selfvae.load(runs / name), images[:1], tmp_path)
 
 
 def test_figures_and_scores_by_command(

@@ -18,7 +18,7 @@ from selfvae.reports import report as module
 from selfvae.reports.report import PAPERS, Settings
 
 SMALL = Settings(
-    limit=5, iw=3, iw_limit=4, enhance_limit=3, draws=2, ood_limit=4, quality_n=6, figures=2
+    limit=5, iwae_samples=3, iwae_limit=4, enhance_limit=3, draws=2, ood_limit=4, fid_samples=6, figures=2
 )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def test_command(tmp_path: Path, images: torch.Tensor, capsys: pytest.CaptureFix
 
 def test_parts_belong_to_their_images_and_models(tmp_path: Path, images: torch.Tensor) -> None:
     """Two data sets of one name, and two models of one: each has its own numbers and figures."""
-    few = replace(SMALL, figures=2, iw=0)
+    few = replace(SMALL, figures=2, iwae_samples=0)
     how: dict[str, Any] = {"outside": {}}
     runs = [tmp_path / "a/run", tmp_path / "b/run"]
     for run in runs:

@@ -23,18 +23,18 @@ class TrainConfig:
         batch_size: images a step, over all devices and accumulated parts.
         optimizer: "adamax", "adamw" or "muon" (see `optim.Muon`).
         lr: learning rate at the start; by default 0.03 for "muon", 0.002 for the others.
-        lr_floor: the least learning rate.
+        min_lr: the least learning rate.
         lr_decay: factor a step of the exponential schedule.
-        schedule: "exponential" decays by lr_decay a step; "cosine" reaches lr_floor at the last step.
+        schedule: "exponential" decays by lr_decay a step; "cosine" reaches min_lr at the last step.
         warmup: steps over which the rate rises from 0.
         kl_warmup: steps over which the weight of the KL terms rises from 0 to 1.
         free_bits: bits/dim (of x) that every latent's KL, averaged over the batch, may cost for free.
-        clip: a gradient longer than `clip_factor` times the usual norm is shortened to that.
-        skip: one longer than `skip_factor` times the usual norm is dropped.
+        clip_factor: a gradient longer than `clip_factor` times the usual norm is shortened to that.
+        skip_factor: one longer than `skip_factor` times the usual norm is dropped.
         ema: decay of the weights' moving average, which is what gets saved and scored.
         flip: random horizontal flips.
         translate: random shifts by up to so many pixels, edges repeated.
-        accumulate: parts that a batch is split into to save memory.
+        grad_accum: parts that a batch is split into to save memory.
         precision: "32-true", "bf16-mixed" (likelihoods stay in float32), or "auto": the faster one here.
         activation_checkpointing: compute what is inside the networks' blocks again in the backward pass:
             less memory, for more time.

@@ -57,7 +57,14 @@ def work(run: Path, out: Path) -> dict[str, object]:
     files = draw_figures(model, x[:2], out, seed=0)
     archive = pack(Codec(model), [(str(i), image[None]) for i, image in enumerate(x)], block=4)
     some = Settings(
-        limit=8, iwae_samples=2, iwae_limit=30, ood_limit=8, enhance_limit=4, draws=2, batch_size=4, figures=2
+        limit=8,
+        iwae_samples=2,
+        iwae_limit=30,
+        ood_limit=8,
+        enhance_limit=4,
+        draws=2,
+        batch_size=4,
+        figures=2,
     )
     whole = report([run], images, "noise", out / "report", some)
     return {

@@ -29,10 +29,14 @@ def main(argv: list[str] | None = None) -> int:
     with _interrupts() as came:
         try:
             return _run(sys.argv[1:] if argv is None else argv)
-        except (ValueError, OSError, ImportError, FloatingPointError, KeyboardInterrupt) as error:
-            if came or isinstance(error, KeyboardInterrupt):  # an import that is interrupted fails oddly
+        except BaseException as error:
+            if came or isinstance(
+                error, KeyboardInterrupt
+            ):  # libraries may turn it into errors of their own
                 print("selfvae: interrupted", file=sys.stderr)
                 return _INTERRUPTED
+            if not isinstance(error, ValueError | OSError | ImportError | FloatingPointError):
+                raise
             print(f"{_prefix()}: {error}", file=sys.stderr)
             return 2
 

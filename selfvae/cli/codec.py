@@ -188,7 +188,7 @@ def unpack(source: In, out: Out, model: Path = PHOTOS, only: str | None = None, 
 
     Args:
         source: .svaes file.
-        out: folder.
+        out: folder for the pictures.
         model: the model that packed the archive.
         only: name of a single picture to extract; by default all are.
         devices: number of GPUs or processes that share the blocks.

@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
 from selfvae.cli.common import show
-from selfvae.cli.names import bundled, check_model
-
-if TYPE_CHECKING:
-    from torch import nn
+from selfvae.cli.names import PRESETS, SIZES, bundled, check_model
 
 
 def info(
@@ -36,22 +33,12 @@ def info(
         _describe_model(model, json)
 
 
-def _count(net: nn.Module) -> int:
-    return sum(p.numel() for p in net.parameters())
-
-
 def _presets(json: bool) -> None:
-    import torch
-
-    from selfvae.presets import PRESETS, SIZES, build
-
-    with torch.device("meta"):  # shapes without numbers: nothing is drawn
-        sizes = {name: [_count(build(name, size)) for size in SIZES] for name in PRESETS}
     if json:
-        show({"sizes": list(SIZES), "presets": sizes, "bundled": bundled()}, json)
+        show({"sizes": list(SIZES), "presets": PRESETS, "bundled": bundled()}, json)
         return
-    print(f"{'preset':<18}" + "".join(f"{size:>10}" for size in SIZES) + "   (parameters)")
-    for name, counts in sizes.items():
+    print(f"{'preset':<18}" + "".join(f"{size:>10}" for size in SIZES) + "   (parameters, 3 x 32 x 32)")
+    for name, counts in PRESETS.items():
         print(f"{name:<18}" + "".join(f"{n / 1e6:>8.2f} M" for n in counts))
     print(f"\nbundled models: {', '.join(bundled())}")
 
@@ -68,7 +55,10 @@ def _describe_model(model: Path, json: bool) -> None:
         for k, level in enumerate(net.levels)
     ]
     config = net.config.to_dict()
-    own = {"parameters": _count(net), "fingerprint": hub.fingerprint(net).hex()}
+    own = {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "fingerprint": hub.fingerprint(net).hex(),
+    }
     show({**config, **own, "levels": levels}, json)
 
 

@@ -6,13 +6,26 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["PRESETS", "bundled", "check_model", "check_preset", "unknown"]
+__all__ = ["PRESETS", "SIZES", "bundled", "check_model", "check_preset", "unknown"]
 
-# those of selfvae.presets, which needs torch; a test holds them together
-PRESETS = (
-    "vae-normal", "vae-mog", "vae", "srvae", "selfvae-sketch", "selfvae-3lvl", "selfvae", "selfvae-3",
-    "selfvae-grey", "selfvae-bits", "selfvae-halve", "selfvae-quincunx",
-)  # fmt: skip
+SIZES = ("tiny", "small", "paper")
+
+# the presets of selfvae.presets, which needs torch, with their numbers of parameters by size for colour
+# images of 32 x 32 pixels; a test compares them with the models
+PRESETS: dict[str, tuple[int, int, int]] = {
+    "vae-normal": (234520, 4973796, 30116168),
+    "vae-mog": (234850, 4974126, 30116498),
+    "vae": (329448, 5507380, 32815992),
+    "srvae": (444344, 6300686, 38829046),
+    "selfvae-sketch": (488644, 6749422, 40834482),
+    "selfvae-3lvl": (381674, 5050138, 35812058),
+    "selfvae": (444344, 6300686, 38829046),
+    "selfvae-3": (381674, 5050138, 35812058),
+    "selfvae-grey": (488644, 6749422, 40834482),
+    "selfvae-bits": (498450, 6803130, 40977470),
+    "selfvae-halve": (240484, 3775444, 24401684),
+    "selfvae-quincunx": (420868, 5370532, 33158692),
+}
 
 _MODELS = Path(__file__).parents[1] / "models"
 
@@ -25,7 +38,8 @@ def bundled() -> list[str]:
 def unknown(kind: str, name: str, known: Iterable[str], otherwise: str = "") -> str:
     """A message about an unknown name, with the nearest known one."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, 1)
+    longer = [word for word in known if len(name) > 2 and word.startswith(name)]
+    near = longer or difflib.get_close_matches(name, known, 1)
     hint = f": did you mean {near[0]!r}?" if near else ""
     return f"unknown {kind} {name!r}{hint} ({otherwise or 'known: ' + ', '.join(known)})"
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, get_args, get_origin, get_type_hints
 
-from selfvae.cli.commands import COMMANDS, GROUPS
+from selfvae.cli.commands import GROUPS
 from selfvae.cli.flags import GROUPS as HEADINGS
 from selfvae.cli.names import unknown
 
@@ -97,13 +97,13 @@ def _annotated(flag: Flag) -> object:
     from tyro.conf import arg
 
     hint: str | None = None
-    if flag.default is None or flag.default == ():
+    if flag.default in (None, ()) or (flag.positional and flag.default is inspect.Parameter.empty):
         hint = ""  # the help says what comes of leaving it out
     elif flag.switch:
         hint = f"(default: {flag.words[0 if flag.default else 1]})"
     elif isinstance(flag.default, tuple):
         hint = f"(default: {' '.join(map(str, flag.default))})"
-    return Annotated[flag.kind, arg(help=flag.help, help_behavior_hint=hint)]  # type: ignore[valid-type]
+    return Annotated[flag.kind, arg(help=flag.help, help_behavior_hint=hint)]
 
 
 def _form(flags: list[Flag]) -> tuple[type, dict[str, str]]:
@@ -119,10 +119,10 @@ def _form(flags: list[Flag]) -> tuple[type, dict[str, str]]:
         groups.setdefault(title, []).append((flag.name, _annotated(flag), field))
     fields = groups.pop("", [])
     for title in [title for title in HEADINGS if title in groups]:
-        part = dataclasses.make_dataclass(title, groups[title], kw_only=True)  # type: ignore[arg-type]
+        part = dataclasses.make_dataclass(title, groups[title], kw_only=True)
         part.__doc__ = ""
         fields.append((title, Annotated[part, OmitArgPrefixes], dataclasses.field()))
-    form = dataclasses.make_dataclass("Form", fields, kw_only=True)  # type: ignore[arg-type]
+    form = dataclasses.make_dataclass("Form", fields, kw_only=True)
     return form, {flag.name: "" if flag.positional else heading.get(flag.name, "") for flag in flags}
 
 
@@ -146,7 +146,7 @@ def parse(function: Callable[..., int | None], name: str, words: list[str]) -> C
 
     form, titles = _form(flags)
     about = f"{_description(function.__doc__ or '')}\n\n{_EVERYWHERE}"
-    found = tyro.cli(
+    found: object = tyro.cli(
         form, args=words, prog=f"selfvae {name}", description=about, config=(tyro.conf.DisallowNone,)
     )
     values = {

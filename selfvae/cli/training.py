@@ -56,7 +56,8 @@ def train(
     if resume and (made := _made_all(out, training)):
         note(f"nothing to do: the run has made its {made} steps; give more --steps to continue")
         return
-    _check_names(model, init_from)
+    if not resume:
+        _check_names(model, init_from)
     from lightning_fabric import Fabric
 
     from selfvae.data import sources

@@ -20,20 +20,20 @@ class TrainConfig:
 
     Arguments:
         steps: optimizer steps in all.
-        batch_size: images a step, over all devices and accumulated parts.
+        batch_size: images per step, over all devices and accumulated parts.
         optimizer: "adamax", "adamw" or "muon" (see `optim.Muon`).
         lr: learning rate at the start; by default 0.03 for "muon", 0.002 for the others.
         min_lr: the least learning rate.
-        lr_decay: factor a step of the exponential schedule.
-        schedule: "exponential" decays by lr_decay a step; "cosine" reaches min_lr at the last step.
+        lr_decay: factor per step of the exponential schedule.
+        schedule: "exponential" decays by lr_decay per step; "cosine" reaches min_lr at the last step.
         warmup: steps over which the rate rises from 0.
         kl_warmup: steps over which the weight of the KL terms rises from 0 to 1.
-        free_bits: bits/dim (of x) that every latent's KL, averaged over the batch, may cost for free.
-        clip_factor: a gradient longer than `clip_factor` times the usual norm is shortened to that.
-        skip_factor: one longer than `skip_factor` times the usual norm is dropped.
+        free_bits: bits/dim (of x) of every latent's KL, averaged over the batch, that cost nothing.
+        clip_factor: a gradient longer than this times the usual norm is shortened to that.
+        skip_factor: a gradient longer than this times the usual norm is dropped.
         ema: decay of the weights' moving average, which is what gets saved and scored.
         flip: random horizontal flips.
-        translate: random shifts by up to so many pixels, edges repeated.
+        translate: random shifts by up to this many pixels, edges repeated.
         grad_accum: parts that a batch is split into to save memory.
         precision: "32-true", "bf16-mixed" (likelihoods stay in float32), or "auto": the faster one here.
         activation_checkpointing: compute what is inside the networks' blocks again in the backward pass:
@@ -44,11 +44,12 @@ class TrainConfig:
         eval_every: steps between validations (and sample grids).
         checkpoint_every: steps between checkpoints.
         eval_images: validation images scored at every evaluation.
-        max_seconds: end by the clock if that comes before the last step; "cosine" then follows the clock
-            and the run no longer depends on the seed alone. 0: no limit.
+        max_seconds: end by the clock if that comes before the last step, counted over all parts of a
+            resumed run; "cosine" then follows the clock, and the run depends on more than the seed. 0: no
+            limit.
         clock: what max_seconds counts: "wall", or "cpu", this process's own time, all threads together,
             whatever else the machine does.
-        patience: stop after so many evaluations without a better validation score; 0: never.
+        patience: stop after this many evaluations without a better validation score; 0: never.
     """
 
     steps: int = 100_000

@@ -5,16 +5,12 @@ Only the module of the command that was asked for is imported, and torch only on
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-
-from selfvae.cli.commands import COMMANDS, load
-from selfvae.cli.names import unknown
-from selfvae.cli.parsing import overview, parse
-from selfvae.cli.settings import expand, import_modules
 
 __all__ = ["main"]
 
@@ -33,15 +29,20 @@ def main(argv: list[str] | None = None) -> int:
             if came or isinstance(
                 error, KeyboardInterrupt
             ):  # libraries may turn it into errors of their own
-                print("selfvae: interrupted", file=sys.stderr)
+                _say("interrupted")
                 return _INTERRUPTED
             if not isinstance(error, ValueError | OSError | ImportError | FloatingPointError):
                 raise
-            print(f"{_prefix()}: {error}", file=sys.stderr)
+            _say(str(error))
             return 2
 
 
 def _run(words: list[str]) -> int:
+    from selfvae.cli.commands import COMMANDS, load
+    from selfvae.cli.names import unknown
+    from selfvae.cli.parsing import overview, parse
+    from selfvae.cli.settings import expand, import_modules
+
     words = import_modules(words)
     name = words[0] if words else "--help"
     if name in ("-h", "--help"):
@@ -54,22 +55,18 @@ def _run(words: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise ValueError(unknown("command", name, COMMANDS, "selfvae --help lists the commands"))
-    function = load(name)
     try:
-        call = parse(function, name, expand(name, words[1:]))
+        call = parse(load(name), name, expand(name, words[1:]))
     except SystemExit as end:  # --help, or a message about the flags that is printed already
         return end.code if isinstance(end.code, int) else 2
     return call() or 0
 
 
-def _prefix() -> str:
-    """Who speaks: one of several processes gives its number."""
-    rank = 0
-    if "selfvae.distributed" in sys.modules:
-        from selfvae import distributed
-
-        rank = distributed.rank()
-    return f"selfvae (process {rank})" if rank else "selfvae"
+def _say(text: str) -> None:
+    """A line on standard error; one of several processes gives its number."""
+    distributed = sys.modules.get("selfvae.distributed")  # None before torch was needed
+    rank = distributed.rank() if distributed and hasattr(distributed, "rank") else 0
+    print(f"selfvae (process {rank}): {text}" if rank else f"selfvae: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -79,6 +76,9 @@ def _interrupts() -> Iterator[list[int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         came.append(number)
+        if _importing(frame):  # libraries swallow exceptions there, or fail later in odd ways
+            _say("interrupted")
+            os._exit(_INTERRUPTED)
         raise KeyboardInterrupt
 
     try:
@@ -90,3 +90,12 @@ def _interrupts() -> Iterator[list[int]]:
         yield came
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported, before any file is written."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False

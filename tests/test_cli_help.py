@@ -230,7 +230,7 @@ def test_ctrl_c_while_torch_is_imported(tmp_path: Path) -> None:
         running.send_signal(signal.SIGINT)
         out, error = running.communicate(timeout=120)
     assert running.returncode == 130, error
-    assert error.endswith("\nselfvae: interrupted\n") and "Traceback" not in error and not out
+    assert error.endswith("selfvae: interrupted\n") and "Traceback" not in error and not out
     assert " selfvae.hub\n" not in error  # it ended there and then
 
 

@@ -1,7 +1,7 @@
 """A small classifier of CIFAR-10, whose features judge samples where the Inception network cannot be had.
 
     python -m benchmarks.features CIFAR10 [--seconds 600] [--out results/features/cifar10.safetensors]
-    selfvae quality RUN --data CIFAR10 --n 10000 --features benchmarks.features:Features
+    selfvae fid RUN --data CIFAR10 --n 10000 --features benchmarks.features:Features
 
 CIFAR10 is a folder with train.npy, test.npy, train_labels.json and test_labels.json (lists of 0 to 9).
 Distances on these 128 features order models trained on CIFAR-10; they are no FID and compare with nobody

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors import safe_open
 
 import selfvae
 from selfvae.cli import main
 from selfvae.presets import TRANSFORMS
+from selfvae.training.guard import Guard
 
 TINY = ["--model", "selfvae-halve", "--size", "tiny", "--options", "width=0.05", "--batch-size", "4",
         "--eval-images", "2"]  # fmt: skip
@@ -67,6 +71,28 @@ def test_a_run_that_is_over_says_so(tmp_path: Path, data: str, capsys: pytest.Ca
     capsys.readouterr()
     assert main(["train", "--resume", "--out", str(run), "--max-seconds", "0", "--steps", str(done)]) == 0
     assert f"nothing to do: the run has made its {done + 1} steps" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_is_saved_and_says_so(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, step, calls = tmp_path / "run", Guard.__call__, []
+
+    def interrupted(guard: Guard, gradients: list[torch.Tensor]) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(guard, gradients)
+
+    monkeypatch.setattr(Guard, "__call__", interrupted)
+    assert main(["train", "--out", str(run), "--data", data, *TINY, "--steps", "4"]) == 130
+    told = capsys.readouterr()
+    assert (
+        f"selfvae: interrupted after 2 steps, which are saved: --resume --out {run} continues" in told.err
+    )
+    assert "Traceback" not in told.err and not told.out and made(run) == 2
+    assert main(["train", "--out", str(run), "--resume"]) == 0
+    assert made(run) == 4 and f"model and learning curve are in {run}" in capsys.readouterr().out
 
 
 MODULE = """

@@ -36,7 +36,7 @@ def train(
     devices: int = 1,
     nodes: int = 1,
     training: TrainConfig = TrainConfig(),  # noqa: B008 (frozen)
-) -> None:
+) -> int:
     """Train a model. Ctrl-C saves the run and stops; --resume continues it, with its first call's flags.
 
     Args:
@@ -53,11 +53,11 @@ def train(
         devices: number of GPUs or processes on each node.
         nodes: number of nodes.
     """
-    if resume and (made := _made_all(out, training)):
-        note(f"nothing to do: the run has made its {made} steps; give more --steps to continue")
-        return
     if not resume:
         _check_names(model, init_from)
+    elif made := _made_all(out, training):
+        note(f"nothing to do: the run has made its {made} steps; give more --steps to continue")
+        return 0
     from lightning_fabric import Fabric
 
     from selfvae.data import sources
@@ -83,8 +83,7 @@ def train(
         _save(out, {**own, **vars(training), "precision": precision})
     fabric = Fabric(devices=devices, num_nodes=nodes, precision=precision)
     loop.train(config, dataset, out, training, init_from=trained, resume=resume, fabric=fabric)
-    if not fabric.global_rank:
-        print(f"model and learning curve are in {out}")
+    return 0 if fabric.global_rank else _ending(out, training)
 
 
 def _check_names(model: str, init_from: str | None) -> None:
@@ -124,23 +123,39 @@ def _save(out: Path, flags: dict[str, object]) -> None:
     write_atomic(out / settings.SAVED, yaml.safe_dump(kept, sort_keys=False).encode())
 
 
-def _made_all(out: Path, training: TrainConfig) -> int:
-    """The steps of a run that has made all of them, else 0; ValueError if its time is spent."""
+def _state(out: Path, training: TrainConfig) -> tuple[int, float, int]:
+    """Of a run's checkpoint: steps, seconds by the clock that counts, evaluations without improvement."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(out / _CHECKPOINT, framework="np") as file:
             state = json.loads(file.metadata()["state"])
     except (OSError, SafetensorError, TypeError, KeyError):
-        return 0  # training says what is wrong
+        return 0, 0.0, 0  # training says what is wrong
     seconds = state.get("cpu_seconds" if training.clock == "cpu" else "seconds", 0.0)
+    return int(state["step"]), float(seconds), int(state.get("since_best", 0))
+
+
+def _made_all(out: Path, training: TrainConfig) -> int:
+    """The steps of a run that has made all of them, else 0; ValueError if its time is spent."""
+    step, seconds, _ = _state(out, training)
     if 0 < training.max_seconds <= seconds:
         raise ValueError(
             f"{out} has used {seconds:.0f} of its {training.max_seconds:g} seconds of training, which "
             "count over all calls: give a larger --max-seconds to continue"
         )
-    step = int(state.get("step", 0))
     return step if training.steps <= step else 0
+
+
+def _ending(out: Path, training: TrainConfig) -> int:
+    """Say how a run has ended, and return the exit status: 130 if it was interrupted."""
+    step, seconds, since_best = _state(out, training)
+    spent = 0 < training.max_seconds <= seconds or 0 < training.patience <= since_best
+    if 0 < step < training.steps and not spent:
+        note(f"interrupted after {step} steps, which are saved: --resume --out {out} continues")
+        return 130
+    print(f"model and learning curve are in {out}")
+    return 0
 
 
 def push(

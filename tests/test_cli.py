@@ -425,7 +425,9 @@ def test_progress_names_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selfvae.cli.progress.note", told.append)
     parts = {"y1": 0.25, "y0": 0.75}
     with FileProgress(("compressing", "checking"), "a.png", 1_200_000, parts) as bar:
+        assert bar.describe(0) == "compressing a.png, 1.2 megapixels"
         assert list(bar.track([1, 2], "y1")) == [1, 2]
+        assert bar.describe(0) == "compressing a.png, 0.3 of 1.2 megapixels"
         for _ in bar.track(range(3), "y0"):
             pass
         assert bar.describe(0) == "compressing a.png, 1.2 of 1.2 megapixels"

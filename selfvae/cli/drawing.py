@@ -129,7 +129,8 @@ def _check_level(net: SelfVAE, level: int) -> None:
         found = "--level must be 1: this model computes only y1" if top == 1 else (
             f"--level must be 1 to {top}: this model computes y1 to y{top}"
         )  # fmt: skip
-        raise ValueError(f"{found}; got {level} (to enlarge further, enhance the result again)")
+        again = " (to enlarge further, enhance the result again)" if net.scale(top) != (1, 1) else ""
+        raise ValueError(f"{found}; got {level}{again}")
 
 
 def reconstruct(

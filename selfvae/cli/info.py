@@ -49,7 +49,7 @@ def _describe_model(model: Path, json: bool) -> None:
 
     net = hub.load(model)
     levels = [
-        f"y{k}: {level.spec.channels} channels, {level.spec.num_values} values per channel"
+        f"{level.spec.channels} channels, {level.spec.num_values} values per channel"
         + (f", latent z{k}" if level.has_latent else "")
         + (f", y{k + 1} by {level.transform}" if k + 1 < len(net.levels) else "")
         for k, level in enumerate(net.levels)
@@ -59,7 +59,8 @@ def _describe_model(model: Path, json: bool) -> None:
         "parameters": sum(p.numel() for p in net.parameters()),
         "fingerprint": hub.fingerprint(net).hex(),
     }
-    show({**config, **own, "levels": levels}, json)
+    told = {"levels": levels} if json else {f"y{k}": line for k, line in enumerate(levels)}
+    show({**config, **own, **told}, json)
 
 
 def _describe_file(file: Path, json: bool) -> None:

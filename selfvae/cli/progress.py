@@ -59,9 +59,11 @@ class FileProgress:
     def describe(self, stage: int) -> str:
         """The text beside the bar."""
         digits = 1 if self.megapixels >= 1 else 2
+        whole = f"{self.megapixels:.{digits}f} megapixels"
+        if not self._calls:  # nothing is counted so far: small pictures are done in one piece
+            return f"{self.stages[stage]} {self.name}, {whole}"
         part = min(1.0, self._done[stage]) * self.megapixels
-        amount = f"{part:.{digits}f} of {self.megapixels:.{digits}f} megapixels"
-        return f"{self.stages[stage]} {self.name}, {amount}"
+        return f"{self.stages[stage]} {self.name}, {part:.{digits}f} of {whole}"
 
     def __enter__(self) -> Self:
         from rich.console import Console
@@ -71,11 +73,9 @@ class FileProgress:
             columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._stack.enter_context(self._bar)
-            self._task = self._bar.add_task(self.describe(0), total=float(len(self.stages)))
+            self._task = self._bar.add_task(self.describe(0), total=None)
         else:
-            note(
-                f"{self.stages[0]} {self.name}, {self.megapixels:.{1 + (self.megapixels < 1)}f} megapixels"
-            )
+            note(self.describe(0))
         return self
 
     def __exit__(
@@ -92,4 +92,6 @@ class FileProgress:
             self._done[stage] += self.shares.get(text, 0.0) / len(steps)
             if hasattr(self, "_bar"):
                 done = sum(min(1.0, part) for part in self._done)
-                self._bar.update(self._task, completed=done, description=self.describe(stage))
+                self._bar.update(
+                    self._task, total=len(self.stages), completed=done, description=self.describe(stage)
+                )

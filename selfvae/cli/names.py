@@ -13,16 +13,16 @@ SIZES = ("tiny", "small", "paper")
 # the presets of selfvae.presets, which needs torch, with their numbers of parameters by size for colour
 # images of 32 x 32 pixels; a test compares them with the models
 PRESETS: dict[str, tuple[int, int, int]] = {
-    "vae-normal": (234520, 4973796, 30116168),
-    "vae-mog": (234850, 4974126, 30116498),
-    "vae": (329448, 5507380, 32815992),
-    "srvae": (444344, 6300686, 38829046),
-    "selfvae-sketch": (488644, 6749422, 40834482),
-    "selfvae-3lvl": (381674, 5050138, 35812058),
-    "selfvae": (444344, 6300686, 38829046),
-    "selfvae-3": (381674, 5050138, 35812058),
-    "selfvae-grey": (488644, 6749422, 40834482),
-    "selfvae-bits": (498450, 6803130, 40977470),
+    "vae-normal": (177732, 2306388, 22864488),
+    "vae-mog": (382532, 4354388, 24912488),
+    "vae": (386796, 3981160, 34276092),
+    "srvae": (400158, 4855012, 39272298),
+    "selfvae-sketch": (450298, 5308558, 44065216),
+    "selfvae-3lvl": (464920, 4876106, 42166734),
+    "selfvae": (400158, 4855012, 39272298),
+    "selfvae-3": (464920, 4876106, 42166734),
+    "selfvae-grey": (450298, 5308558, 44065216),
+    "selfvae-bits": (470306, 5402054, 44343672),
     "selfvae-halve": (240484, 3775444, 24401684),
     "selfvae-quincunx": (420868, 5370532, 33158692),
 }

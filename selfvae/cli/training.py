@@ -55,8 +55,8 @@ def train(
     """
     if not resume:
         _check_names(model, init_from)
-    elif made := _made_all(out, training):
-        note(f"nothing to do: the run has made its {made} steps; give more --steps to continue")
+    elif over := _over(out, training):
+        note(f"nothing to do: {over} to continue")
         return 0
     from lightning_fabric import Fabric
 
@@ -136,15 +136,15 @@ def _state(out: Path, training: TrainConfig) -> tuple[int, float, int]:
     return int(state["step"]), float(seconds), int(state.get("since_best", 0))
 
 
-def _made_all(out: Path, training: TrainConfig) -> int:
-    """The steps of a run that has made all of them, else 0; ValueError if its time is spent."""
+def _over(out: Path, training: TrainConfig) -> str:
+    """Why there is nothing left to train in a run, if so."""
     step, seconds, _ = _state(out, training)
     if 0 < training.max_seconds <= seconds:
-        raise ValueError(
+        return (
             f"{out} has used {seconds:.0f} of its {training.max_seconds:g} seconds of training, which "
-            "count over all calls: give a larger --max-seconds to continue"
+            "count over all calls; give a larger --max-seconds"
         )
-    return step if training.steps <= step else 0
+    return f"{out} has made its {step} steps; give more --steps" if training.steps <= step else ""
 
 
 def _ending(out: Path, training: TrainConfig) -> int:

@@ -1,7 +1,7 @@
 """A small CIFAR-10 classifier, whose features score samples where the Inception network is not available.
 
     python -m benchmarks.features CIFAR10 [--seconds 600] [--out results/features/cifar10.safetensors]
-    selfvae quality RUN --data CIFAR10 --n 10000 --features benchmarks.features:Features
+    selfvae fid RUN --data CIFAR10 --n 10000 --features benchmarks.features:Features
 
 CIFAR10 is a folder with train.npy, test.npy, train_labels.json and test_labels.json (lists of 0 to 9).
 Distances between these 128 features rank models trained on CIFAR-10. They are not FID and cannot be

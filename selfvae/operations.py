@@ -217,7 +217,7 @@ def _pad(y: Tensor, size: tuple[int, int]) -> Tensor:
 def infer(
     model: SelfVAE,
     image: Tensor,
-    given: str | Iterable[str] | None = None,
+    condition_on: str | Iterable[str] | None = None,
     k: int = 0,
     **how: Unpack[SamplingOptions],
 ) -> dict[str, Tensor]:
@@ -226,7 +226,7 @@ def infer(
     Args:
         model: any.
         image: y[k], uint8 (B, c, H, W).
-        given: names or operations (see the module) of the variables wanted; None: all that y[k]
+        condition_on: names or operations (see the module) of the variables wanted; None: all that y[k]
             determines. A wanted image also brings the coarser images and their latents.
         k: the level of the image; 0: x.
         **how: see `SamplingOptions`.
@@ -240,7 +240,7 @@ def infer(
     if not 0 <= k < len(model.levels):
         raise ValueError(f"k must be 0 to {len(model.levels) - 1} for this model; got {k}")
     model.levels[k].spec.check(image, f"y{k}")
-    wanted = set(variables(model) if given is None else names(model, given))
+    wanted = set(variables(model) if condition_on is None else names(model, condition_on))
     images = [int(name[1:]) for name in wanted if name[0] == "y"]
     if images:  # an image brings all above it
         wanted |= {name for name in variables(model) if int(name[1:]) >= min(images)}
@@ -426,15 +426,18 @@ def enhance(model: SelfVAE, y: Tensor, k: int = 1, **how: Unpack[SamplingOptions
 
 
 def reconstruct(
-    model: SelfVAE, x: Tensor, given: str | Iterable[str] | None = None, **how: Unpack[SamplingOptions]
+    model: SelfVAE,
+    x: Tensor,
+    condition_on: str | Iterable[str] | None = None,
+    **how: Unpack[SamplingOptions],
 ) -> Tensor:
     """Draw images again from some of their own variables.
 
     Args:
         model: any.
         x: uint8 (B, C, H, W).
-        given: names or operations (see the module) of the variables that are inferred from x and kept; by
-            default all latents and no image.
+        condition_on: names or operations (see the module) of the variables that are inferred from x and
+            kept; by default all latents and no image.
         **how: see `SamplingOptions`.
 
     Returns:
@@ -444,12 +447,16 @@ def reconstruct(
         TypeError, ValueError: if x is not an image of the model, or a name is unknown.
     """
     how = _one_stream(model, how)
-    values = infer(model, x, "reconstruction" if given is None else given, **how)
+    values = infer(model, x, "reconstruction" if condition_on is None else condition_on, **how)
     return complete(model, values, (x.shape[0], x.shape[2], x.shape[3]), **how)["y0"]
 
 
 def vary(
-    model: SelfVAE, x: Tensor, n: int, given: str | Iterable[str] = "u", **how: Unpack[SamplingOptions]
+    model: SelfVAE,
+    x: Tensor,
+    n: int,
+    condition_on: str | Iterable[str] = "u",
+    **how: Unpack[SamplingOptions],
 ) -> Tensor:
     """Draw variations of images: some variables are inferred once and kept, the rest is drawn anew.
 
@@ -457,7 +464,7 @@ def vary(
         model: any.
         x: uint8 (B, C, H, W).
         n: variations per image.
-        given: names or operations (see the module) of what is kept.
+        condition_on: names or operations (see the module) of what is kept.
         **how: see `SamplingOptions`.
 
     Returns:
@@ -467,7 +474,7 @@ def vary(
         TypeError, ValueError: if x is not an image of the model, or a name is unknown.
     """
     how = _one_stream(model, how)
-    values = infer(model, x, given, **how)
+    values = infer(model, x, condition_on, **how)
     values = {name: value.repeat_interleave(n, 0) for name, value in values.items()}
     out = complete(model, values, (n * x.shape[0], x.shape[2], x.shape[3]), **how)["y0"]
     return out.unflatten(0, (x.shape[0], n))
@@ -478,7 +485,7 @@ def interpolate(
     a: Tensor,
     b: Tensor,
     steps: int = 8,
-    given: str | Iterable[str] = "u",
+    latents: str | Iterable[str] = "u",
     *,
     spherical: bool = False,
     track: Track = no_progress,
@@ -486,14 +493,14 @@ def interpolate(
 ) -> Tensor:
     """Go from images a to images b through their latents.
 
-    The posterior means of the latents in `given` are interpolated; everything else is drawn, with the same
-    noise at every step.
+    The posterior means of these latents are interpolated; everything else is drawn, with the same noise at
+    every step.
 
     Args:
         model: with latents.
         a, b: uint8 (B, C, H, W), of one shape.
         steps: images per pair, both ends included.
-        given: names or operations (see the module) of the latents.
+        latents: names or operations (see the module) of the latents.
         spherical: along an arc (Shoemake's slerp, each image's latent taken as one vector) instead of a
             line.
         track: shows progress over the steps.
@@ -503,13 +510,13 @@ def interpolate(
         uint8 (B, steps, C, H, W), the first for a and the last for b.
 
     Raises:
-        TypeError, ValueError: if the images do not fit, steps is below 2, or `given` names an image.
+        TypeError, ValueError: if the images do not fit, steps is below 2, or `latents` names an image.
     """
     if a.shape != b.shape:
         raise ValueError(f"both images must have one shape; got {tuple(a.shape)} and {tuple(b.shape)}")
     if steps < 2:
         raise ValueError(f"steps must be at least 2; got {steps}")
-    chosen = names(model, given)
+    chosen = names(model, latents)
     for name in chosen:
         if name[0] == "y":
             raise ValueError(f"only latents are interpolated ({', '.join(_latents(model))}); got {name!r}")

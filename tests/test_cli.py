@@ -10,11 +10,12 @@ from PIL import Image
 
 import selfvae
 from selfvae.cli import main
+from selfvae.cli.progress import FileProgress
 from selfvae.data import pictures
 from selfvae.data.batches import Images
 from selfvae.metrics import enhancement
-from selfvae.operations import infer
-from selfvae.reports.figures import figures
+from selfvae.operations import enhance, infer
+from selfvae.reports.figures import draw_figures
 from selfvae.transforms import Greyscale, MeanDownscale
 
 NAMES = ("selfvae", "selfvae-grey", "selfvae-bits", "vae-normal", "selfvae-halve")
@@ -72,9 +73,12 @@ def test_pictures_much_larger_than_a_tile(runs: Path, tmp_path: Path) -> None:
 def test_reconstruct_vary_interpolate_generate(runs: Path, photo: Path, tmp_path: Path) -> None:
     model = ["--model", str(runs / "selfvae")]
     out = tmp_path / "out.png"
-    assert main(["reconstruct", str(photo), str(out), *model, "--given", "x"]) == 0
+    assert main(["reconstruct", str(photo), str(out), *model, "--condition-on", "x"]) == 0
     assert torch.equal(pictures.read(out).pixels, pictures.read(photo).pixels)
-    assert main(["reconstruct", str(photo), str(out), *model, "--given", "RS1", "--decode", "mode"]) == 0
+    assert (
+        main(["reconstruct", str(photo), str(out), *model, "--condition-on", "RS1", "--decode", "mode"])
+        == 0
+    )
     assert pictures.read(out).pixels.shape == (1, 3, 9, 14)
     assert main(["vary", str(photo), str(out), *model, "--n", "3"]) == 0
     assert pictures.read(out).pixels.shape == (1, 3, 20, 30)
@@ -124,22 +128,29 @@ def test_a_folder_goes_on_past_a_broken_file(
         (["enhance", "nowhere.png", "o.png", "--model", "selfvae"], "no file or folder at nowhere.png"),
         (["enhance", "PHOTO", "o.jpg", "--model", "selfvae"], "JPEG files hold no alpha"),
         (["enhance", "PHOTO", "o.png", "--model", "vae-normal"], "computes no image"),
-        (["enhance", "PHOTO", "o.png", "--model", "selfvae", "--level", "2"], "must be 1 to 1"),
+        (["enhance", "PHOTO", "o.png", "--model", "selfvae", "--level", "2"], "--level must be 1: this"),
         (["enhance", "PHOTO", "o.png", "--model", "selfvae", "--temperature", "hot"], "takes a number"),
         (
             ["enhance", "PHOTO", "o.png", "--model", "selfvae", "--temperature", "q=1"],
+            "this model has z1, y1, z0, y0\n",
+        ),
+        (
+            ["reconstruct", "PHOTO", "o.png", "--model", "selfvae", "--condition-on", "z9"],
             "this model has z1, y1",
         ),
-        (["reconstruct", "PHOTO", "o.png", "--model", "selfvae", "--given", "z9"], "this model has z1, y1"),
         (["vary", "PHOTO", "o.png", "--model", "selfvae-halve"], "no latents"),
         (["vary", "PHOTO", "o.png", "--model", "selfvae", "--n", "0"], "--n must be at least 1"),
-        (["interpolate", "PHOTO", "PHOTO", "o.png", "--model", "selfvae", "--given", "y1"], "only latents"),
+        (
+            ["interpolate", "PHOTO", "PHOTO", "o.png", "--model", "selfvae", "--latents", "y1"],
+            "only latents",
+        ),
         (["enhance", "PHOTO", "o.xyz", "--model", "selfvae"], "ends in .png"),
         (["enhance", "PHOTO", "o.png", "--model", "selfvae", "--temperature", "inf"], "must be finite"),
-        (["enhance", "PHOTO", "o.png", "--model", "selfvae", "--temperature", "=1"], "variable '?'"),
+        (["enhance", "PHOTO", "o.png", "--model", "selfvae", "--temperature", "=1"], "variable ''"),
         (["interpolate", "PHOTO", "PHOTO", "PHOTO", "--model", "selfvae"], "is the input itself"),
         (["generate", "selfvae", "--out", "o"], "ends in .png"),
-        (["enhance", "PHOTO", "o.png", "--model", "nowhere"], "config.json is missing"),
+        (["enhance", "PHOTO", "o.png", "--model", "nowhere"], "unknown model 'nowhere' (expected a folder"),
+        (["enhance", "PHOTO", "o.png", "--model", "selfvae-photo"], "did you mean 'selfvae-photos'?"),
     ],
 )
 def test_wrong_input(
@@ -160,7 +171,7 @@ def test_wrong_input(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_figures(name: str, runs: Path, tmp_path: Path, images: torch.Tensor) -> None:
-    files = figures(selfvae.load(runs / name), images, tmp_path, seed=0, temperature=0.5)
+    files = draw_figures(selfvae.load(runs / name), images, tmp_path, seed=0, temperature=0.5)
     made = {f.stem for f in files}
     assert ("conditional" in made) == (name != "vae-normal")
     assert ({"reconstructions", "interpolations", "variations"} <= made) == (name != "selfvae-halve")
@@ -168,7 +179,7 @@ def test_figures(name: str, runs: Path, tmp_path: Path, images: torch.Tensor) ->
     for file in files[:-1]:
         assert f'src="{file.name}"' in page and pictures.read(file).pixels.shape[1] == 3
     with pytest.raises(ValueError, match="at least 2 images"):
-        figures(selfvae.load(runs / name), images[:1], tmp_path)
+        draw_figures(selfvae.load(runs / name), images[:1], tmp_path)
 
 
 def test_figures_and_scores_by_command(
@@ -180,11 +191,17 @@ def test_figures_and_scores_by_command(
     assert main(["figures", model, *data, "--out", str(out), "--n", "99"]) == 0
     assert (out / "index.html").exists()
     capsys.readouterr()
-    assert main(["eval", model, *data, "--enhance", "--draws", "3", "--json"]) == 0
+    assert main(["eval-enhance", model, *data, "--draws", "3", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
-    assert scores["consistency_error_draw"] == 0 and scores["draws"] == 3
-    assert main(["eval", model, *data, "--temperature", "0.5"]) == 2
-    assert "go with --enhance" in capsys.readouterr().err
+    assert scores["consistency_error_draw"] == 0 and scores["draws"] == 3 and scores["split"] == "test"
+    assert main(["eval", model, *data, "--split", "validation", "--iwae-samples", "2"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["split"] == "validation" and lines["data"] == "data.npy"
+    terms = [float(lines[f"{name}_nats"]) for name in ("re_y0", "kl_z0", "re_y1", "kl_z1")]
+    assert -sum(terms) == pytest.approx(float(lines["elbo_nats"]), rel=1e-5)
+    assert float(lines["iwae_bits_per_dim"]) > 0 and "re_y0_bits_per_dim" in lines
+    assert main(["eval", str(runs / "selfvae-halve"), *data]) == 0
+    assert "kl_z0" not in capsys.readouterr().out
 
 
 # --- what the scores of enhancement mean ----------------------------------------------------------------
@@ -262,11 +279,11 @@ def test_plain_enhancement_of_chains(transform: str, images: torch.Tensor) -> No
 @pytest.mark.parametrize("name", ["selfvae", "selfvae-halve"])
 def test_timing(name: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--counts", "1", "3", "--repeats", "2", "--json"]
-    assert main(["time", str(runs / name), *flags]) == 0
+    assert main(["benchmark", str(runs / name), *flags]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["generate_1_seconds"] > 0 and result["generate_3_seconds"] > 0
     assert ("reconstruct_3_seconds" in result) == (name == "selfvae")
-    assert main(["time", str(runs / name), "--repeats", "0"]) == 2
+    assert main(["benchmark", str(runs / name), "--repeats", "0"]) == 2
 
 
 def test_a_folder_s_outputs_are_all_different_and_no_input(
@@ -278,7 +295,10 @@ def test_a_folder_s_outputs_are_all_different_and_no_input(
     assert main(["compress", str(tmp_path / "in"), str(tmp_path / "out"), *model]) == 2
     assert "2 pictures would become" in capsys.readouterr().err and not (tmp_path / "out").exists()
     before = (tmp_path / "k/in/x.png").read_bytes()
-    assert main(["reconstruct", str(tmp_path / "k/in"), str(tmp_path / "k"), *model, "--given", "y1"]) == 2
+    assert (
+        main(["reconstruct", str(tmp_path / "k/in"), str(tmp_path / "k"), *model, "--condition-on", "y1"])
+        == 2
+    )
     assert "would be overwritten" in capsys.readouterr().err
     assert (tmp_path / "k/in/x.png").read_bytes() == before
     (tmp_path / "in/a.png.bmp").unlink()
@@ -292,21 +312,24 @@ def test_a_folder_s_outputs_are_all_different_and_no_input(
     [
         ("generate MODEL --zoom 0", "--zoom must be at least 1; got 0"),
         ("generate MODEL --height 0", "--height must be at least 1; got 0"),
-        ("time MODEL --counts", "--counts must be at least 1; got 0"),
-        ("ood MODEL --out-sets", "--out-sets takes at least one of noise"),
-        ("quality MODEL --features math:pi", "math:pi is 3.14"),
-        ("bench codec . --limit 0", "--limit must be at least 1; got 0"),
-        ("train --model vae --data photos --out x --options width=[", "no value that can be read"),
+        ("benchmark MODEL --counts", "--counts must be at least 1; got 0"),
+        ("ood MODEL --ood-data", "--ood-data takes at least one of noise"),
+        ("fid MODEL --features math:pi", "math:pi is 3.14"),
+        ("bench-codec . --limit 0", "--limit must be at least 1; got 0"),
+        (
+            "train --model vae --data photos --out x --options width=[",
+            "the value in 'width=[' cannot be read",
+        ),
         (
             "train --model vae --data photos --out x --options transforms=5",
             "transforms must be names",
         ),
         (
             "train --model vae --data photos --out x --options num_values=2.5",
-            "levels must be a positive whole",
+            "num_values must be a positive whole",
         ),
         ("train --model vae --data photos --out x --options width=.inf", "width must be a positive number"),
-        ("train --model vaee --data photos --out x", "'vaee': did you mean 'vae'? (known: "),
+        ("train --model vaee --data photos --out x", "unknown model 'vaee': did you mean 'vae'? (known: "),
         ("demo --train --out .", "selfvae-halve exists: remove it"),
     ],
 )
@@ -324,6 +347,109 @@ def test_a_list_in_a_config_takes_no_more_than_its_own(
     runs: Path, tmp_path: Path, images: torch.Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     np.save(tmp_path / "x.npy", images.repeat(5, 1, 1, 1).numpy())
-    (tmp_path / "ood.yaml").write_text(f"data: {tmp_path}/x.npy\nout-sets: [noise]\n")
+    (tmp_path / "ood.yaml").write_text(f"data: {tmp_path}/x.npy\nood-data: [noise]\n")
     assert main(["ood", str(runs / "selfvae-halve"), "--config", str(tmp_path / "ood.yaml"), "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)) == {"images", "noise"}
+
+
+# --- files and folders ----------------------------------------------------------------------------------
+
+
+def test_enhance_gives_the_most_likely_picture_unless_draws_are_asked_for(
+    runs: Path, photo: Path, tmp_path: Path
+) -> None:
+    model = selfvae.load(runs / "selfvae")
+    y = pictures.to_spec(pictures.read(photo), model.levels[1].spec)
+
+    def made(name: str, *flags: str) -> torch.Tensor:
+        model_flags = ["--model", str(runs / "selfvae"), *flags]
+        assert main(["enhance", str(photo), str(tmp_path / name), *model_flags]) == 0
+        return pictures.read(tmp_path / name).pixels
+
+    plain = made("a.png")
+    assert torch.equal(plain, enhance(model, y, temperature=0.0))
+    assert torch.equal(plain, made("b.png", "--seed", "7"))
+    drawn = made("c.png", "--temperature", "1", "--seed", "7")
+    assert torch.equal(drawn, enhance(model, y, seed=7)) and not torch.equal(drawn, plain)
+    sheet = made("d.png", "--n", "2")  # the picture and two draws that differ, in two rows
+    a, b = sheet[:, :, :18, 30:], sheet[:, :, 20:, :28]
+    assert a.shape == b.shape == plain.shape and not torch.equal(a, b) and not torch.equal(a, plain)
+
+
+@pytest.mark.parametrize("command", ["compress", "enhance"])
+def test_what_would_lose_something_is_refused_or_converted(
+    command: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    rgb.convert("CMYK").save(tmp_path / "cmyk.tif")
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "deep.png")
+    out = str(tmp_path / ("o.svae" if command == "compress" else "o.png"))
+    flags = ["--model", str(runs / "selfvae-halve")]
+    for name, words, kind in (
+        ("cmyk.tif", "neither grey nor RGB", "RGB"),
+        ("deep.png", "other than 8 bits", "grey"),
+    ):
+        assert main([command, str(tmp_path / name), out, *flags]) == 2
+        told = capsys.readouterr().err
+        assert words in told and f"(--convert does so: 8 bits, {kind})" in told
+        assert told.count(str(tmp_path / name)) == 1 and not Path(out).exists()
+        assert main([command, str(tmp_path / name), out, *flags, "--convert"]) == 0
+        assert f"{name}: converted to 8-bit {kind}\n" in capsys.readouterr().err
+        Path(out).unlink()
+
+
+def test_compress_tells_sizes_speed_and_progress(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model", str(runs / "selfvae-halve")]
+    flat = Image.new("RGB", (64, 48), (90, 120, 60))
+    flat.save(tmp_path / "a.bmp")
+    flat.save(tmp_path / "b.jpg")
+    for name in ("a.bmp", "b.jpg"):
+        source, out = tmp_path / name, tmp_path / f"{name}.svae"
+        assert main(["compress", str(source), str(out), *model]) == 0
+        told = capsys.readouterr()
+        before, after = source.stat().st_size, out.stat().st_size
+        assert f"{out}: {before:,} -> {after:,} bytes, ratio {before / after:.2f}, " in told.out
+        assert float(told.out.split("ratio")[1].split()[1]) > 0 and told.out.endswith(" MB/s\n")
+        lines = told.err.splitlines()
+        assert lines[0] == f"selfvae: compressing {name}, 0.00 megapixels"
+        grown = name == "b.jpg"
+        assert after > before if grown else after < before
+        assert lines[1:] == ([f"selfvae: {source} is a JPEG, which is lossy already: storing its exact "
+                              "pixels takes more; keep the JPEG"] if grown else [])  # fmt: skip
+
+
+def test_progress_names_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("selfvae.cli.progress.note", told.append)
+    parts = {"y1": 0.25, "y0": 0.75}
+    with FileProgress(("compressing", "checking"), "a.png", 1_200_000, parts) as bar:
+        assert bar.describe(0) == "compressing a.png, 1.2 megapixels"
+        assert list(bar.track([1, 2], "y1")) == [1, 2]
+        assert bar.describe(0) == "compressing a.png, 0.3 of 1.2 megapixels"
+        for _ in bar.track(range(3), "y0"):
+            pass
+        assert bar.describe(0) == "compressing a.png, 1.2 of 1.2 megapixels"
+        seen = [bar.describe(1) for _ in bar.track(range(2), "y0")]
+    assert seen == [f"checking a.png, {n} of 1.2 megapixels" for n in ("0.0", "0.4")]  # 0.45 rounds down
+    assert told == ["compressing a.png, 1.2 megapixels"]
+
+
+def test_a_terminal_shows_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with FileProgress(("enhancing",), "a.png", 2_000_000, {"y0": 1.0}) as bar:
+        list(bar.track(range(2), "y0"))
+    assert "enhancing a.png, 2.0 of 2.0 megapixels" in capsys.readouterr().err
+
+
+def test_errors_name_a_file_once(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/broken.png").write_bytes(b"nonsense")
+    model = ["--model", str(runs / "selfvae-halve")]
+    for source, out in (("in/broken.png", "o.svae"), ("in", "out")):
+        assert main(["compress", str(tmp_path / source), str(tmp_path / out), *model]) > 0
+        assert capsys.readouterr().err.count(str(tmp_path / "in/broken.png")) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -73,16 +74,47 @@ def test_decoder(name: str, tmp_path: Path) -> None:
         assert np.allclose(run(tmp_path / "a.onnx", inputs), expected, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.filterwarnings("error")  # torch's warnings would be printed: they must not come out
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     selfvae.save(built("means")[0], tmp_path / "run")
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "a.pt2")]) == 0
-    assert "takes e.g. y (2, 3, 6, 8), gives x" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert told.out.splitlines() == [
+        f"{tmp_path / 'a.pt2'}: {(tmp_path / 'a.pt2').stat().st_size:,} bytes",
+        "input: y, uint8 (N, 3, H, W), images y1; any height and width",
+        "output: x, uint8 (N, 3, 2H, 2W), the most likely images",
+    ]
+    assert told.err.splitlines() == [
+        "selfvae: tracing the networks (step 1 of 2)",
+        f"selfvae: writing {tmp_path / 'a.pt2'} (step 2 of 2)",
+    ]
     program = torch.export.load(tmp_path / "a.pt2").module()
     y = torch.randint(0, 256, (1, 3, 9, 5), dtype=torch.uint8)
     model = selfvae.load(tmp_path / "run")
     assert torch.equal(program(y=y), selfvae.enhance(model, y, temperature=0.0))
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "b.onnx"), "--what", "decoder"]) == 0
+    told = capsys.readouterr()
+    assert "input: y_up, uint8 (N, 3, H, W), images y1; any height and width\n" in told.out
+    lines = told.err.splitlines()
+    assert len(lines) == 3 and lines[1] == "selfvae: translating them to ONNX (step 2 of 3)"
     assert run(tmp_path / "b.onnx", {"y_up": y}).shape[2:] == (18, 10)
+
+
+@pytest.mark.parametrize("name", ["chain", "latents"])
+def test_descriptions_are_right(name: str) -> None:
+    """The described shapes, with numbers for N, H and W, are those that come in and out."""
+    model, k = built(name)
+    for part in (Enhancement(model, k), DecoderPart(model, 0)):
+        inputs = {key: random_like(value) for key, value in part.example(2, 3, 5).items()}
+        with torch.no_grad():
+            values = {**inputs, part.output: part(**inputs)}
+        h, w = next(iter(inputs.values())).shape[2:]
+        for line in part.describe():
+            kind, shape = re.search(r"(\w+), (\w+ \(.*?\))", line).groups()  # type: ignore[union-attr]
+            dtype, *sizes = re.sub(r"[(),]", "", shape).split()
+            sizes = [re.sub(r"(\d+)([HW])", r"\1*\2", size) for size in sizes]
+            found = [eval(size, {"N": 2, "H": h, "W": w}) for size in sizes]
+            assert list(values[kind].shape) == found and str(values[kind].dtype) == f"torch.{dtype}", line
 
 
 def test_wrong_wishes(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_model_that_knows_smooth_images_finds_noise(images: torch.Tensor) -> N
 def test_command(tmp_path: Path, images: torch.Tensor, capsys: pytest.CaptureFixture[str]) -> None:
     selfvae.save(build("srvae", images), tmp_path / "run")
     np.save(tmp_path / "a.npy", images.repeat(5, 1, 1, 1).numpy())
-    flags = ["ood", str(tmp_path / "run"), "--data", str(tmp_path / "a.npy"), "--out-sets", "inverted"]
+    flags = ["ood", str(tmp_path / "run"), "--data", str(tmp_path / "a.npy"), "--ood-data", "inverted"]
     assert main([*flags, str(tmp_path / "a.npy"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["images"] == 3 and set(result) == {"images", "inverted", str(tmp_path / "a.npy")}

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from selfvae.cli import main, training
+from selfvae.cli import main
+from selfvae.training import loop
 from selfvae.training.config import TrainConfig
 from selfvae.training.optim import Muon, _orthogonalised
 
@@ -69,7 +70,7 @@ def test_no_closure() -> None:
 def test_muon_has_a_rate_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for without --lr, on the command line too."""
     came: list[TrainConfig] = []
-    monkeypatch.setattr(training.loop, "train", lambda *args, **_: came.append(args[3]))
+    monkeypatch.setattr(loop, "train", lambda *args, **_: came.append(args[3]))
     np.save(tmp_path / "x.npy", np.zeros((8, 3, 8, 8), np.uint8))
     for name in ("muon", "adamax"):
         command = ["train", "--model", "selfvae-halve", "--data", str(tmp_path / "x.npy")]

@@ -59,7 +59,14 @@ def work(run: Path, out: Path) -> dict[str, object]:
     files = draw_figures(model, x[:2], out, seed=0)
     archive = pack(Codec(model), [(str(i), image[None]) for i, image in enumerate(x)], block=4)
     some = Settings(
-        limit=8, iw=2, iw_limit=30, ood_limit=8, enhance_limit=4, draws=2, batch_size=4, figures=2
+        limit=8,
+        iwae_samples=2,
+        iwae_limit=30,
+        ood_limit=8,
+        enhance_limit=4,
+        draws=2,
+        batch_size=4,
+        figures=2,
     )
     whole = write_report([run], images, "noise", out / "report", some)
     return {
@@ -104,7 +111,7 @@ def test_a_folder_by_two_processes(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1
-    assert done.stdout.count("3 of 4 files") == 1 and done.stderr.count("selfvae: ") == 1
+    assert done.stdout.count("3 of 4 files") == 1 and done.stderr.count("bad.png cannot be read") == 1
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["0.svae", "1.svae", "2.svae"]
 
 

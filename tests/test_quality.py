@@ -101,7 +101,7 @@ def test_command(tmp_path: Path, images: torch.Tensor, capsys: pytest.CaptureFix
     model.initialise(images)
     selfvae.save(model, tmp_path / "run")
     np.save(tmp_path / "a.npy", images.repeat(12, 1, 1, 1).numpy())
-    flags = ["quality", str(tmp_path / "run"), "--data", str(tmp_path / "a.npy")]
+    flags = ["fid", str(tmp_path / "run"), "--data", str(tmp_path / "a.npy")]
     flags += ["--features", "test_quality:Mean"]
     assert main([*flags, "--n", "9", "--split", "train", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

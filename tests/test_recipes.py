@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from selfvae.cli import main, training
+from selfvae.cli import main
 from selfvae.presets import from_config
+from selfvae.training import loop
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FILES = sorted(RECIPES.rglob("*.yaml"))
@@ -17,7 +18,7 @@ FILES = sorted(RECIPES.rglob("*.yaml"))
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(RECIPES)))
 def test_recipe(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     came: list[Any] = []
-    monkeypatch.setattr(training.loop, "train", lambda *args, **_: came.append(args))
+    monkeypatch.setattr(loop, "train", lambda *args, **_: came.append(args))
     pixels = 64 if file.parent.name in ("64", "photos") or file.stem.endswith("-64") else 32
     np.save(tmp_path / "x.npy", np.zeros((8, 3, pixels, pixels), np.uint8))
     command = ["train", "--config", file, "--data", tmp_path / "x.npy", "--out", tmp_path / "run"]
@@ -45,7 +46,7 @@ def test_the_table_is_complete() -> None:
 
 def test_equal_compute_is_at_equal_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     came: list[Any] = []
-    monkeypatch.setattr(training.loop, "train", lambda *args, **_: came.append(args[0]))
+    monkeypatch.setattr(loop, "train", lambda *args, **_: came.append(args[0]))
     np.save(tmp_path / "x.npy", np.zeros((8, 3, 32, 32), np.uint8))
     for name in ("srvae", "selfvae-quincunx"):
         command = ["train", "--config", str(RECIPES / "equal-compute" / f"{name}.yaml")]

@@ -18,7 +18,7 @@ from selfvae.reports.report import PAPERS, Settings
 from selfvae.reports.report import write_report as report
 
 SMALL = Settings(
-    limit=5, iw=3, iw_limit=4, enhance_limit=3, draws=2, ood_limit=4, quality_n=6, figures=2
+    limit=5, iwae_samples=3, iwae_limit=4, enhance_limit=3, draws=2, ood_limit=4, fid_samples=6, figures=2
 )  # fmt: skip
 
 
@@ -93,8 +93,8 @@ def test_command(tmp_path: Path, images: torch.Tensor, capsys: pytest.CaptureFix
     selfvae.save(model, tmp_path / "run")
     np.save(tmp_path / "a.npy", images.repeat(10, 1, 1, 1).numpy())
     flags = ["--data", str(tmp_path / "a.npy"), "--out", str(tmp_path / "out"), "--limit", "2"]
-    flags += ["--out-sets", "noise", str(tmp_path / "a.npy"), "--features", "tests.test_report:corners"]
-    flags += ["--quality-n", "5", "--figures", "2", "--precision", "bf16-mixed"]
+    flags += ["--ood-data", "noise", str(tmp_path / "a.npy"), "--features", "tests.test_report:corners"]
+    flags += ["--fid-samples", "5", "--figures", "2", "--precision", "bf16-mixed"]
     flags += ["--enhance-limit", "2", "--draws", "2", "--ood-limit", "2"]
     assert main(["report", str(tmp_path / "run"), *flags]) == 0
     assert "report.md" in capsys.readouterr().out and (tmp_path / "out/report.html").exists()
@@ -103,7 +103,7 @@ def test_command(tmp_path: Path, images: torch.Tensor, capsys: pytest.CaptureFix
 
 def test_parts_belong_to_their_images_and_models(tmp_path: Path, images: torch.Tensor) -> None:
     """Two data sets of one name, and two models of one: each has its own numbers and figures."""
-    few = replace(SMALL, figures=2, iw=0)
+    few = replace(SMALL, figures=2, iwae_samples=0)
     how: dict[str, Any] = {"outside": {}}
     runs = [tmp_path / "a/run", tmp_path / "b/run"]
     for run in runs:

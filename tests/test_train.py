@@ -432,13 +432,13 @@ def test_commands(tmp_path: Path, images: sources.Dataset, capsys: pytest.Captur
     assert main(["train", "--out", run, "--resume", "--steps", "4"]) == 0
     assert _state(Path(run))["step"] == 4
     capsys.readouterr()
-    assert main(["eval", run, "--data", source, "--iw", "3", "--limit", "5", "--json"]) == 0
+    assert main(["eval", run, "--data", source, "--iwae-samples", "3", "--limit", "5", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert scores["images"] == 5 and scores["iwae_draws"] == 3 and len(scores["re_nats"]) == 2
     total = -(sum(scores["re_nats"]) + sum(scores["kl_nats"]))
     assert scores["elbo_nats"] == pytest.approx(total, rel=1e-5)
     assert scores["bits_per_dim"] == pytest.approx(-total / np.log(2) / 192, rel=1e-5)
-    assert main(["sample", run, "--n", "4", "--out", str(tmp_path / "grid.png")]) == 0
+    assert main(["generate", run, "--n", "4", "--out", str(tmp_path / "grid.png")]) == 0
     assert (tmp_path / "grid.png").stat().st_size > 100
     capsys.readouterr()
     assert main(["info", run, "--json"]) == 0
@@ -469,7 +469,7 @@ def test_a_run_starts_from_a_trained_model(tmp_path: Path, images: sources.Datas
     train(CONFIG, images, before, settings(steps=8), quiet=True)
     weights = {k: v.clone() for k, v in hub.unique_state_dict(selfvae.load(before)).items()}
     steps = ["--out", str(after), "--ema", "0", "--lr", "1e-12", "--warmup", "0", "--eval-images", "2"]
-    assert main(["train", "--start", str(before), "--data", str(source), *steps, "--steps", "1"]) == 0
+    assert main(["train", "--init-from", str(before), "--data", str(source), *steps, "--steps", "1"]) == 0
     same = hub.unique_state_dict(selfvae.load(after))
     assert all(torch.allclose(v, same[k], atol=1e-6) for k, v in weights.items())
     assert selfvae.load(after).config == CONFIG
@@ -485,7 +485,7 @@ def test_weights_to_start_from_must_fit(
     with pytest.raises(ValueError, match=r"do not fit.*'width'"):
         train(CONFIG, images, tmp_path / "a", settings(), init_from=other, quiet=True)
     assert not (tmp_path / "a" / "checkpoint.safetensors").exists()
-    wrong = ["--start", "selfvae-cifar10-small", "--model", "vae", "--out", str(tmp_path / "b")]
+    wrong = ["--init-from", "selfvae-cifar10-small", "--model", "vae", "--out", str(tmp_path / "b")]
     assert main(["train", *wrong, "--data", str(tmp_path / "smooth.npy")]) == 2
     assert "leave out --model" in capsys.readouterr().err
 

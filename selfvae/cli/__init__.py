@@ -1,127 +1,101 @@
-"""The command line: thin functions whose signatures are the flags."""
+"""The command line: thin functions whose signatures are the flags.
+
+Only the module of the command that was asked for is imported, and torch only once it has work to do.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import os
+import signal
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
-import torch
-import tyro
-from tyro.conf import Positional, arg
+__all__ = ["main"]
 
-from selfvae import demo as first_run
-from selfvae import distributed, hub
-from selfvae.cli.codec import bench, compress, decompress, describe, pack, unpack
-from selfvae.cli.common import show
-from selfvae.cli.drawing import enhance, figures, generate, interpolate, reconstruct, vary
-from selfvae.cli.pages import serve
-from selfvae.cli.scores import evaluate, ood, quality, report, timing
-from selfvae.cli.training import crop, expand, export, push, train
-from selfvae.presets import PRESETS, SIZES, build
-
-
-def info(
-    model: Annotated[Positional[Path | None], arg(metavar="DIR|FILE")] = None,
-    presets: bool = False,
-    json: bool = False,
-) -> None:
-    """What a trained model is: configuration, parameters, levels. With --presets: the known names.
-
-    Args:
-        model: folder that training wrote, or the name of a shipped model; or a compressed picture, for the
-            bytes of its parts.
-        presets: list the presets with their parameter counts at every size, and the models that come with
-            selfvae, instead.
-        json: print one JSON object and nothing else.
-    """
-
-    def count(net: Any) -> int:
-        return sum(p.numel() for p in net.parameters())
-
-    if presets or model is None:
-        with torch.device("meta"):  # shapes only
-            sizes = {name: [count(build(name, size)) for size in SIZES] for name in PRESETS}
-        if json:
-            show({"sizes": list(SIZES), "presets": sizes, "bundled": list(hub.bundled())}, json)
-        else:
-            show({"size": list(SIZES), **sizes, "comes along": list(hub.bundled())}, json)
-        return
-    if model.is_file():
-        describe(model, json)
-        return
-    net = hub.load(model)
-    config = net.config.to_dict()
-    config["levels_of_grey"] = config.pop("levels")
-    levels = [
-        f"y{k}: {level.spec.channels} channels, {level.spec.num_values} levels"
-        + (f", z{k}" if level.has_latent else "")
-        + f", up by {level.transform}"
-        for k, level in enumerate(net.levels)
-    ]
-    own = {"parameters": count(net), "fingerprint": hub.fingerprint(net).hex()}
-    show({**config, **own, "hierarchy": levels}, json)
-
-
-def demo(
-    out: Path = Path("demo"), train: bool = False, fast: bool = False, seed: int = 0, json: bool = False
-) -> None:
-    """Show what the models do that come with selfvae: OUT/figure.png, OUT/result.json, compressed pictures.
-
-    Args:
-        out: folder for the picture, the numbers and the files.
-        train: train two small models on photographs instead, for three minutes, and show those.
-        fast: smaller pictures; with --train, half a minute.
-        seed: of everything random.
-        json: print one JSON object and nothing else.
-    """
-
-    # whatever libraries print goes to standard error: standard output is for the result
-    with contextlib.redirect_stdout(sys.stderr):
-        result = (first_run.train_demo if train else first_run.demo)(out, fast, seed)
-    show(result, json)
-    if not json:
-        print(f"\nSee {out / 'figure.png'}")
+_INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0, 1 if some pictures of a folder failed, or 2 with a message for bad input."""
-    commands: dict[str, Any] = {
-        "train": train,
-        "crop": crop,
-        "eval": evaluate,
-        "quality": quality,
-        "ood": ood,
-        "time": timing,
-        "report": report,
-        "generate": generate,
-        "sample": generate,
-        "enhance": enhance,
-        "reconstruct": reconstruct,
-        "vary": vary,
-        "interpolate": interpolate,
-        "figures": figures,
-        "compress": compress,
-        "decompress": decompress,
-        "pack": pack,
-        "unpack": unpack,
-        "bench": bench,
-        "serve": serve,
-        "push": push,
-        "export": export,
-        "info": info,
-        "demo": demo,
-    }
+    """Run a command and return its exit status.
+
+    0, 1 if some files of a folder failed, 2 with a message for bad input, 130 if interrupted.
+    """
+    with _interrupts() as came:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        except BaseException as error:
+            if came or isinstance(
+                error, KeyboardInterrupt
+            ):  # libraries may turn it into errors of their own
+                _say("interrupted")
+                return _INTERRUPTED
+            if not isinstance(error, ValueError | OSError | ImportError | FloatingPointError):
+                raise
+            _say(str(error))
+            return 2
+
+
+def _run(words: list[str]) -> int:
+    from selfvae.cli.commands import COMMANDS, load
+    from selfvae.cli.names import unknown
+    from selfvae.cli.parsing import overview, parse
+    from selfvae.cli.settings import expand, import_modules
+
+    words = import_modules(words)
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help"):
+        print(overview(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    if name in ("-v", "--version"):
+        import selfvae
+
+        print(f"selfvae {selfvae.__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise ValueError(unknown("command", name, COMMANDS, "selfvae --help lists the commands"))
     try:
-        status = tyro.extras.subcommand_cli_from_dict(
-            commands,
-            args=expand(sys.argv[1:] if argv is None else argv),
-            prog="selfvae",
-            description="Self-supervised variational auto-encoders.",
-        )
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        who = f"selfvae (process {distributed.rank()})" if distributed.rank() else "selfvae"
-        print(f"{who}: {error}", file=sys.stderr)
-        return 2
-    return status or 0
+        call = parse(load(name), name, expand(name, words[1:]))
+    except SystemExit as end:  # --help, or a message about the flags that is printed already
+        return end.code if isinstance(end.code, int) else 2
+    return call() or 0
+
+
+def _say(text: str) -> None:
+    """A line on standard error; one of several processes gives its number."""
+    distributed = sys.modules.get("selfvae.distributed")  # None before torch was needed
+    rank = distributed.rank() if distributed and hasattr(distributed, "rank") else 0
+    print(f"selfvae (process {rank}): {text}" if rank else f"selfvae: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Note that Ctrl-C was pressed, whatever becomes of the KeyboardInterrupt on its way."""
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if _importing(frame):  # libraries swallow exceptions there, or fail later in odd ways
+            _say("interrupted")
+            os._exit(_INTERRUPTED)
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not the main thread
+        yield came
+        return
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported, before any file is written."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False

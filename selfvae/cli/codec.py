@@ -2,122 +2,205 @@
 
 from __future__ import annotations
 
-from json import dumps as encode
+import time
+from json import dumps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from selfvae import codec as coding
-from selfvae import distributed
-from selfvae.cli.common import In, Out, each, load_model, positive, progress, show, targets
-from selfvae.codec import bench as race
-from selfvae.data import pictures
-from selfvae.files import below, write_atomic
+from selfvae.cli.common import load_model
+from selfvae.cli.files import each, read_picture, targets
+from selfvae.cli.flags import In, Out, positive
+from selfvae.cli.progress import FileProgress, note, progress
 
-PHOTOS = Path("selfvae-photos")  # the shipped model that compresses photographs
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from selfvae.codec import Codec
+
+PHOTOS = Path("selfvae-photos")  # the bundled model that compresses photographs
 _ENDING, _ARCHIVE = ".svae", ".svaes"
 _LOSSLESS = (".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def _codec(model: Path, devices: int = 1) -> coding.Codec:
-    codec = coding.Codec(load_model(model, devices))
-    if codec.model.spec.num_values != 256:
-        raise ValueError(f"picture files have 256 levels; this model has {codec.model.spec.num_values}")
-    return codec
+def _codec(model: Path, devices: int = 1) -> Codec:
+    net = load_model(model, devices)
+    from selfvae.codec import Codec
+
+    if net.spec.num_values != 256:
+        raise ValueError(f"picture files have 256 values per channel; this model has {net.spec.num_values}")
+    return Codec(net)
 
 
-def compress(source: In, out: Out, model: Path = PHOTOS, verify: bool = True, devices: int = 1) -> int:
-    """Compress a picture without loss: every pixel comes back. For a folder: every picture in it.
+def _pixels(file: Path, convert: bool) -> Tensor:
+    """The pixels to be stored, uint8 (1, C, H, W)."""
+    picture = read_picture(file, convert)
+    if picture.alpha is not None and int(picture.alpha.min()) < 255:
+        if not convert:
+            raise ValueError(
+                f"{file} has an alpha channel, which would be lost (--convert drops it; .png keeps it)"
+            )
+        note(f"{file}: alpha channel dropped")
+    return picture.pixels
 
-    Pixels alone are kept: no palette, no camera's notes; the orientation that they ask for is applied. The
-    file opens with the same model only.
+
+def compress(
+    source: In, out: Out, model: Path = PHOTOS, verify: bool = True, convert: bool = False, devices: int = 1
+) -> int:
+    """Compress a picture losslessly, or every picture in a folder.
+
+    Only pixels are stored: palettes, EXIF data and colour profiles are not. EXIF orientation is applied.
+    Only the model that wrote a file can read it. Prints for each file its bytes before and after, their
+    ratio, and the speed in MB/s (10^6 bytes of raw pixels per second).
 
     Args:
         source: picture file, or a folder.
-        out: file ending in .svae, or folder for them.
-        model: folder that training wrote, or a shipped model (selfvae info).
-        verify: decode every file and compare, which takes twice as long.
-        devices: GPUs or processes that share a folder's files.
+        out: file ending in .svae, or a folder for them.
+        model: folder that selfvae train wrote, or a bundled model.
+        verify: decode every file and compare it with the picture; takes twice as long.
+        convert: reduce pictures with more than 8 bits per channel, with other colours than grey and RGB,
+            with alpha or with several frames to 8-bit grey or RGB, instead of refusing them.
+        devices: number of GPUs or processes that share a folder's files.
     """
     packer = _codec(model, devices)
+    from selfvae.files import write_atomic
+    from selfvae.web.work import shares
 
-    def work(file: Path, target: Path) -> None:
+    stages, parts = ("compressing", "checking")[: 1 + verify], shares(packer.model)
+
+    def work(file: Path, target: Path) -> str:
         if target.suffix.lower() != _ENDING:
             raise ValueError(f"{target}: a compressed picture ends in {_ENDING}; got {target.suffix!r}")
-        data = packer.compress(pictures.read_exactly(file), verify=verify, track=progress)
+        x, began = _pixels(file, convert), time.perf_counter()
+        with FileProgress(stages, file.name, x[0, 0].numel(), parts) as bar:
+            data = packer.compress(x, verify=verify, track=bar.track)
+        seconds = time.perf_counter() - began
         write_atomic(target, data)
+        return _summary(file, target, x.numel(), seconds)
 
     return each(source, out, work, ending=_ENDING)
+
+
+def _summary(file: Path, target: Path, raw: int, seconds: float) -> str:
+    """What became of a picture's bytes; a word where a JPEG file has grown."""
+    before, after = file.stat().st_size, target.stat().st_size
+    if after > before and file.read_bytes()[:2] == b"\xff\xd8":
+        note(
+            f"{file} is a JPEG, which is lossy already: storing its exact pixels takes more; keep the JPEG"
+        )
+    return (
+        f"{target}: {before:,} -> {after:,} bytes, ratio {before / after:.2f}, "
+        f"{raw / 1e6 / seconds:.3g} MB/s"
+    )
 
 
 def decompress(
     source: In, out: Out, model: Path = PHOTOS, upto: str = "y0", partial: bool = False, devices: int = 1
 ) -> int:
-    """The picture in a compressed file, or the pictures in all files of a folder.
+    """Restore the picture in a compressed file, or the pictures in all files of a folder.
 
     Args:
         source: .svae file, or a folder.
-        out: picture file (.png and .webp are lossless), or folder for them.
-        model: the model that compressed it.
-        upto: y1, y2, ...: the smaller or greyer version of that name, exactly, from the file's first bytes.
-        partial: take a file that was cut short: the best picture so far, the rest as is most likely.
-        devices: GPUs or processes that share a folder's files.
+        out: picture file (.png and .webp are lossless), or a folder for them.
+        model: the model that compressed the files.
+        upto: stop at this level: y1, y2, ... is the exact smaller or greyer version of the picture, from
+            the first bytes of the file; y0 is the picture itself.
+        partial: accept a truncated file and fill in what is missing with the most likely values.
+        devices: number of GPUs or processes that share a folder's files.
     """
     packer = _codec(model, devices)
+    from selfvae.codec import read_header
+    from selfvae.data import pictures
+    from selfvae.web.work import shares
 
-    def work(file: Path, target: Path) -> None:
+    parts = shares(packer.model)
+
+    def work(file: Path, target: Path) -> str:
         pictures.check_ending(target)
-        x = packer.decompress(file.read_bytes(), upto, partial=partial, track=progress)
-        spec = packer.model.levels[int(upto[1:])].spec
-        pictures.write(pictures.show(x[0], spec), target)
+        data, began = file.read_bytes(), time.perf_counter()
+        header = read_header(data)
+        with FileProgress(("decompressing",), file.name, header.height * header.width, parts) as bar:
+            try:
+                x = packer.decompress(data, upto, partial=partial, track=bar.track)
+            except ValueError as error:
+                raise ValueError(str(error).replace("partial=True", "--partial")) from None
+        seconds = time.perf_counter() - began
+        pictures.write(pictures.show(x[0], packer.model.levels[int(upto[1:])].spec), target)
+        size = f"{x.shape[3]} x {x.shape[2]} pixels"
+        return f"{target}: {size}, {x.numel() / 1e6 / seconds:.3g} MB/s"
 
     return each(source, out, work, (_ENDING,))
 
 
 def pack(
-    source: In, out: Out, model: Path = PHOTOS, block: int = 64, verify: bool = True, devices: int = 1
+    source: In,
+    out: Out,
+    model: Path = PHOTOS,
+    block: int = 64,
+    verify: bool = True,
+    convert: bool = False,
+    devices: int = 1,
 ) -> None:
-    """Compress all pictures of a folder into one archive, without loss.
+    """Compress all pictures of a folder losslessly into one archive.
 
     Args:
-        source: folder of pictures; what lies in folders below it too.
+        source: folder of pictures; its sub-folders are included.
         out: file ending in .svaes.
-        model: folder that training wrote, or a shipped model (selfvae info).
-        block: pictures that are decoded together: more are smaller, fewer are quicker to take one out of.
-        verify: decode everything and compare, which takes twice as long.
-        devices: GPUs or processes that share the blocks.
+        model: folder that selfvae train wrote, or a bundled model.
+        block: pictures that are decoded together; larger blocks make smaller files, smaller blocks make
+            single pictures faster to extract.
+        verify: decode everything and compare; takes twice as long.
+        convert: as for compress.
+        devices: number of GPUs or processes that share the blocks.
     """
     if out.suffix.lower() != _ARCHIVE:
         raise ValueError(f"{out}: an archive ends in {_ARCHIVE}; got {out.suffix!r}")
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder: for one picture, use selfvae compress")
-    files = below(source, pictures.ENDINGS)
-    if not files:
-        raise ValueError(f"{source} holds no pictures")
-    named = [(file.relative_to(source).as_posix(), pictures.read_exactly(file)) for file in files]
+    files = _pictures_in(source)
+    named = [(file.relative_to(source).as_posix(), _pixels(file, convert)) for file in files]
     packer = _codec(model, devices)
-    data = coding.pack(packer, named, block=block, verify=verify, track=progress)
+    from selfvae import codec, distributed
+    from selfvae.files import write_atomic
+
+    data = codec.pack(packer, named, block=block, verify=verify, track=progress)
     distributed.on_rank_zero(lambda: write_atomic(out, data))
-    subpixels = sum(x.numel() for _, x in named)
-    rate = 8 * len(data) / subpixels
-    print(f"{len(named)} pictures in {out}: {len(data)} bytes, {rate:.3f} bits a sub-pixel")
+    before, subpixels = sum(f.stat().st_size for f in files), sum(x.numel() for _, x in named)
+    print(
+        f"{out}: {len(named)} pictures, {before:,} -> {len(data):,} bytes, "
+        f"{8 * len(data) / subpixels:.3f} bits per sub-pixel"
+    )
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    from selfvae.data.pictures import ENDINGS
+    from selfvae.files import below
+
+    files = below(folder, ENDINGS)
+    if not files:
+        raise ValueError(f"{folder} holds no pictures")
+    return files
 
 
 def unpack(source: In, out: Out, model: Path = PHOTOS, only: str | None = None, devices: int = 1) -> None:
-    """The pictures of an archive, as PNG files under their names (another lossless ending is kept).
+    """Extract the pictures of an archive as PNG files, or in the lossless format that their names end in.
 
     Args:
         source: .svaes file.
-        out: folder.
-        model: the model that packed it.
-        only: the name of one picture, to take out without the rest.
-        devices: GPUs or processes that share the blocks.
+        out: folder for the pictures.
+        model: the model that packed the archive.
+        only: name of a single picture to extract; by default all are.
+        devices: number of GPUs or processes that share the blocks.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; expected a folder")
     packer = _codec(model, devices)
-    archive = coding.Archive(packer, source.read_bytes())
+    from selfvae import distributed
+    from selfvae.codec import Archive
+    from selfvae.data import pictures
+
+    archive = Archive(packer, source.read_bytes())
     names = [entry.name for entry in archive.entries]
     if only is not None and only not in names:
         raise ValueError(f"{source} holds no picture {only!r}; it holds {', '.join(names[:5])}, ...")
@@ -132,7 +215,7 @@ def unpack(source: In, out: Out, model: Path = PHOTOS, only: str | None = None, 
         return count
 
     blocks = range(len(archive.blocks)) if only is None else range(1)
-    count = sum(distributed.distributed_map(write, blocks, progress, "decompressing"))
+    count = sum(distributed.distributed_map(write, blocks, progress, "decompressing blocks"))
     print(f"{count} of {len(names)} pictures in {out}")
 
 
@@ -141,12 +224,11 @@ def _targets(names: list[str], out: Path) -> dict[str, Path]:
     found = dict(zip(names, targets(names, out, ".png", _LOSSLESS), strict=True))
     for name, target in found.items():
         if not target.resolve().is_relative_to(out.resolve()):
-            raise ValueError(f"{name!r} would leave the folder {out}: the archive is not to be trusted")
+            raise ValueError(f"{name!r} would be written outside {out}: do not trust this archive")
     return found
 
 
-def bench(
-    what: Annotated[Positional[Literal["codec"]], arg(metavar="codec")],
+def bench_codec(
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")],
     model: Path = PHOTOS,
     out: Path | None = None,
@@ -154,51 +236,27 @@ def bench(
     prefixes: bool = True,
     json: bool = False,
 ) -> None:
-    """Sizes and speeds beside PNG, WebP, JPEG XL and JPEG 2000; prefixes beside JPEG, WebP and AVIF.
+    """Compare sizes and speeds with PNG, WebP, JPEG XL and JPEG 2000; previews with JPEG, WebP and AVIF.
 
     Args:
-        what: the codec.
-        folder: pictures.
-        model: folder that training wrote, or a shipped model (selfvae info).
+        folder: pictures; sub-folders are included.
+        model: folder that selfvae train wrote, or a bundled model.
         out: folder for codec.md, codec.json and codec.png; by default nothing is written.
-        limit: the first so many pictures.
-        prefixes: measure how good the picture is that a prefix of the file gives.
-        json: print one JSON object and nothing else.
+        limit: number of pictures, the first by name; by default all.
+        prefixes: also measure the quality of the pictures that the first bytes of each file give.
+        json: print one JSON object only.
     """
     if limit is not None:
         positive("limit", limit)
     packer = _codec(model)
-    files = below(folder, pictures.ENDINGS)[:limit]
-    if not files:
-        raise ValueError(f"{folder} holds no pictures")
-    result = race.bench(
-        packer, [pictures.read_exactly(file) for file in files], prefixes=prefixes, track=progress
-    )
+    from selfvae.codec import bench
+    from selfvae.data.pictures import read_exactly
+    from selfvae.files import write_atomic
+
+    pictures = [read_exactly(file) for file in _pictures_in(folder)[:limit]]
+    result = bench.bench(packer, pictures, prefixes=prefixes, track=progress)
     if out:
-        write_atomic(out / "codec.json", (encode(result, indent=1) + "\n").encode())
-        write_atomic(out / "codec.md", race.markdown(result).encode())
-        race.plot(result, out / "codec.png")
-    print(encode(result) if json else race.markdown(result))
-
-
-def describe(file: Path, json: bool) -> None:
-    """What a compressed file says of itself, and the bytes of its parts."""
-    data = file.read_bytes()
-    if file.suffix.lower() == _ARCHIVE:
-        raise ValueError(f"{file} is an archive: selfvae unpack takes the pictures out")
-    header = coding.read_header(data)
-    result: dict[str, Any] = {
-        "bytes": len(data),
-        "height": header.height,
-        "width": header.width,
-        "channels": header.channels,
-        "levels": header.num_values,
-        "bits_per_subpixel": 8 * len(data) / (header.height * header.width * header.channels),
-        "model": header.fingerprint.hex(),
-        "header_bytes": header.size,
-        **{f"{part.name}_bytes": part.size for part in header.parts},
-    }
-    missing = header.size + sum(part.size for part in header.parts) - len(data)
-    if missing:
-        result["missing_bytes" if missing > 0 else "extra_bytes"] = abs(missing)
-    show(result, json)
+        write_atomic(out / "codec.json", (dumps(result, indent=1) + "\n").encode())
+        write_atomic(out / "codec.md", bench.markdown(result).encode())
+        bench.plot(result, out / "codec.png")
+    print(dumps(result) if json else bench.markdown(result))

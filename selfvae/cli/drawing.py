@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 from tyro.conf import Positional, arg
 
-from selfvae import operations
-from selfvae.cli.common import (
-    SAMPLING,
-    In,
-    Out,
-    Run,
-    Sampling,
-    alpha_of,
-    check_free,
-    each_picture,
-    load_images,
-    load_model,
-    positive,
-    progress,
-)
-from selfvae.data import pictures, sheets
-from selfvae.reports.figures import draw_figures
-from selfvae.tiling import WHOLE, tiled_if_large
+from selfvae.cli.common import load_images, load_model, sampling
+from selfvae.cli.files import alpha_of, check_free, each_picture, read_picture
+from selfvae.cli.flags import In, Out, Run, SamplingFlags, positive
+from selfvae.cli.progress import FileProgress, note, progress
+
+if TYPE_CHECKING:
+    from selfvae.data.pictures import Picture
+    from selfvae.model import SelfVAE
+
+_SAMPLING = SamplingFlags()
 
 
 def generate(
@@ -35,33 +26,37 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     zoom: int = 2,
-    drawing: Sampling = SAMPLING,
+    drawing: SamplingFlags = _SAMPLING,
 ) -> None:
-    """Draw images from nothing into one picture.
+    """Generate images and write them as one grid.
 
     Args:
-        model: folder that training wrote.
+        model: folder that selfvae train wrote, or a bundled model.
         out: picture file.
         n: number of images.
-        height: of an image, in pixels; by default what the model was built for.
-        width: of an image, in pixels.
-        zoom: pixels of the picture for one of an image.
+        height: height of each image in pixels; by default that of the training images.
+        width: width of each image in pixels; by default that of the training images.
+        zoom: size at which each pixel is shown, in pixels of the grid.
     """
-
     net = load_model(model)
+    import torch
+
+    from selfvae import operations
+    from selfvae.data import pictures, sheets
+    from selfvae.tiling import WHOLE, tiled_if_large
+
     own = net.config.image_shape
     height, width = own[1] if height is None else height, own[2] if width is None else width
     for flag, value in (("n", n), ("height", height), ("width", width), ("zoom", zoom)):
         positive(flag, value)
     pictures.check_ending(out)
-    how = drawing.how(net)
+    how = sampling(drawing, net)
     fitting, chunk = tiled_if_large(net, height * width, progress), max(1, WHOLE // (height * width))
-    parts = [
-        operations.generate(fitting, min(chunk, n - i), height, width, **{**how, "seed": how["seed"] + i})
-        for i in range(0, n, chunk)
-    ]
-    images = torch.cat(parts)
-    sheets.save_grid(pictures.show(images, net.spec), out, zoom=zoom)
+    parts = []
+    for i in progress(range(0, n, chunk), "generating images"):
+        how["seed"] = drawing.seed + i
+        parts.append(operations.generate(fitting, min(chunk, n - i), height, width, **how))
+    sheets.save_grid(pictures.show(torch.cat(parts), net.spec), out, zoom=zoom)
     print(f"{n} images in {out}")
 
 
@@ -71,75 +66,109 @@ def enhance(
     model: Path = Path("selfvae-photos-x2"),
     level: int = 1,
     n: int = 1,
+    convert: bool = False,
     devices: int = 1,
-    drawing: Sampling = SAMPLING,
+    drawing: SamplingFlags = SamplingFlags(temperature="auto"),  # noqa: B008 (frozen)
 ) -> int:
-    """Enlarge, colour or de-band a picture of your own: whichever undoes the model's transform.
+    """Enlarge, colour or de-band a picture: whichever inverts the model's transform.
 
-    The picture is taken as y[LEVEL]: colour becomes grey for a model that colours, 8 bits become fewer for
-    one that de-bands. Alpha is kept.
+    The default model enlarges photographs 2 times; to enlarge 4 times, apply the command twice, to its own
+    result. The picture is taken as y[LEVEL] of the model: colour is reduced to grey for a model that
+    colours, 8 bits to fewer for one that de-bands. Alpha is kept.
 
     Args:
         source: picture file, or a folder: every picture in it.
-        out: picture file (.png and .webp are lossless), or folder for them.
-        model: folder that training wrote, or a shipped model (selfvae info).
-        level: which computed image the picture is.
-        n: draws; with more than one, OUT is a sheet: the picture and its draws.
-        devices: GPUs or processes that share a folder's files.
+        out: picture file (.png and .webp are lossless), or a folder for them.
+        model: folder that selfvae train wrote, or a bundled model.
+        level: which of the images that the model computes the picture is: y1, y2, ... .
+        n: number of draws; with more than one, OUT is a sheet of the picture and its draws.
+        convert: reduce pictures with more than 8 bits per channel, with other colours than grey and RGB or
+            with several frames to 8-bit grey or RGB, instead of refusing them.
+        devices: number of GPUs or processes that share a folder's files.
+        temperature: sampling temperature: one number, or one per variable, e.g. y0=0.3,z1=1. auto is 0, the
+            most likely picture, and 1 with --n above 1.
     """
-
     net = load_model(model, devices)
-    how = drawing.how(net)
-    operations.check_computed(net, level)
+    _check_level(net, level)
     positive("n", n)
-    rows, cols = net.scale(level)
+    import torch
 
-    def work(picture: pictures.Picture, file: Path) -> None:
+    from selfvae import operations
+    from selfvae.data import pictures, sheets
+    from selfvae.tiling import tiled_if_large
+    from selfvae.web.work import shares
+
+    how = sampling(drawing, net, auto=0.0 if n == 1 else 1.0)
+    (rows, cols), parts = net.scale(level), shares(net)
+
+    def work(picture: Picture, file: Path, target: Path) -> None:
         y = pictures.to_spec(picture, net.levels[level].spec)
-        fitting = tiled_if_large(net, y.shape[2] * rows * y.shape[3] * cols, progress)
-        draws = [
-            operations.enhance(fitting, y, level, **{**how, "seed": how["seed"] + i})[0] for i in range(n)
-        ]
-        shown = [pictures.show(x, net.spec) for x in draws]
+        pixels = y.shape[2] * rows * y.shape[3] * cols
+        with FileProgress(("enhancing",) * n, file.name, pixels, parts) as bar:
+            fitting = tiled_if_large(net, pixels, bar.track)
+            shown = []
+            for i in range(n):
+                how["seed"] = drawing.seed + i
+                shown.append(pictures.show(operations.enhance(fitting, y, level, **how)[0], net.spec))
         if n == 1:
-            pictures.write(shown[0], file, alpha_of(picture, net.spec))
+            pictures.write(shown[0], target, alpha_of(picture, net.spec))
         else:
             given = sheets.magnify(pictures.show(y, net.levels[level].spec), rows, cols)
             sheet = [sheets.to_rgb(x) for x in (given, *(x[None] for x in shown))]
-            sheets.save_grid(torch.cat([x.cpu() for x in sheet]), file, zoom=1)
+            sheets.save_grid(torch.cat([x.cpu() for x in sheet]), target, zoom=1)
 
-    return each_picture(source, out, work, alpha=n == 1 and net.spec.channels in (1, 3))
+    return each_picture(source, out, work, n == 1 and net.spec.channels in (1, 3), convert)
+
+
+def _check_level(net: SelfVAE, level: int) -> None:
+    """Raise ValueError unless the model computes y[level]."""
+    top = len(net.levels) - 1
+    if not top:
+        raise ValueError("this model computes no image to enhance from: choose one with transforms")
+    if not 1 <= level <= top:
+        found = "--level must be 1: this model computes only y1" if top == 1 else (
+            f"--level must be 1 to {top}: this model computes y1 to y{top}"
+        )  # fmt: skip
+        again = " (to enlarge further, enhance the result again)" if net.scale(top) != (1, 1) else ""
+        raise ValueError(f"{found}; got {level}{again}")
 
 
 def reconstruct(
     source: In,
     out: Out,
     model: Path,
-    given: str = "reconstruction",
+    condition_on: str = "reconstruction",
+    convert: bool = False,
     devices: int = 1,
-    drawing: Sampling = SAMPLING,
+    drawing: SamplingFlags = _SAMPLING,
 ) -> int:
-    """Draw a picture again from what the model infers of it. Alpha is kept.
+    """Reconstruct a picture from what the model infers from it. Alpha is kept.
 
     Args:
         source: picture file, or a folder: every picture in it.
-        out: picture file (.png and .webp are lossless), or folder for them.
-        model: folder that training wrote.
-        given: what is kept: variables and the papers' operations, e.g. RS1, CR, u,z0.
-        devices: GPUs or processes that share a folder's files.
+        out: picture file (.png and .webp are lossless), or a folder for them.
+        model: folder that selfvae train wrote, or a bundled model.
+        condition_on: variables to condition on, by name or as the papers' operations, e.g. RS1, CR or u,z0;
+            reconstruction is all latents.
+        convert: as for enhance.
+        devices: number of GPUs or processes that share a folder's files.
     """
-
     net = load_model(model, devices)
-    how, given_names = drawing.how(net), operations.names(net, given)
+    from selfvae import operations
+    from selfvae.data import pictures
+    from selfvae.tiling import tiled_if_large
+    from selfvae.web.work import shares
 
-    def work(picture: pictures.Picture, file: Path) -> None:
+    how, chosen, parts = sampling(drawing, net), operations.names(net, condition_on), shares(net)
+
+    def work(picture: Picture, file: Path, target: Path) -> None:
         x = pictures.to_spec(picture, net.spec)
-        drawn = operations.reconstruct(
-            tiled_if_large(net, x[0, 0].numel(), progress), x, given_names, **how
-        )
-        pictures.write(pictures.show(drawn[0], net.spec), file, alpha_of(picture, net.spec))
+        with FileProgress(("reconstructing",), file.name, x[0, 0].numel(), parts) as bar:
+            fitting = tiled_if_large(net, x[0, 0].numel(), bar.track)
+            drawn = operations.reconstruct(fitting, x, chosen, **how)
+        pictures.write(pictures.show(drawn[0], net.spec), target, alpha_of(picture, net.spec))
 
-    return each_picture(source, out, work, alpha=net.spec.channels in (1, 3))
+    return each_picture(source, out, work, net.spec.channels in (1, 3), convert)
 
 
 def vary(
@@ -147,31 +176,41 @@ def vary(
     out: Out,
     model: Path,
     n: int = 8,
-    given: str = "u",
-    drawing: Sampling = SAMPLING,
+    condition_on: str = "u",
+    convert: bool = False,
+    drawing: SamplingFlags = _SAMPLING,
 ) -> int:
-    """Variations of a picture in one sheet, the picture itself first.
+    """Draw variations of a picture, in one sheet with the picture itself first.
 
     Args:
         source: picture file, or a folder: every picture in it.
-        out: picture file, or folder for them.
-        model: folder that training wrote.
+        out: picture file, or a folder for them.
+        model: folder that selfvae train wrote, or a bundled model.
         n: number of variations.
-        given: what is kept; the rest is drawn anew.
+        condition_on: variables that all variations share, e.g. u (the top latent) or u,z0; the others are
+            drawn again.
+        convert: as for enhance.
     """
-
     net = load_model(model)
-    how, given_names = drawing.how(net), operations.names(net, given)
     positive("n", n)
+    import torch
 
-    def work(picture: pictures.Picture, file: Path) -> None:
+    from selfvae import operations
+    from selfvae.data import pictures, sheets
+    from selfvae.tiling import tiled_if_large
+    from selfvae.web.work import shares
+
+    how, chosen, parts = sampling(drawing, net), operations.names(net, condition_on), shares(net)
+
+    def work(picture: Picture, file: Path, target: Path) -> None:
         x = pictures.to_spec(picture, net.spec)
-        drawn = operations.vary(
-            tiled_if_large(net, n * x[0, 0].numel(), progress), x, n, given_names, **how
-        )[0].cpu()
-        sheets.save_grid(pictures.show(torch.cat([x, drawn]), net.spec), file, zoom=1)
+        pixels = n * x[0, 0].numel()
+        with FileProgress(("drawing variations of",), file.name, pixels, parts) as bar:
+            fitting = tiled_if_large(net, pixels, bar.track)
+            drawn = operations.vary(fitting, x, n, chosen, **how)[0].cpu()
+        sheets.save_grid(pictures.show(torch.cat([x, drawn]), net.spec), target, zoom=1)
 
-    return each_picture(source, out, work)
+    return each_picture(source, out, work, False, convert)
 
 
 def interpolate(
@@ -180,33 +219,39 @@ def interpolate(
     out: Out,
     model: Path,
     steps: int = 8,
-    given: str = "u",
+    latents: str = "u",
     spherical: bool = False,
     milliseconds: int = 100,
-    drawing: Sampling = SAMPLING,
+    convert: bool = False,
+    drawing: SamplingFlags = _SAMPLING,
 ) -> None:
-    """From one picture to another through the latents: a strip, or an animation (.gif, .webp).
+    """Interpolate between two pictures in latent space: a strip, or an animation (.gif, .webp).
 
     Args:
-        a: picture file to start from.
-        b: picture file to end with, of the same size.
+        a: first picture.
+        b: last picture, of the same size.
         out: .gif or .webp for an animation, any other picture file for a strip.
-        model: folder that training wrote.
-        steps: pictures, both ends included.
-        given: the latents that are interpolated, e.g. u or u,z0.
-        spherical: along an arc instead of a line.
-        milliseconds: of a picture in an animation.
+        model: folder that selfvae train wrote, or a bundled model.
+        steps: number of pictures, both ends included.
+        latents: latents to interpolate, e.g. u (the top one) or u,z0.
+        spherical: interpolate along an arc (slerp) instead of a line.
+        milliseconds: duration of each frame of an animation, in ms.
+        convert: as for enhance.
     """
-
     positive("milliseconds", milliseconds)
     net = load_model(model)
+    from selfvae import operations
+    from selfvae.data import pictures, sheets
+    from selfvae.tiling import tiled_if_large
+
     pictures.check_ending(out)
     for file in (a, b):
         check_free(file, out)
-    ends = [pictures.to_spec(pictures.read(file), net.spec) for file in (a, b)]
-    fitting = tiled_if_large(net, ends[0][0, 0].numel(), progress)
+    ends = [pictures.to_spec(read_picture(file, convert), net.spec) for file in (a, b)]
+    note(f"interpolating from {a.name} to {b.name}")
+    fitting, how = tiled_if_large(net, ends[0][0, 0].numel()), sampling(drawing, net)
     frames = operations.interpolate(
-        fitting, ends[0], ends[1], steps, given, spherical=spherical, **drawing.how(net)
+        fitting, ends[0], ends[1], steps, latents, spherical=spherical, track=progress, **how
     )
     frames = pictures.show(frames[0], net.spec)
     if out.suffix.lower() in (".gif", ".webp"):
@@ -222,20 +267,21 @@ def figures(
     out: Path | None = None,
     n: int = 8,
     devices: int = 1,
-    drawing: Sampling = SAMPLING,
+    drawing: SamplingFlags = _SAMPLING,
 ) -> None:
-    """The papers' figures from a trained model, and a page that shows them: OUT/index.html.
+    """Draw the papers' figures from a trained model, and a page that shows them: OUT/index.html.
 
     Args:
-        model: folder that training wrote.
-        data: as for train; the first N test images are shown.
-        out: folder; by default figures inside the model's, for a shipped model here.
-        n: images in a row.
-        devices: GPUs or processes that share the figures.
+        model: folder that selfvae train wrote, or a bundled model.
+        data: data set, as for train; its first N test images are used.
+        out: folder; by default MODEL/figures, and for a bundled model figures.
+        n: number of images in a row.
+        devices: number of GPUs or processes that share the figures.
     """
-
     net = load_model(model, devices)
+    from selfvae.reports.figures import draw_figures
+
     images = load_images(net, data)
     out = out or (model if model.is_dir() else Path()) / "figures"
-    files = draw_figures(net, images.take(range(min(n, len(images)))), out, **drawing.how(net))
+    files = draw_figures(net, images.take(range(min(n, len(images)))), out, **sampling(drawing, net))
     print(f"See {files[-1]}")

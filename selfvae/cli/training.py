@@ -3,81 +3,159 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import yaml
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import Positional, arg
 
-from selfvae import hub
-from selfvae.cli.common import In, Out, Run, progress
-from selfvae.data import crops, sources
-from selfvae.distributed import make_fabric
-from selfvae.files import write_atomic
-from selfvae.nn.precision import resolve
-from selfvae.presets import ModelConfig, configure
-from selfvae.training import loop
-from selfvae.training.checkpoint import check_free
+from selfvae.cli import settings
+from selfvae.cli.flags import In, Out, Run
+from selfvae.cli.names import check_model, check_preset
+from selfvae.cli.progress import note, progress
 from selfvae.training.config import TrainConfig
 
-_SETTINGS = "train.yaml"
+if TYPE_CHECKING:
+    from selfvae.data.batches import Dataset
+    from selfvae.model import SelfVAE
+    from selfvae.presets import ModelConfig
+
+Size = Literal["tiny", "small", "paper"]
+
+_CHECKPOINT = "checkpoint.safetensors"
 
 
 def train(
     out: Path,
     model: str = "selfvae",
-    size: Literal["tiny", "small", "paper"] = "small",
+    size: Size = "small",
     data: str = "photos",
     image_size: int | None = None,
     options: tuple[str, ...] = (),
-    start: str | None = None,
+    init_from: str | None = None,
     resume: bool = False,
     devices: int = 1,
     nodes: int = 1,
-    training: Annotated[TrainConfig, OmitArgPrefixes] = TrainConfig(),  # noqa: B008 (frozen)
-) -> None:
-    """Train a model; Ctrl-C saves and ends, --resume goes on (with the flags of the first call).
+    training: TrainConfig = TrainConfig(),  # noqa: B008 (frozen)
+) -> int:
+    """Train a model. Ctrl-C saves the run and stops; --resume continues it, with its first call's flags.
 
     Args:
-        out: folder for the model, the checkpoint, the curve (log.csv) and samples.
-        model: name of a preset (selfvae info --presets lists them).
-        size: of the networks.
-        data: photos, cifar10, imagenet32, imagenet64, imagenette, celeba, or a path to images.
-        image_size: height and width in pixels; by default the data's own.
+        out: folder for the model, the checkpoint, the learning curve (log.csv) and samples.
+        model: preset; selfvae info --presets lists them.
+        size: size of the networks.
+        data: photos, cifar10, imagenet32, imagenet64, imagenette, celeba, an .npy file (N, C, H, W), or a
+            folder of pictures.
+        image_size: height and width in pixels; by default the data set's own.
         options: fields of the model's configuration, e.g. width=0.25 latents=top.
-        start: trained model to begin with, a folder or one that comes with the package (selfvae info),
-            in place of --model, --size and --options.
-        resume: go on with the run in OUT.
-        devices: GPUs or processes a node.
-        nodes: how many nodes.
+        init_from: trained model whose weights and configuration the run begins with, a folder or a bundled
+            model, in place of --model, --size and --options.
+        resume: continue the run in OUT; --steps and --max-seconds count over all calls together.
+        devices: number of GPUs or processes on each node.
+        nodes: number of nodes.
     """
+    if not resume:
+        _check_names(model, init_from)
+    elif over := _over(out, training):
+        note(f"nothing to do: {over} to continue")
+        return 0
+
+    from selfvae.data import sources
+    from selfvae.distributed import make_fabric
+    from selfvae.nn.precision import resolve
+    from selfvae.training import loop
+    from selfvae.training.checkpoint import check_free
+
     if not resume:
         check_free(out)
     dataset = sources.load(data, image_size)
-    _, c, h, w = dataset.train.shape
-    trained = None if start is None or resume else hub.load(start)
+    trained = _trained(init_from, (model, size, options)) if init_from and not resume else None
     if trained:
-        if (model, size, options) != ("selfvae", "small", ()):
-            raise ValueError(
-                "--start brings the model's own settings: leave out --model, --size and --options"
-            )
         model, size, options = _flags(trained.config)
-    config = configure(model, size, (c, h, w), **dict(map(_option, options)))
+    config = _configure(model, size, options, dataset)
     precision = resolve(training.precision)
     if not resume:
-        flags = {
-            "model": model, "size": size, "data": data, "image-size": image_size,
-            "options": list(options), "start": start, "devices": devices, "nodes": nodes,
-            **{k.replace("_", "-"): v for k, v in vars(training).items()},
-            "precision": precision,  # so that it goes on alike on another machine
+        own: dict[str, object] = {
+            "import": settings.imported, "model": model, "size": size, "data": data,
+            "image-size": image_size, "options": list(options), "init-from": init_from, "devices": devices,
+            "nodes": nodes,
         }  # fmt: skip
-        text = yaml.safe_dump({k: v for k, v in flags.items() if v not in (None, [])}, sort_keys=False)
-        write_atomic(out / _SETTINGS, text.encode())
+        # the precision as resolved, so that the run continues alike on another machine
+        _save(out, {**own, **vars(training), "precision": precision})
     fabric = make_fabric(devices, nodes, precision)
     loop.train(config, dataset, out, training, init_from=trained, resume=resume, fabric=fabric)
-    if not fabric.global_rank:
-        print(f"model and curve are in {out}")
+    return 0 if fabric.global_rank else _ending(out, training)
+
+
+def _check_names(model: str, init_from: str | None) -> None:
+    """Raise ValueError for an unknown model, before anything slow is imported."""
+    if init_from is None:
+        check_preset(model)
+    else:
+        check_model(Path(init_from))
+
+
+def _trained(init_from: str, chosen: tuple[str, Size, tuple[str, ...]]) -> SelfVAE:
+    """The model to begin with, which brings its own settings."""
+    from selfvae import hub
+
+    if chosen != ("selfvae", "small", ()):
+        raise ValueError(
+            "--init-from brings the model's own settings: leave out --model, --size, --options"
+        )
+    return hub.load(init_from)
+
+
+def _configure(model: str, size: Size, options: tuple[str, ...], data: Dataset) -> ModelConfig:
+    from selfvae.presets import configure
+
+    _, c, h, w = data.train.shape
+    chosen: dict[str, object] = dict(map(_option, options))
+    return configure(model, size, (c, h, w), **chosen)
+
+
+def _save(out: Path, flags: dict[str, object]) -> None:
+    """Write the settings of a run, for --resume."""
+    import yaml
+
+    from selfvae.files import write_atomic
+
+    kept = {k.replace("_", "-"): v for k, v in flags.items() if v is not None and v != []}
+    write_atomic(out / settings.SAVED, yaml.safe_dump(kept, sort_keys=False).encode())
+
+
+def _state(out: Path, training: TrainConfig) -> tuple[int, float, int]:
+    """Of a run's checkpoint: steps, seconds by the clock that counts, evaluations without improvement."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(out / _CHECKPOINT, framework="np") as file:
+            state = json.loads(file.metadata()["state"])
+    except (OSError, SafetensorError, TypeError, KeyError):
+        return 0, 0.0, 0  # training says what is wrong
+    seconds = state.get("cpu_seconds" if training.clock == "cpu" else "seconds", 0.0)
+    return int(state["step"]), float(seconds), int(state.get("since_best", 0))
+
+
+def _over(out: Path, training: TrainConfig) -> str:
+    """Why there is nothing left to train in a run, if so."""
+    step, seconds, _ = _state(out, training)
+    if 0 < training.max_seconds <= seconds:
+        return (
+            f"{out} has used {seconds:.0f} of its {training.max_seconds:g} seconds of training, which "
+            "count over all calls; give a larger --max-seconds"
+        )
+    return f"{out} has made its {step} steps; give more --steps" if training.steps <= step else ""
+
+
+def _ending(out: Path, training: TrainConfig) -> int:
+    """Say how a run has ended, and return the exit status: 130 if it was interrupted."""
+    step, seconds, since_best = _state(out, training)
+    spent = 0 < training.max_seconds <= seconds or 0 < training.patience <= since_best
+    if 0 < step < training.steps and not spent:
+        note(f"interrupted after {step} steps, which are saved: --resume --out {out} continues")
+        return 130
+    print(f"model and learning curve are in {out}")
+    return 0
 
 
 def push(
@@ -86,20 +164,25 @@ def push(
     half: bool = False,
     private: bool = False,
 ) -> None:
-    """Put a model on the Hugging Face hub, with a card; `hf auth login` first.
+    """Upload a model to the Hugging Face hub, with a model card. Run `hf auth login` first.
 
     Args:
-        model: folder that training wrote; its settings go into the card.
-        name: there; selfvae.from_pretrained takes it from then on.
-        half: round the weights to float16, for half the bytes: another model, which cannot read files that
-            this one compressed.
-        private: for its owner alone.
+        model: folder that selfvae train wrote; its settings become part of the card.
+        name: name on the hub, which selfvae.from_pretrained then takes.
+        half: round the weights to float16, for half the bytes; this makes another model, which cannot read
+            files that the original compressed.
+        private: make the repository private.
     """
+    check_model(model)
+    import yaml
+
+    from selfvae import hub
+
     sections = {}
-    if (model / _SETTINGS).is_file():
-        settings = yaml.safe_load((model / _SETTINGS).read_text())
-        settings["data"] = Path(settings["data"]).name  # where it lay concerns nobody
-        sections["Recipe"] = f"```\n{yaml.safe_dump(settings, sort_keys=False)}```"
+    if (model / settings.SAVED).is_file():
+        saved = yaml.safe_load((model / settings.SAVED).read_text())
+        saved["data"] = Path(saved["data"]).name  # the path is nobody's concern
+        sections["Recipe"] = f"```\n{yaml.safe_dump(saved, sort_keys=False)}```"
     print(hub.push_to_hub(hub.load(model), name, sections, half=half, private=private))
 
 
@@ -109,29 +192,34 @@ def export(
     what: Literal["enhance", "decoder"] = "enhance",
     level: int | None = None,
 ) -> None:
-    """Write the enhancement path or a decoder for other runtimes: ONNX, or a program of torch.export.
+    """Export the enhancement path or a decoder to another runtime: ONNX, or a torch.export program.
+
+    Takes a minute or two, most of it in torch's own tracing.
 
     Args:
-        model: folder that training wrote, or a shipped model (selfvae info).
+        model: folder that selfvae train wrote, or a bundled model.
         out: file ending in .onnx or .pt2.
-        what: enhance takes y[LEVEL] and gives the likeliest picture; decoder takes y[LEVEL + 1], and
-            z[LEVEL] where there is one, and gives the parameters of y[LEVEL]'s distribution.
-        level: by default 1 to enhance, 0 for the decoder.
+        what: enhance maps y[LEVEL] to the most likely picture; decoder maps y[LEVEL + 1], and z[LEVEL]
+            where there is one, to the parameters of the distribution of y[LEVEL].
+        level: level, see --what; by default 1 for enhance and 0 for decoder.
     """
-    from selfvae.export import DecoderPart, Enhancement, write
+    check_model(model)
+    from selfvae import hub
+    from selfvae.export import DecoderPart, Enhancement, check_path, write
 
+    check_path(out)
     net = hub.load(model)
     part: Enhancement | DecoderPart
     if what == "enhance":
         part = Enhancement(net, 1 if level is None else level)
     else:
         part = DecoderPart(net, 0 if level is None else level)
-    write(part, out)
-    taken = ", ".join(f"{name} {tuple(value.shape)}" for name, value in part.example().items())
-    print(f"{out}: {out.stat().st_size:,} bytes; takes e.g. {taken}, gives {part.output}")
+    write(part, out, note)
+    print(f"{out}: {out.stat().st_size:,} bytes")
+    print("\n".join(part.describe()))
 
 
-def crop(
+def prepare_crops(
     source: In,
     out: Out,
     size: int = 64,
@@ -139,72 +227,39 @@ def crop(
     n: int = 20_000,
     seed: int = 0,
 ) -> None:
-    """Cut a folder of photographs into a data set for --data: random squares, whole pictures held out.
+    """Cut a folder of photographs into a data set for --data: random crops; whole pictures are held out.
 
     Args:
-        source: folder of at least three pictures; what lies in folders below it too.
+        source: folder of at least three pictures; its sub-folders are included.
         out: folder for train.npy, validation.npy and test.npy.
-        size: height and width of a crop in pixels.
-        shrink: factors by which every picture is shrunk first, which hides the traces of JPEG.
-        n: crops to train on; a twentieth of that for validation, and for test.
-        seed: of the choice.
+        size: height and width of each crop in pixels.
+        shrink: factors by which every picture is shrunk first, which hides JPEG artefacts.
+        n: number of training crops; a twentieth of that is added for validation and for testing.
+        seed: random seed.
     """
+    from selfvae.data import crops
+
     pictures = crops.crop(source, out, size, shrink, n, seed, progress)
     print(
-        f"{out}: {n} crops of {pictures['train']} pictures to train on, {n // 20} of "
-        f"{pictures['validation']} others for validation and {n // 20} of {pictures['test']} for test"
+        f"{out}: {n} training crops from {pictures['train']} pictures, {n // 20} for validation from "
+        f"{pictures['validation']} others, {n // 20} for testing from {pictures['test']} others"
     )
 
 
-def _flags(config: ModelConfig) -> tuple[str, Any, tuple[str, ...]]:
+def _flags(config: ModelConfig) -> tuple[str, Size, tuple[str, ...]]:
     """--model, --size and --options that make a model of this configuration."""
     rest = {k: v for k, v in config.to_dict().items() if k not in ("name", "image_shape")}
     return config.name, "small", tuple(f"{key}={json.dumps(value)}" for key, value in rest.items())
 
 
-def _option(text: str) -> tuple[str, Any]:
+def _option(text: str) -> tuple[str, object]:
     """A model option KEY=VALUE."""
+    import yaml
+
     key, given, value = text.partition("=")
     if not given or key in ("name", "size", "image_shape"):
         raise ValueError(f"--options takes fields of the model as KEY=VALUE, e.g. width=0.25; got {text!r}")
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError:
-        raise ValueError(f"--options: {text!r} has no value that can be read, e.g. width=0.25") from None
-
-
-def expand(argv: list[str]) -> list[str]:
-    """Replace --config FILE, and --resume's saved settings, by the flags they stand for."""
-    settings: list[Path] = []
-    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
-    if "--config" in argv:
-        at = argv.index("--config")
-        if at + 1 == len(argv):
-            raise ValueError("--config needs a YAML file")
-        settings.append(Path(argv[at + 1]))
-        del argv[at : at + 2]
-    if argv[:1] == ["train"] and "--resume" in argv and "--out" in argv[:-1]:
-        saved = Path(argv[argv.index("--out") + 1]) / _SETTINGS
-        if saved.exists():
-            settings.append(saved)
-    flags: list[str] = []
-    for path in settings:
-        try:
-            values = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must map flags to values, e.g. 'steps: 1000'")
-        for key, value in values.items():
-            key = key.replace("_", "-")
-            if isinstance(value, bool):
-                flags.append(f"--{key}" if value else f"--no-{key}")
-            elif isinstance(value, list):
-                flags += [f"--{key}", *map(str, value)]
-            elif isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{path}: {key} must be finite")
-            elif value is not None:
-                flags += [f"--{key}", str(value)]
-    # after what has no flag, which a list would swallow; before the other flags, which count for more
-    at = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    return [*argv[:at], *flags, *argv[at:]]
+        raise ValueError(f"--options: the value in {text!r} cannot be read; e.g. width=0.25") from None

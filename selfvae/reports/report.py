@@ -31,10 +31,11 @@ from selfvae.metrics.fid import Network, evaluate_samples
 from selfvae.metrics.likelihood import evaluate, summary
 from selfvae.metrics.ood import ALTERED, evaluate_ood
 from selfvae.metrics.timing import measure_speed
-from selfvae.nn.precision import Resolved, autocast
+from selfvae.nn.precision import autocast
 from selfvae.operations import seeded
 from selfvae.reports import html
 from selfvae.reports.figures import draw_figures
+from selfvae.reports.settings import Settings
 
 __all__ = ["PAPERS", "Settings", "write_report"]
 
@@ -68,37 +69,6 @@ PAPERS = (
 )
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What is measured. All limits take the first images of the split (see `sources.load`).
-
-    Args:
-        limit: images for the ELBO.
-        iw: draws of the importance-weighted bounds (also 1, 8 and 64); 0: none.
-        iw_limit: images for these.
-        precision: of the networks for the bounds; bf16-mixed is faster.
-        enhance_limit: images enhanced.
-        draws: enhancements per image.
-        ood_limit: images of each set.
-        quality_n: images drawn for the sample quality.
-        figures: images in a row of the figures; 0: none.
-        batch_size: images per batch.
-        seed: of all draws.
-    """
-
-    limit: int = 10_000
-    iw: int = 512
-    iw_limit: int = 1000
-    precision: Resolved = "32-true"
-    enhance_limit: int = 500
-    draws: int = 8
-    ood_limit: int = 1000
-    quality_n: int = 10_000
-    figures: int = 8
-    batch_size: int = 64
-    seed: int = 0
-
-
 _BLOCK = 20  # images whose importance-weighted bounds are kept at a time
 Outside = dict[str, Images | None]
 Part = dict[str, Any]
@@ -110,7 +80,7 @@ def write_report(
     images: Images,
     data: str,
     out: Path,
-    settings: Settings = Settings(),
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
     *,
     outside: Outside | None = None,
     features: tuple[str, Network] | None = None,
@@ -169,7 +139,8 @@ def _notes(settings: Settings, n: int, data: str, command: str, device: torch.de
     notes = [
         f"Command: `{command}`" if command else "",
         f"Data: {data}, {n} images, {settings.limit} at most for the ELBO, "
-        f"{settings.iw_limit} for IWAE-{settings.iw} ({settings.precision}). Seed {settings.seed}.",
+        f"{settings.iwae_limit} for IWAE-{settings.iwae_samples} ({settings.precision}). "
+        f"Seed {settings.seed}.",
         f"selfvae {_commit()}, torch {torch.__version__}, {_machine(device)}, "
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.",
         "Terms are nats per image; bits/dim counts the dimensions of x only; +- is the standard error over "
@@ -237,10 +208,10 @@ class _Work:
                 "ood", [s.ood_limit, sets],
                 lambda: evaluate_ood(model, images, self.outside, limit=s.ood_limit, **how),
             )  # fmt: skip
-        if s.iw and model.has_latents:
+        if s.iwae_samples and model.has_latents:
             parts["iwae"] = {
                 str(draws): self.iwae(draws)
-                for draws in sorted({n for n in (1, 8, 64) if n < s.iw} | {s.iw})
+                for draws in sorted({n for n in (1, 8, 64) if n < s.iwae_samples} | {s.iwae_samples})
             }
         if len(model.levels) > 1:
             parts["enhance"] = self.kept(
@@ -250,8 +221,8 @@ class _Work:
         if self.features is not None:
             name, network = self.features
             parts["quality"] = self.kept(
-                "quality", [name, s.quality_n],
-                lambda: evaluate_samples(model, images, network, s.quality_n, **how),
+                "quality", [name, s.fid_samples],
+                lambda: evaluate_samples(model, images, network, s.fid_samples, **how),
             )  # fmt: skip
         if s.figures:
             parts["figures"] = self.kept("figures", [s.figures], self.draw)
@@ -259,7 +230,7 @@ class _Work:
 
     def iwae(self, draws: int) -> Part:
         """Means over images, in bits/dim, found block by block."""
-        s, n = self.settings, min(self.settings.iw_limit, len(self.images))
+        s, n = self.settings, min(self.settings.iwae_limit, len(self.images))
 
         def found(block: range) -> Part:
             name = f"iwae-{draws}-{block.start}"

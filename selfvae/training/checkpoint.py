@@ -130,7 +130,7 @@ def check_same_model(checkpoint: Path, config: ModelConfig) -> None:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(
-            f"{checkpoint} is damaged ({error}): begin another run with --start {checkpoint.parent}"
+            f"{checkpoint} is damaged ({error}): begin another run with --init-from {checkpoint.parent}"
         ) from None
     if "model" not in metadata:
         raise ValueError(f"{checkpoint} is not a checkpoint: expected one that selfvae train wrote")
@@ -164,7 +164,8 @@ def take_weights(model: SelfVAE, start: SelfVAE) -> None:
     except RuntimeError:
         raise ValueError(
             "the weights to start from do not fit; their model and the run's differ in "
-            f"{_differences(start.config, model.config)}; data of another size: --image-size, selfvae crop"
+            f"{_differences(start.config, model.config)}; data of another size: --image-size, "
+            "selfvae prepare-crops"
         ) from None
 
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +44,20 @@ def test_page(
     names: dict[str, object] = {}
     for block in blocks:
         exec(block, names)
+
+
+def test_the_readme_in_python() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["larger"].shape == (1, 3, 192, 256) and names["images"].shape == (16, 3, 32, 32)
+
+
+def test_the_readme_is_short_and_has_the_commands_of_ci() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    for line in ("pip install -e . && selfvae demo", 'pip install -e ".[test]" && pytest'):
+        assert line in lines
 
 
 def test_tutorial_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
 import shlex
@@ -58,6 +59,55 @@ def test_the_readme_is_short_and_has_the_commands_of_ci() -> None:
     assert len(lines) <= 120
     for line in ("pip install -e . && selfvae demo", 'pip install -e ".[test]" && pytest'):
         assert line in lines
+
+
+DOCUMENTS = [
+    file
+    for pattern in (
+        "*.md",
+        "docs/*.md",
+        "recipes/*.md",
+        "benchmarks/*.md",
+        "results/*.md",
+        "selfvae/models/*/*.md",
+    )
+    for file in sorted(ROOT.glob(pattern))
+]
+# flags of every command, and of the words before it
+EVERYWHERE = {"--help", "--config", "--import"}
+
+
+def shown_commands(text: str) -> list[list[str]]:
+    """The words of every `selfvae ...` in fenced blocks and between backticks, continued lines joined."""
+    text = text.replace("\\\n", " ")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    fenced = [block for language, block in blocks if language in ("", "sh")]
+    lines = [line for block in fenced for line in block.splitlines()]
+    lines += re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    found = [
+        re.search(r"(?:^|[ /])(?:selfvae|-m selfvae\.cli) ([a-z].*)", line.split(" #")[0]) for line in lines
+    ]
+    return [match[1].split() for match in found if match]
+
+
+def test_every_command_and_flag_in_the_documents_exists(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    known: dict[str, set[str]] = {}
+    wrong: list[str] = []
+    for file in DOCUMENTS:
+        for command, *words in shown_commands(file.read_text()):
+            if command not in known:
+                with contextlib.suppress(SystemExit):
+                    main([command, "--help"])
+                shown = capsys.readouterr()
+                known[command] = set(re.findall(r"--[a-z][\w-]*", shown.out))
+            flags = {word.split("=")[0] for word in words if word.startswith("--")} - EVERYWHERE
+            missing = flags - known[command] if known[command] else {"(no such command)"}
+            wrong += [f"{file.relative_to(ROOT)}: selfvae {command}: {flag}" for flag in sorted(missing)]
+    assert not wrong, "\n".join(wrong)
+    assert len(known) > 15
 
 
 def test_tutorial_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

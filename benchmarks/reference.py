@@ -1,7 +1,7 @@
 """What a researcher writes first, to measure against: the same models and operations, nothing made fast.
 
-float32, eager, contiguous layout; dense blocks layer by layer, each with its concatenation; transforms
-image by image through Pillow; encoders run again for every importance draw; one picture a file.
+float32, eager, contiguous layout; dense blocks without operations in place; transforms image by image
+through Pillow; encoders run again for every importance draw; one picture a file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from selfvae import SelfVAE
 from selfvae.codec import Codec
-from selfvae.nn.layers import DenseBlock
+from selfvae.nn.layers import DenseStep
 from selfvae.transforms import BicubicDownscale
 
 __all__ = ["compress", "decompress", "iwae", "plain", "train_step"]
@@ -27,10 +27,16 @@ def plain(model: SelfVAE) -> SelfVAE:
     """A copy of a model that computes the same, plainly."""
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for module in model.modules():
-        if isinstance(module, DenseBlock):
-            module.forward = types.MethodType(nn.Sequential.forward, module)  # type: ignore[method-assign]
+        if isinstance(module, nn.ELU):
+            module.inplace = False
+        if isinstance(module, DenseStep):
+            module.forward = types.MethodType(_dense_step, module)  # type: ignore[method-assign]
     model.pyramid = types.MethodType(_pyramid, model)  # type: ignore[method-assign]
     return model
+
+
+def _dense_step(step: DenseStep, x: Tensor) -> Tensor:
+    return nn.functional.elu(torch.cat([x, nn.Sequential.forward(step, x)], 1))
 
 
 def _pyramid(model: SelfVAE, x: Tensor) -> list[Tensor]:
@@ -45,9 +51,9 @@ def _transform(transform: nn.Module, y: Tensor) -> Tensor:
         out: Tensor = transform(y)
         return out
     rows, cols = transform.scale
-    image = Image.fromarray(y[0].permute(1, 2, 0).numpy())
+    image = Image.fromarray(y[0].permute(1, 2, 0).cpu().numpy())
     small = image.resize((image.width // cols, image.height // rows), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].contiguous()
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].contiguous().to(y.device)
 
 
 def train_step(model: SelfVAE, ema: SelfVAE, optimizer: torch.optim.Optimizer, x: Tensor) -> None:

@@ -86,7 +86,7 @@ def inference(
     low = resolve("auto", "cpu")
 
     def quickly(task: Callable[..., object], *args: Any) -> object:
-        with autocast(fast, low):
+        with autocast(fast.device, low):
             return task(fast, *args)
 
     pairs: dict[str, Pair] = {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from selfvae.files import write_atomic, write_tensors
 from selfvae.level import Level
 from selfvae.model import SelfVAE
-from selfvae.presets import FORMER_FIELDS, ModelConfig, from_config
+from selfvae.presets import FORMAT, FORMER_FIELDS, ModelConfig, from_config
 
 __all__ = [
     "bundled",
@@ -36,11 +36,18 @@ __all__ = [
     "unique_state_dict",
 ]
 
-_FORMAT = 1
 _FILES = ("config.json", "model.safetensors")
 _BUNDLED = Path(__file__).parent / "models"
 # options that came later, as they were before: they leave the fingerprints of older models alone
-_PLAIN = {"posterior": "normal", "shared": False}
+_PLAIN: dict[str, Any] = {
+    "posterior": "normal",
+    "shared": False,
+    "inner_elu": True,
+    "activation": "elu",
+    "kernels": (3, 3, 3),
+    "depthwise": False,
+}
+_PRIORS = {"flow-residual": "flow", "mog-local": "mog"}  # what fingerprints call them, as format 1 did
 
 
 def bundled() -> dict[str, Path]:
@@ -75,12 +82,15 @@ def check_plain(model: SelfVAE) -> None:
 def fingerprint(model: SelfVAE) -> bytes:
     """8 bytes that tell models apart: of the structure and of every weight's value as float64."""
     check_plain(model)
-    former = {new: old for old, new in FORMER_FIELDS.items()}  # files of older models stay readable
-    config = {
-        former.get(key, key): value
-        for key, value in model.config.to_dict().items()
-        if value != _PLAIN.get(key)
-    }
+    plain, prior = dict(_PLAIN), model.config.prior
+    if prior != "mog":
+        plain["prior_components"] = model.config.prior_components
+    if model.config.backbone != "dense" and prior != "flow":
+        plain["inner_elu"] = model.config.inner_elu
+    former = {new: old for old, new in FORMER_FIELDS.items()}
+    options = {key: value for key, value in model.config.to_dict().items() if value != plain.get(key)}
+    config = {former.get(key, key): value for key, value in options.items()}
+    config["prior"] = _PRIORS.get(prior, prior)
     found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, value in sorted(unique_state_dict(model).items()):
         found.update(f"{name} {tuple(value.shape)} ".encode())
@@ -99,7 +109,7 @@ def save(model: SelfVAE, folder: str | Path, *, half: bool = False) -> None:
         k: v.half() if half and v.is_floating_point() else v for k, v in unique_state_dict(model).items()
     }
     write_tensors(folder / "model.safetensors", state)
-    config: dict[str, Any] = {"format": _FORMAT, "model": model.config.to_dict()}
+    config: dict[str, Any] = {"format": FORMAT, "model": model.config.to_dict()}
     write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
@@ -130,13 +140,13 @@ def load(path: str | Path) -> SelfVAE:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise ValueError(f"{folder}/config.json is no JSON: {error}") from None
-    if not isinstance(config, dict) or "model" not in config or config.get("format") != _FORMAT:
+    if not isinstance(config, dict) or "model" not in config or config.get("format") not in (1, FORMAT):
         raise ValueError(
-            f"{folder}/config.json must be {{'format': {_FORMAT}, 'model': ...}}; got {str(config)[:50]}: "
+            f"{folder}/config.json must be {{'format': {FORMAT}, 'model': ...}}; got {str(config)[:50]}: "
             "use the version of selfvae that wrote it"
         )
     try:
-        model = from_config(ModelConfig.from_dict(config["model"]))
+        model = from_config(ModelConfig.from_dict(config["model"], config["format"]))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}/config.json describes no model: {error}") from None
     try:

@@ -12,10 +12,10 @@ from typing import Any, Literal
 from torch import nn
 
 from selfvae.distributions.pixels import param_count
-from selfvae.distributions.priors import TOP_PRIORS, FlowPrior
+from selfvae.distributions.priors import TOP_PRIORS, FlowPrior, MixturePrior, ResidualFlowPrior
 from selfvae.level import Level
 from selfvae.model import SelfVAE
-from selfvae.nn.layers import BACKBONES
+from selfvae.nn.layers import ACTIVATIONS, BACKBONES
 from selfvae.nn.networks import Branch, Constant, Decoder, Encoder, PriorNet, Shared
 from selfvae.transforms import (
     BicubicDownscale,
@@ -33,7 +33,18 @@ from selfvae.transforms import (
     Transform,
 )
 
-__all__ = ["PRESETS", "TRANSFORMS", "ModelConfig", "build", "configure", "from_config", "transform"]
+__all__ = [
+    "FORMAT",
+    "PRESETS",
+    "TRANSFORMS",
+    "ModelConfig",
+    "build",
+    "configure",
+    "from_config",
+    "transform",
+]
+
+FORMAT = 2  # of configurations, in folders and checkpoints
 
 TRANSFORMS: dict[str, Callable[[], Transform]] = {
     **{f"mean{n}": lambda n=n: MeanDownscale(n) for n in (2, 3, 4)},  # type: ignore[misc]
@@ -85,7 +96,9 @@ class ModelConfig:
             "columns" and "rows" down to 4 x 4; "quincunx" that of "checkerboard" and "staggered" down to
             2 x 2 (to 4 x 4 or so with latents, or from odd sides), the longer side halved first where it is
             twice the other.
-        prior: of the top latent: "normal", "mog", "flow" or, with a uniform posterior, "logistic".
+        prior: of the top latent: "normal"; "mog", a mixture over the whole latent, of one image size;
+            "mog-local", one at every position; "flow", RealNVP with dense blocks; "flow-residual", with
+            residual ones; or, with a uniform posterior, "logistic".
         posterior: of all latents: "normal", or "uniform", whose latents are coded as whole numbers.
         latents: "all" levels have one, "top" only the top one, or "none".
         latent_channels: channels of every latent.
@@ -93,7 +106,13 @@ class ModelConfig:
         anchored: add the transform's plain estimate to every component's mean.
         coefficients: "raw" (PixelCNN++) or "residual" channel coefficients.
         components: logistics in a mixture.
+        prior_components: Gaussians of the "mog" prior.
         backbone: "dense" (the papers') or "residual".
+        inner_elu: in dense blocks, an ELU between a step's two convolutions and inside the attention (the
+            thesis has it, the configuration published with the paper does not).
+        activation: of residual networks without latents, "elu" or "clipped_relu".
+        kernels: sizes of their first convolution, of each layer's and of the last one.
+        depthwise: their layers' convolutions are depthwise.
         shared: levels of one transform share one decoder; without latents and with "residual" only.
         width: factor on all growths and stems.
         depth: factor on all steps.
@@ -103,7 +122,7 @@ class ModelConfig:
     image_shape: tuple[int, int, int] = (3, 32, 32)
     num_values: int = 256
     transforms: tuple[str, ...] = ()
-    prior: Literal["normal", "mog", "flow", "logistic"] = "flow"
+    prior: Literal["normal", "mog", "mog-local", "flow", "flow-residual", "logistic"] = "flow"
     posterior: Literal["normal", "uniform"] = "normal"
     latents: Literal["all", "top", "none"] = "all"
     latent_channels: int = 16
@@ -111,7 +130,12 @@ class ModelConfig:
     residual_mean: bool = False
     coefficients: Literal["raw", "residual"] = "raw"
     components: int = 10
+    prior_components: int = 1000
     backbone: Literal["dense", "residual"] = "dense"
+    inner_elu: bool = True
+    activation: Literal["elu", "clipped_relu"] = "elu"
+    kernels: tuple[int, int, int] = (3, 3, 3)
+    depthwise: bool = False
     shared: bool = False
     width: float = 1.0
     depth: float = 1.0
@@ -134,6 +158,7 @@ class ModelConfig:
             ("latents", ("all", "top", "none")),
             ("coefficients", ("raw", "residual")),
             ("backbone", BACKBONES),
+            ("activation", ACTIVATIONS),
         ):
             if not isinstance(getattr(self, field), str) or getattr(self, field) not in known:
                 raise ValueError(f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}")
@@ -142,15 +167,23 @@ class ModelConfig:
                 "posterior=uniform and prior=logistic go together; got "
                 f"posterior={self.posterior}, prior={self.prior}"
             )
+        kernels = self.kernels
+        if (
+            not isinstance(kernels, Sequence)
+            or len(kernels) != 3
+            or any(k not in (1, 3, 5, 7) for k in kernels)
+        ):
+            raise ValueError(f"kernels must be three sizes of 1, 3, 5 or 7; got {kernels!r}")
+        object.__setattr__(self, "kernels", tuple(kernels))
         for field, kinds in (
             ("width", (int, float)), ("depth", (int, float)), ("latent_channels", int), ("components", int),
-            ("num_values", int),
+            ("prior_components", int), ("num_values", int),
         ):  # fmt: skip
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
                 kind = "whole number" if kinds is int else "number"
                 raise ValueError(f"{field} must be a positive {kind}; got {value!r}")
-        for field in ("consistent", "residual_mean", "shared"):
+        for field in ("consistent", "residual_mean", "shared", "inner_elu", "depthwise"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be true or false; got {getattr(self, field)!r}")
         if self.shared and (self.latents != "none" or self.backbone != "residual"):
@@ -164,16 +197,29 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of `to_dict`, former names of the fields included; an unknown key is an error."""
+    def from_dict(cls, config: Mapping[str, Any], version: int = FORMAT) -> ModelConfig:
+        """The inverse of `to_dict`, former names of the fields included; an unknown key is an error.
+
+        version: of the format that the configuration was written in. In version 1 "flow" means
+            "flow-residual", "mog" means "mog-local", and dense networks were others than now: ValueError.
+        """
         if not isinstance(config, Mapping):
             raise TypeError(f"a model's configuration must map names to values; got {config!r}")
         known = {f.name: f for f in dataclasses.fields(cls)}
         config = {FORMER_FIELDS.get(key, key): value for key, value in config.items()}
         for key in config:
             _choose(key, known, "model option")
-        return cls(**config)
+        if version > 1:
+            return cls(**config)
+        if config.get("backbone", "dense") == "dense":
+            raise ValueError(
+                "dense networks of format 1 have been replaced by the papers': train the model again"
+            )
+        prior = config.get("prior", "flow")
+        return cls(**{**config, "prior": _SINCE_2.get(prior, prior)})
 
+
+_SINCE_2 = {"flow": "flow-residual", "mog": "mog-local"}  # priors by their names in format 1
 
 _OURS: dict[str, Any] = {"consistent": True, "residual_mean": True, "coefficients": "residual"}
 _CHAIN: dict[str, Any] = {"latents": "none", "backbone": "residual", **_OURS}
@@ -194,10 +240,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 SIZES: dict[str, dict[str, float]] = {
-    "tiny": {"width": 0.1, "depth": 0.5},
+    "tiny": {"width": 0.1, "depth": 0.5, "prior_components": 100},
     "small": {"width": 0.375, "depth": 1.0},
     "paper": {"width": 1.0, "depth": 1.0},
 }
+# the papers' networks, whose growth doubles, for about the same number of parameters
+_DENSE_SIZES = {"tiny": {"width": 0.08, "depth": 0.4}, "small": {"width": 0.33}, "paper": {}}
 
 
 def build(
@@ -212,7 +260,8 @@ def build(
         name: a preset (see `PRESETS`).
         size: "tiny" (under 0.5 M parameters), "small" (about 5 M) or "paper".
         image_shape: channels, height, width.
-        overrides: any field of `ModelConfig`.
+        overrides: any field of `ModelConfig`. With backbone="residual" a flow prior has residual
+            couplings unless a prior is named.
 
     Raises ValueError for an unknown name, size or option, or a transform that does not fit the images.
     """
@@ -226,13 +275,14 @@ def configure(
     **overrides: Any,
 ) -> ModelConfig:
     """The configuration that `build` makes a model from; arguments and errors as there."""
-    options = {
-        **_choose(name, PRESETS, "model"),
-        **_choose(size, SIZES, "size"),
-        **overrides,
-        "name": name,
-        "image_shape": image_shape,
-    }
+    preset, scale = _choose(name, PRESETS, "model"), _choose(size, SIZES, "size")
+    options = {**preset, **scale, **overrides, "name": name, "image_shape": image_shape}
+    if options.get("backbone", "dense") == "dense":
+        options = {**options, **_DENSE_SIZES[size], **overrides}
+    elif options["backbone"] == "residual" and options.get("prior", "flow") == "flow":
+        options["prior"] = overrides.get("prior", "flow-residual")
+    if options.get("prior") != "mog" and "prior_components" not in overrides:
+        options.pop("prior_components", None)
     return ModelConfig.from_dict(options)
 
 
@@ -266,6 +316,33 @@ def from_config(config: ModelConfig) -> SelfVAE:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """A part of the papers' networks: growth, steps of a block, halvings or doublings (or blocks)."""
+
+    growth: int
+    steps: int
+    scales: int
+
+
+# for images of 32 x 32: a VAE's only level, and the top and the other level of a model with two; the parts
+# of the latter: q(z|x); z on its way to x, and then with y; p(z|y, u): y, u, and these together
+# Source: Gatopoulos & Tomczak 2020, the configuration published with it
+_PAPERS: dict[str, dict[str, _Part]] = {
+    "only": {"encoder": _Part(16, 8, 2), "decoder": _Part(128, 6, 2)},
+    "top": {"encoder": _Part(64, 3, 1), "decoder": _Part(128, 4, 1)},
+    "inner": {
+        "encoder": _Part(16, 4, 2),
+        "decoder": _Part(64, 8, 2),
+        "joint": _Part(64, 5, 3),
+        "prior y": _Part(32, 5, 1),
+        "prior u": _Part(64, 3, 3),
+        "prior": _Part(64, 3, 3),
+    },
+}
+_BETWEEN = 16  # channels of y's and u's branches of p(z|y, u)
+
+
+@dataclass(frozen=True)
 class _Plan:
     """Turns a configuration into levels: the papers' growths and steps, scaled."""
 
@@ -279,8 +356,16 @@ class _Plan:
     def top(self) -> int:
         return len(self.transforms) - 1
 
+    @property
+    def dense(self) -> bool:
+        return self.config.backbone == "dense"
+
     def has_latent(self, k: int) -> bool:
         return self.config.latents == "all" or (self.config.latents == "top" and k == self.top)
+
+    def parts(self, k: int) -> dict[str, _Part]:
+        """The papers' numbers for level k."""
+        return _PAPERS["inner" if k < self.top else "top" if self.top else "only"]
 
     def downs(self, k: int) -> int:
         """How often level k's encoder halves y[k]: to 8 x 8 from 16 pixels on, three times at most."""
@@ -300,83 +385,127 @@ class _Plan:
         """The papers' number of channels, scaled: a multiple of 4, 4 at least."""
         return max(4, round(channels * self.config.width / 4) * 4)
 
-    @property
-    def share(self) -> float:
-        """Of the growth: the papers' models of three levels have hardly more parameters than of two."""
-        return 0.75 if self.top > 1 and self.config.backbone == "dense" else 1.0
+    def deep(self, steps: float) -> int:
+        """The papers' number of steps, scaled."""
+        return max(1, round(steps * self.config.depth))
 
     def branch(
-        self, growth: float, steps: int, blocks: int, resize: Any = "flat", stem: int = 32
+        self,
+        part: _Part,
+        resize: Literal["flat", "down", "up"] = "flat",
+        scales: int | None = None,
+        *,
+        extra: int = 0,
+        stem: int = 64,
+        out: int = 0,
+        kernel: int = 1,
     ) -> Branch:
-        steps = max(1, round(steps * self.config.depth))
-        stem = self.wide(stem) if stem else 0
-        return Branch(self.wide(growth * self.share), steps, blocks, resize, stem, self.config.backbone)
+        """A part as it is built: its number of scales may be another than the papers'.
+
+        Dense: growths are such that models of 64 x 64 have as many parameters as the papers say. Others:
+        with a stem, and without a convolution at the end.
+
+        extra: halvings beyond the papers'; each doubles the channels once more and takes from the growth.
+        """
+        scales = part.scales if scales is None else scales
+        growth = part.growth * (0.75 if self.dense and resize == "up" else 0.5) ** max(0, extra)
+        steps = self.deep(part.steps)
+        if not self.dense:
+            plain = self.config.latents != "none"
+            options: dict[str, Any] = {"stem": self.wide(stem), "backbone": self.config.backbone}
+            if not plain:
+                options |= {
+                    "activation": self.config.activation,
+                    "kernels": self.config.kernels[:2],
+                    "depthwise": self.config.depthwise,
+                }
+            return Branch(self.wide(growth), steps, scales, resize, **options)
+        growth *= 0.85 if self.top > 1 else 1.0
+        options = {"last": resize == "down", "out": out, "kernel": kernel}
+        return Branch(self.wide(growth), steps, scales, resize, inner_elu=self.config.inner_elu, **options)
 
     def level(self, k: int) -> Level:
+        config, latent = self.config, self.has_latent(k)
+        return Level(
+            self.specs[k],
+            self.transforms[k],
+            self._decoder(k),
+            self._encoder(k) if latent else None,
+            self._prior(k) if latent else None,
+            consistent=config.consistent,
+            residual_mean=config.residual_mean and k < self.top,
+            rounded=config.posterior == "uniform",
+            coefficients=config.coefficients,
+        )
+
+    def _encoder(self, k: int) -> Encoder:
+        part, downs = self.parts(k)["encoder"], self.downs(k)
+        branch = self.branch(part, "down", downs, extra=downs - part.scales)
+        channels, latent = self.specs[k].channels, self.config.latent_channels
+        return Encoder(channels, latent, branch, kernel=1 if self.dense else 3)
+
+    def _decoder(self, k: int) -> nn.Module:
         config, spec, up = self.config, self.specs[k], self.specs[k + 1]
-        t, alone, is_top = self.transforms[k], self.top == 0, k == self.top
-        keeps = self.keeps(k)
+        t, is_top, keeps = self.transforms[k], k == self.top, self.keeps(k)
         scale, kept = (keeps.block, len(keeps.kept)) if keeps else ((1, 1), 0)
         params = param_count(spec.channels, config.components) * (math.prod(scale) - kept)
         if keeps and config.residual_mean:
             params += keeps.weights(spec)
-        latent = config.latent_channels if self.has_latent(k) else 0
-        downs = self.downs(k) if latent else 0
-
-        encoder: nn.Module | None = None
-        prior: nn.Module | None = None
-        z_branch: Branch | None = None
-        if latent:
-            # halvings beyond the papers' double the channels once more each: they halve the growth
-            usual = 1 if is_top and not alone else 2
-            deep = 0.5 ** max(0, downs - usual)
-            growth, steps = (16, 8) if alone else (64, 3) if is_top else (16, 4)
-            encoder = Encoder(
-                spec.channels, latent, self.branch(growth * deep, steps, downs, "down", stem=64)
-            )
-            ups = downs - round(math.log2(min(scale)))
-            growth, steps = (128, 6) if alone else (128, 4) if is_top else (64, 8)
-            stem = 128 if is_top else 64
-            z_branch = self.branch(growth * deep, steps, ups, "up", stem=stem)
-            prior = self._prior(k, latent, downs)
+        if is_top and not self.has_latent(k):
+            return Constant(params)
         context = 0 if is_top else up.channels * kept if keeps else spec.channels
-        decoder: nn.Module
-        if is_top and not latent:
-            decoder = Constant(params)
-        elif config.shared and not is_top:
+        if config.shared and not is_top:
             if (str(t), spec) not in self.shared:
-                joint = self.branch(256, 12, 1, stem=256)
-                self.shared[str(t), spec] = Decoder(context + Shared.PLANES, 0, params, None, joint)
-            decoder = Shared(self.shared[str(t), spec])
-        else:
-            joint = None
-            if not is_top and config.backbone == "residual":
-                # the finest levels hold most of the bits: half the layers for each halving of the grid
-                part = min(1.0, self.grid(k) / self.grid(0))
-                joint = self.branch(256, round(12 * part), 1, stem=256)
-            elif not is_top:
-                joint = self.branch(64, 5, 3, stem=0 if latent else 64)
-            decoder = Decoder(context, latent, params, z_branch, joint)
-        return Level(
-            spec, t, decoder, encoder, prior,
-            consistent=config.consistent, residual_mean=config.residual_mean and not is_top,
-            rounded=config.posterior == "uniform", coefficients=config.coefficients,
-        )  # fmt: skip
+                body = self.branch(_Part(256, 12, 1), stem=256)
+                self.shared[str(t), spec] = Decoder(
+                    context + Shared.PLANES, 0, params, None, body, config.kernels[2]
+                )
+            return Shared(self.shared[str(t), spec])
+        joint: Branch | None = None
+        if not is_top and self.dense:
+            joint = self.branch(self.parts(k)["joint"])
+        elif not is_top:
+            # the finest levels hold most of the bits: half the layers for each halving of the grid
+            part = min(1.0, self.grid(k) / self.grid(0))
+            joint = self.branch(_Part(256, round(12 * part), 1), stem=256)
+        latent = config.latent_channels if self.has_latent(k) else 0
+        z = self._z_branch(k, scale, 0 if is_top else params) if latent else None
+        return Decoder(
+            context, latent, params, z, joint, kernel=1 if self.dense and not is_top else config.kernels[2]
+        )
 
-    def _prior(self, k: int, latent: int, downs: int) -> nn.Module:
+    def _z_branch(self, k: int, scale: tuple[int, int], out: int) -> Branch:
+        part, downs = self.parts(k)["decoder"], self.downs(k)
+        ups, stem = downs - round(math.log2(min(scale))), 128 if k == self.top else 64
+        return self.branch(part, "up", ups, extra=downs - part.scales, stem=stem, out=out, kernel=3)
+
+    def _prior(self, k: int) -> nn.Module:
+        config, stride = self.config, 2 ** self.downs(k)
         if k == self.top:
-            if self.config.prior == "flow":
-                return FlowPrior(latent, 2**downs, self.wide(64), max(1, round(5 * self.config.depth)))
-            return TOP_PRIORS[self.config.prior](latent, 2**downs)
+            return self._top_prior(config.latent_channels, stride)
+        parts = self.parts(k)
         above = any(self.has_latent(j) for j in range(k + 1, self.top + 1))
         rows, cols = self.transforms[k].scale
-        halvings = downs - round(math.log2(max(rows, cols)))
+        halvings = self.downs(k) - round(math.log2(max(rows, cols)))
+        extra, between = halvings - parts["prior y"].scales, self.wide(_BETWEEN)
         return PriorNet(
             self.specs[k + 1].channels,
-            self.config.latent_channels if above else 0,
-            latent,
-            y=self.branch(32 * 0.5 ** max(0, halvings - 1), 5, halvings, "down", stem=32),
-            z=self.branch(64, 3, 3, stem=64),
-            joint=self.branch(64, 3, 3, stem=64),
-            ratio=(rows / 2**downs, cols / 2**downs),
+            config.latent_channels if above else 0,
+            config.latent_channels,
+            y=self.branch(parts["prior y"], "down", halvings, extra=extra, stem=32, out=between),
+            z=self.branch(parts["prior u"], out=between),
+            joint=self.branch(parts["prior"]),
+            ratio=(rows / stride, cols / stride),
+            kernel=1 if self.dense else 3,
         )
+
+    def _top_prior(self, latent: int, stride: int) -> nn.Module:
+        config, (height, width) = self.config, self.sizes[self.top]
+        if config.prior == "flow":
+            return FlowPrior(latent, stride, self.wide(64), self.deep(5), config.inner_elu)
+        if config.prior == "flow-residual":
+            return ResidualFlowPrior(latent, stride, self.wide(64), self.deep(5))
+        if config.prior == "mog":
+            size = -(-height // stride), -(-width // stride)
+            return MixturePrior(latent, stride, size, config.prior_components)
+        return TOP_PRIORS[config.prior](latent, stride)

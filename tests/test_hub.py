@@ -19,6 +19,7 @@ import torch
 import selfvae
 from selfvae import hub
 from selfvae.codec import Codec
+from selfvae.presets import ModelConfig
 
 pytest.importorskip("huggingface_hub", reason="the hub needs huggingface_hub")
 
@@ -192,8 +193,46 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     for text, message in (
         ("{", "is no JSON"),
         ('{"format": 1, "model": null}', "describes no model"),
-        ('{"format": 1, "model": {"levels": "x"}}', "describes no model: num_values must be"),
+        ('{"format": 2, "model": {"levels": "x"}}', "describes no model: num_values must be"),
+        ('{"format": 1, "model": {"prior": "flow"}}', "dense networks of format 1 have been replaced"),
     ):
         (tmp_path / "run/config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             hub.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("then", "now"), [("flow", "flow-residual"), ("mog", "mog-local")])
+def test_words_of_format_1(then: str, now: str, tmp_path: Path) -> None:
+    """Priors that were renamed: read by their old names, and fingerprints of old models stay."""
+    model = selfvae.build("selfvae", "tiny", (3, 16, 16), width=0.06, backbone="residual", prior=now)
+    hub.save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["format"] == 2 and config["model"]["prior"] == now
+    mark = hub.fingerprint(model)
+    since = ("inner_elu", "prior_components", "activation", "kernels", "depthwise")
+    former = {"num_values": "levels", "residual_mean": "anchored"}
+    old = {former.get(key, key): value for key, value in config["model"].items() if key not in since}
+    (tmp_path / "config.json").write_text(json.dumps({"format": 1, "model": {**old, "prior": then}}))
+    again = hub.load(tmp_path)
+    assert isinstance(again.config, ModelConfig) and again.config.prior == now
+    assert hub.fingerprint(again) == mark
+    # as format 1 hashed it
+    hashed = {k: v for k, v in {**old, "prior": then}.items() if (k, v) not in PLAIN}
+    found = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode())
+    for name, value in sorted(hub.unique_state_dict(model).items()):
+        found.update(f"{name} {tuple(value.shape)} ".encode())
+        found.update(value.detach().double().numpy().astype("<f8").tobytes())
+    assert found.digest()[:8] == mark
+
+
+PLAIN = (("posterior", "normal"), ("shared", False))
+
+
+def test_options_that_mean_nothing_leave_the_fingerprint_alone() -> None:
+    def mark(**options: object) -> bytes:
+        torch.manual_seed(0)
+        return hub.fingerprint(selfvae.build("selfvae", "tiny", (3, 16, 16), width=0.06, **options))
+
+    residual = mark(backbone="residual")
+    assert mark(backbone="residual", inner_elu=False, prior_components=7) == residual
+    assert mark(inner_elu=False) != mark()

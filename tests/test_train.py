@@ -333,7 +333,7 @@ def test_later_checkpoints_are_refused(tmp_path: Path, images: sources.Dataset) 
     tensors = load_file(tmp_path / "checkpoint.safetensors")
     with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
         save_file(tensors, tmp_path / "checkpoint.safetensors", {**file.metadata(), "format": "99"})
-    with pytest.raises(ValueError, match="has format 99; this version of selfvae goes on from 1 to 1"):
+    with pytest.raises(ValueError, match="has format 99; this version of selfvae goes on from 1 to 2"):
         train(CONFIG, images, tmp_path, settings(steps=2), resume=True, quiet=True)
     save_file(tensors, tmp_path / "checkpoint.safetensors")
     with pytest.raises(ValueError, match="is no checkpoint of a run"):

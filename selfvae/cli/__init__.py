@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 from tyro.conf import Positional, arg
 
@@ -40,7 +41,8 @@ def info(
         return sum(p.numel() for p in net.parameters())
 
     if presets or model is None:
-        sizes = {name: [count(build(name, size)) for size in SIZES] for name in PRESETS}
+        with torch.device("meta"):  # shapes only
+            sizes = {name: [count(build(name, size)) for size in SIZES] for name in PRESETS}
         if json:
             show({"sizes": list(SIZES), "presets": sizes, "bundled": list(hub.bundled())}, json)
         else:

@@ -30,7 +30,13 @@ from selfvae.codec.ans import ANSCoder, code
 from selfvae.codec.container import CodecError
 from selfvae.codec.float64 import NOT_FINITE, SideInformation, ratios, values, weights
 from selfvae.codec.tables import SHARES, Ints
-from selfvae.distributions.latents import DiagonalNormal, GaussianMixture, NoisyLogistic, UnitUniform
+from selfvae.distributions.latents import (
+    DiagonalNormal,
+    GaussianMixture,
+    LocalGaussianMixture,
+    NoisyLogistic,
+    UnitUniform,
+)
 from selfvae.distributions.priors import FlowDistribution
 from selfvae.nn.flows import Coupling
 
@@ -77,18 +83,24 @@ class Latent(NamedTuple):
 class _Normals(NamedTuple):
     """Mixtures of M Gaussians, all of a position's channels from one component: (M,), (M, B, C, h, w).
 
-    On the CPU, float64.
+    On the CPU, float64. whole: all of a latent is from one component.
     """
 
     log_weights: Tensor
     mean: Tensor
     log2_scale: Tensor
+    whole: bool = False
 
     @classmethod
-    def of(cls, p: DiagonalNormal | GaussianMixture) -> _Normals:
+    def of(cls, p: DiagonalNormal | GaussianMixture | LocalGaussianMixture) -> _Normals:
         if isinstance(p, DiagonalNormal):
             mean, log_var = (x.double().cpu()[None] for x in (p.mean, p.log_var))
             return cls(torch.zeros(1), mean, log_var / math.log(4))
+        if isinstance(p, GaussianMixture):
+            mean, log_var = (
+                x.double().cpu()[:, None].expand(-1, p.count, -1, -1, -1) for x in (p.means, p.log_vars)
+            )
+            return cls(p.logits.double().cpu(), mean, log_var / math.log(4), whole=True)
         b, h, w = p.shape
         mean, log_var = (
             x.double().cpu()[:, None, :, None, None].expand(-1, b, -1, h, w) for x in (p.means, p.log_vars)
@@ -98,7 +110,20 @@ class _Normals(NamedTuple):
     def scaled(self, shift: Tensor | float, step: Tensor | float) -> _Normals:
         """Of (z - shift) / step."""
         octaves = torch.as_tensor(step, dtype=torch.float64).log2()
-        return _Normals(self.log_weights, (self.mean - shift) / step, self.log2_scale - octaves)
+        return self._replace(mean=(self.mean - shift) / step, log2_scale=self.log2_scale - octaves)
+
+    def component(self, which: Ints) -> _Normals:
+        """One Gaussian an image, the components' numbers (B,)."""
+        images, at = torch.arange(len(which)), torch.from_numpy(which)
+        return _Normals(torch.zeros(1), self.mean[at, images][None], self.log2_scale[at, images][None])
+
+    def nearest(self, numbers: Ints) -> Ints:
+        """The component that is densest at (B, C, h, w), image by image: (B,)."""
+        v, nats = torch.from_numpy(numbers).double(), []
+        for mean, log2_scale in zip(self.mean, self.log2_scale, strict=True):
+            square = ((v - mean) / torch.exp2(log2_scale)) ** 2
+            nats.append((0.5 * square + log2_scale * math.log(2)).flatten(1).sum(1))
+        return torch.stack(nats).argmin(0).numpy()
 
     def code(
         self,
@@ -115,6 +140,11 @@ class _Normals(NamedTuple):
             values have other numbers in the notes.
         """
         known = None if known is None else known.astype(np.int64)
+        if self.whole and len(self.mean) > 1:
+            # the densest component is chosen: the others' densities add next to nothing to a whole latent's
+            many = np.full(self.mean.shape[1], len(self.mean))
+            which = stack.uniform(many, None if known is None else self.nearest(known))
+            return self.component(which).code(num_values, stack, notes, known)
         shape, n = self.mean.shape[1:], self.mean[0, :, 0].numel()
         if len(self.mean) == 1:  # all channels at once
             flat = None if known is None else known.reshape(-1) + num_values // 2
@@ -176,15 +206,14 @@ class _Base(NamedTuple):
         if isinstance(prior, DiagonalNormal):
             mean, scale = prior.mean.double(), torch.exp(0.5 * prior.log_var.double())
             return cls(lambda z: (z - mean) / scale, lambda e: mean + scale * e.to(scale.device), _standard)
-        shares = torch.softmax(prior.logits, 0)[:, None]
+        shares = torch.softmax(prior.logits, 0).view(-1, *[1] * (prior.means.dim() - 1))
         mean = (shares * prior.means).sum(0)
-        distributed_map = (shares * (torch.exp(prior.log_vars) + (prior.means - mean) ** 2)).sum(0).sqrt()
-        mean, distributed_map = mean[:, None, None], distributed_map[:, None, None]
-        own = _Normals.of(prior).scaled(mean.cpu(), distributed_map.cpu())
+        width = (shares * (torch.exp(prior.log_vars) + (prior.means - mean) ** 2)).sum(0).sqrt()
+        if isinstance(prior, LocalGaussianMixture):
+            mean, width = mean[:, None, None], width[:, None, None]
+        own = _Normals.of(prior).scaled(mean.cpu(), width.cpu())
         return cls(
-            lambda z: (z - mean) / distributed_map,
-            lambda e: mean + distributed_map * e.to(distributed_map.device),
-            lambda like: own,
+            lambda z: (z - mean) / width, lambda e: mean + width * e.to(width.device), lambda like: own
         )
 
 

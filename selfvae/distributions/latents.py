@@ -11,7 +11,14 @@ from torch import Tensor
 from selfvae.distributions.pixels import log1mexp, rand_like
 from selfvae.transforms import at_least_float32
 
-__all__ = ["DiagonalNormal", "GaussianMixture", "NoisyLogistic", "UnitUniform", "soft_limit"]
+__all__ = [
+    "DiagonalNormal",
+    "GaussianMixture",
+    "LocalGaussianMixture",
+    "NoisyLogistic",
+    "UnitUniform",
+    "soft_limit",
+]
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -130,6 +137,42 @@ class NoisyLogistic:
 
 
 class GaussianMixture:
+    """M diagonal Gaussians of equal weight over whole latents (B, C, h, w).
+
+    `means` and `log_vars` are (M, C, h, w): the latent has this one size. `count` is B.
+    """
+
+    def __init__(self, means: Tensor, log_vars: Tensor, count: int) -> None:
+        self.means, self.log_vars, self.count = means, log_vars, count
+
+    @property
+    def logits(self) -> Tensor:
+        """ln of the components' weights, up to a constant (M,)."""
+        return self.means.new_zeros(len(self.means))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """ln p(z), nats (B,)."""
+        # as matrix products, which need no (B, M, C, h, w); these cancel: in float64
+        v, means, log_vars = (t.flatten(1).double() for t in (z, self.means, self.log_vars))
+        precision = torch.exp(-log_vars)
+        square = v**2 @ precision.T - 2 * v @ (means * precision).T + (means**2 * precision).sum(1)
+        each = -0.5 * (square + (log_vars + _LOG_2PI).sum(1))
+        out = torch.logsumexp(each, 1) - math.log(len(means))
+        return out.to(at_least_float32(z).dtype)
+
+    def sample(self, temperature: float = 1.0) -> Tensor:
+        """A draw (B, C, h, w); temperature scales the standard deviations."""
+        which = torch.randint(len(self.means), (self.count,), device=self.means.device)
+        mean = self.means[which]
+        return mean + temperature * torch.exp(0.5 * self.log_vars[which]) * randn_like(mean)
+
+    def mode(self) -> Tensor:
+        """The mean of the component that is densest at its own (B, C, h, w)."""
+        best = self.log_vars.flatten(1).sum(1).argmin()
+        return self.means[best].expand(self.count, -1, -1, -1).contiguous()
+
+
+class LocalGaussianMixture:
     """At every position of (B, C, h, w), a mixture of M diagonal Gaussians over the C channels.
 
     `logits` (M,), `means` and `log_vars` (M, C) are shared by all positions, so any size is allowed.

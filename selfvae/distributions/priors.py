@@ -6,18 +6,22 @@ look at nothing else; the conditional prior looks at the image and the latent ab
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfvae.distributions.latents import (
     DiagonalNormal,
     GaussianMixture,
+    LocalGaussianMixture,
     NoisyLogistic,
     soft_limit,
 )
-from selfvae.nn.flows import RealNVP
+from selfvae.nn.flows import Network, RealNVP, dense_network, residual_network
 from selfvae.transforms import at_least_float32
 
 __all__ = [
@@ -25,9 +29,11 @@ __all__ = [
     "FlowDistribution",
     "FlowPrior",
     "LatentDistribution",
+    "LocalMixturePrior",
     "LogisticPrior",
     "MixturePrior",
     "NormalPrior",
+    "ResidualFlowPrior",
 ]
 
 
@@ -68,7 +74,33 @@ class NormalPrior(_TopPrior):
 
 
 class MixturePrior(_TopPrior):
-    """A learnt mixture of diagonal Gaussians over the channels of every position."""
+    """A learnt mixture of diagonal Gaussians of equal weight over the whole latent, of one size.
+
+    size: height and width of the latent; images of any other size are a ValueError.
+
+    Source: Gatopoulos & Tomczak 2020, table 7.1 of the thesis.
+    """
+
+    def __init__(self, latent: int, stride: int, size: tuple[int, int], components: int = 1000) -> None:
+        super().__init__(latent, stride)
+        self.means = nn.Parameter(torch.randn(components, latent, *size))
+        # variances of 1: softplus(ln(e - 1)) = 1
+        self.raw_vars = nn.Parameter(torch.full((components, latent, *size), math.log(math.e - 1)))
+
+    def forward(self, y: Tensor, z: Tensor | None) -> LatentDistribution:
+        shape, own = self.shape(y), self.means.shape[1:]
+        if shape[1:] != own:
+            raise ValueError(
+                f"the mixture prior is over latents of {own[1]} x {own[2]}, so the top image must have "
+                f"{own[1] * self.stride} x {own[2] * self.stride} pixels; got {y.shape[2]} x {y.shape[3]}: "
+                "use prior='mog-local' or 'flow' for other sizes"
+            )
+        log_vars = torch.log(F.softplus(self.raw_vars) + math.exp(-7))
+        return GaussianMixture(self.means, log_vars, shape[0])
+
+
+class LocalMixturePrior(_TopPrior):
+    """A learnt mixture of diagonal Gaussians over the channels of every position; for any size."""
 
     def __init__(self, latent: int, stride: int, components: int = 10) -> None:
         super().__init__(latent, stride)
@@ -78,7 +110,7 @@ class MixturePrior(_TopPrior):
 
     def forward(self, y: Tensor, z: Tensor | None) -> LatentDistribution:
         b, _, h, w = self.shape(y)
-        return GaussianMixture(self.logits, self.means, soft_limit(self.raw_log_vars), (b, h, w))
+        return LocalGaussianMixture(self.logits, self.means, soft_limit(self.raw_log_vars), (b, h, w))
 
 
 class LogisticPrior(_TopPrior):
@@ -118,21 +150,39 @@ class FlowDistribution:
         return self.flow.inverse(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
 
 
-class FlowPrior(_TopPrior):
-    """RealNVP over Gaussian noise."""
-
-    def __init__(self, latent: int, stride: int, hidden: int = 64, blocks: int = 5) -> None:
+class _FlowPrior(_TopPrior):
+    def __init__(self, latent: int, stride: int, network: Network, halves: bool) -> None:
         super().__init__(latent, stride)
-        self.flow = RealNVP(latent, hidden, blocks)
+        self.flow = RealNVP(latent, network, halves)
         self.multiple = 2 * stride  # its squeeze needs latents of even height and width
 
     def forward(self, y: Tensor, z: Tensor | None) -> LatentDistribution:
         return FlowDistribution(self.flow, self.shape(y), y)
 
 
+class FlowPrior(_FlowPrior):
+    """RealNVP over Gaussian noise; the networks of its couplings are dense blocks (the papers')."""
+
+    def __init__(
+        self, latent: int, stride: int, growth: int = 64, steps: int = 5, inner_elu: bool = True
+    ) -> None:
+        network = partial(dense_network, growth=growth, steps=steps, inner_elu=inner_elu)
+        super().__init__(latent, stride, network, halves=True)
+
+
+class ResidualFlowPrior(_FlowPrior):
+    """RealNVP over Gaussian noise; the networks of its couplings are residual."""
+
+    def __init__(self, latent: int, stride: int, hidden: int = 64, blocks: int = 5) -> None:
+        network = partial(residual_network, hidden=hidden, blocks=blocks)
+        super().__init__(latent, stride, network, halves=False)
+
+
 TOP_PRIORS: dict[str, type[_TopPrior]] = {
     "normal": NormalPrior,
     "mog": MixturePrior,
+    "mog-local": LocalMixturePrior,
     "flow": FlowPrior,
+    "flow-residual": ResidualFlowPrior,
     "logistic": LogisticPrior,
 }

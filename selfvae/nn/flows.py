@@ -11,9 +11,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from selfvae.nn.layers import Conv, ResidualBlock
+from selfvae.nn.layers import Conv, DenseBlock, ResidualBlock
 
-__all__ = ["Coupling", "RealNVP", "squeeze", "unsqueeze"]
+__all__ = [
+    "Coupling",
+    "Network",
+    "RealNVP",
+    "dense_network",
+    "residual_network",
+    "squeeze",
+    "unsqueeze",
+]
 
 
 def squeeze(z: Tensor) -> Tensor:
@@ -26,10 +34,30 @@ def unsqueeze(z: Tensor) -> Tensor:
     return nn.functional.pixel_shuffle(z, 2)
 
 
+Network = Callable[[int, int], nn.Module]  # input and output channels -> the network of a coupling
+
+
+def dense_network(
+    channels: int, out: int, growth: int = 64, steps: int = 5, inner_elu: bool = True
+) -> nn.Module:
+    """A dense block and a 3x3 convolution (the papers')."""
+    block = DenseBlock(channels, growth, steps, inner_elu)
+    return nn.Sequential(block, Conv(block.out_channels, out, init_scale=0.1))
+
+
+def residual_network(channels: int, out: int, hidden: int = 64, blocks: int = 5) -> nn.Module:
+    """Residual layers between two 3x3 convolutions."""
+    core = ResidualBlock(hidden, hidden, blocks)
+    return nn.Sequential(Conv(channels, hidden), core, nn.ELU(), Conv(hidden, out, init_scale=0.1))
+
+
 class Coupling(nn.Module):
     """Affine coupling: the masked half stays, the other is scaled and shifted as it says.
 
     forward: z -> (noise, ln |det d noise / d z|), shapes (B, C, h, w) and (B,); inverse: noise -> z.
+
+    halves: with a mask of channels the network sees the C / 2 channels that stay and speaks of the others;
+        else it sees all of them, those that move as zeros.
     """
 
     def __init__(
@@ -37,16 +65,15 @@ class Coupling(nn.Module):
         channels: int,
         mask: Literal["checkerboard", "channel"],
         flip: bool,
-        hidden: int,
-        blocks: int,
+        network: Network,
+        halves: bool = True,
     ) -> None:
         super().__init__()
         self.mask_kind, self.flip = mask, flip
-        core = ResidualBlock(hidden, hidden, blocks)
-        self.net = nn.Sequential(
-            Conv(channels, hidden), core, nn.ELU(), Conv(hidden, 2 * channels, init_scale=0.1)
-        )
-        self.scale = nn.Parameter(torch.ones(channels, 1, 1))
+        self.halves = halves and mask == "channel"
+        seen = channels // 2 if self.halves else channels
+        self.net = network(seen, 2 * seen)
+        self.scale = nn.Parameter(torch.ones(seen, 1, 1))
 
     def mask(self, z: Tensor) -> Tensor:
         """True where z passes unchanged: bool, of a shape that broadcasts to z's."""
@@ -59,9 +86,18 @@ class Coupling(nn.Module):
 
     def affine(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """ln of the scales and the shifts, (B, C, h, w) both; 0 where z passes unchanged."""
+        if self.halves:
+            stays = z.chunk(2, 1)[int(self.flip)]
+            log_scale, shift = self.net(stays).to(z.dtype).chunk(2, 1)
+            return self._moved(self.scale * torch.tanh(log_scale)), self._moved(shift)
         kept = self.mask(z).to(z.dtype)
         log_scale, shift = self.net(z * kept).to(z.dtype).chunk(2, 1)
         return self.scale * torch.tanh(log_scale) * (1 - kept), shift * (1 - kept)
+
+    def _moved(self, half: Tensor) -> Tensor:
+        """What holds for the half of the channels that moves, and 0 for the other: (B, C, h, w)."""
+        zeros = torch.zeros_like(half)
+        return torch.cat([half, zeros] if self.flip else [zeros, half], 1)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         log_scale, shift = self.affine(z)
@@ -75,22 +111,22 @@ class Coupling(nn.Module):
 Step = Callable[[Coupling, Tensor], Tensor]
 
 
-def _couplings(
-    channels: int, mask: Literal["checkerboard", "channel"], n: int, hidden: int, blocks: int
-) -> nn.ModuleList:
-    return nn.ModuleList(Coupling(channels, mask, i % 2 == 1, hidden, blocks) for i in range(n))
-
-
 class RealNVP(nn.Module):
     """Two scales: 3 checkerboard couplings, squeeze, 3 channel couplings; half the channels are done,
     the other half passes 4 more checkerboard couplings. Height and width of z must be even.
+
+    network, halves: as in `Coupling`.
     """
 
-    def __init__(self, channels: int, hidden: int = 64, blocks: int = 5) -> None:
+    def __init__(self, channels: int, network: Network = dense_network, halves: bool = True) -> None:
         super().__init__()
-        self.checker: Any = _couplings(channels, "checkerboard", 3, hidden, blocks)
-        self.channel: Any = _couplings(4 * channels, "channel", 3, hidden, blocks)
-        self.final: Any = _couplings(2 * channels, "checkerboard", 4, hidden, blocks)
+
+        def couplings(c: int, mask: Literal["checkerboard", "channel"], n: int) -> nn.ModuleList:
+            return nn.ModuleList(Coupling(c, mask, i % 2 == 1, network, halves) for i in range(n))
+
+        self.checker: Any = couplings(channels, "checkerboard", 3)
+        self.channel: Any = couplings(4 * channels, "channel", 3)
+        self.final: Any = couplings(2 * channels, "checkerboard", 4)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z (B, C, h, w) -> noise of the same shape and ln |det|, nats (B,)."""
@@ -113,7 +149,7 @@ class RealNVP(nn.Module):
         if z.shape[2] % 2 or z.shape[3] % 2:
             raise ValueError(
                 f"the RealNVP prior needs latents of even height and width; got {tuple(z.shape[2:])}: "
-                "change the image size or use prior='mog'"
+                "change the image size or use prior='mog-local'"
             )
         for coupling in self.checker:
             z = step(coupling, z)

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from selfvae.nn.dense import dense
-
 __all__ = [
+    "ACTIVATIONS",
     "BACKBONES",
+    "Block",
     "ChannelAttention",
     "Conv",
     "DenseBlock",
-    "DenseLayer",
+    "DenseStep",
     "Down",
     "ResidualBlock",
     "Up",
@@ -56,14 +56,16 @@ class Conv(nn.Module):
         stride: int = 1,
         transposed: bool = False,
         init_scale: float = 1.0,
+        groups: int = 1,
     ) -> None:
         super().__init__()
-        shape = (in_channels, out_channels) if transposed else (out_channels, in_channels)
+        shape = (in_channels, out_channels) if transposed else (out_channels, in_channels // groups)
         self.direction = nn.Parameter(torch.randn(*shape, kernel, kernel) * 0.05)
         self.gain = nn.Parameter(torch.ones(out_channels))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.register_buffer("initialised", torch.tensor(False))
         self.stride, self.transposed, self.init_scale = stride, transposed, init_scale
+        self.groups = groups
         self.padding = (kernel - 1) // 2
         self.initialising = False
         self._kept: tuple[Tensor, Tensor, Any, Tensor] | None = None
@@ -98,11 +100,6 @@ class Conv(nn.Module):
         shape = [-1 if i == axis else 1 for i in range(4)]
         return self.direction * (self.gain.view(shape) / (norm + 1e-8))
 
-    def matrix_and_bias(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """The kernel, as a matrix if it is 1 x 1, and the bias, in the parameters' dtype or another."""
-        weight = self.weight(dtype)
-        return weight.flatten(1) if weight.shape[-1] == 1 else weight, self.bias.to(weight.dtype)
-
     def _apply_weight(self, x: Tensor) -> Tensor:
         weight = self.weight(autocast_dtype(self.bias))
         if self.transposed:
@@ -110,7 +107,7 @@ class Conv(nn.Module):
                 x, weight, self.bias, self.stride, self.padding,
                 output_padding=self.stride + 2 * self.padding - self.direction.shape[-1],
             )  # fmt: skip
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, groups=self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.initialising:
@@ -157,14 +154,17 @@ def data_dependent_init(module: nn.Module) -> Iterator[None]:
 class ChannelAttention(nn.Module):
     """Scale every channel by a gate computed from all channels' global means.
 
+    inner_elu: an ELU between the gate's two 1x1 convolutions.
+
     Source: Zhang et al. 2018 (RCAN), section 3.3.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, inner_elu: bool = True) -> None:
         super().__init__()
         hidden = max(1, channels // 8)
+        between = nn.ELU(inplace=True) if inner_elu else nn.Identity()
         self.gate = nn.Sequential(
-            Conv(channels, hidden, 1), nn.ELU(), Conv(hidden, channels, 1), nn.Sigmoid()
+            Conv(channels, hidden, 1), between, Conv(hidden, channels, 1), nn.Sigmoid()
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,58 +172,69 @@ class ChannelAttention(nn.Module):
         return x * gate
 
 
-class DenseLayer(nn.Module):
-    """1x1 conv to 4G, ELU, 3x3 conv to G, ELU, concatenate with the input, channel attention."""
+class DenseStep(nn.Sequential):
+    """1x1 conv to 4G channels and 3x3 conv to G; ELU of the input and these together.
 
-    def __init__(self, channels: int, growth: int) -> None:
-        super().__init__()
-        self.new = nn.Sequential(
-            Conv(channels, 4 * growth, 1), nn.ELU(), Conv(4 * growth, growth), nn.ELU()
-        )
-        self.attention = ChannelAttention(channels + growth)
+    (B, C, h, w) -> (B, C + G, h, w). inner_elu: an ELU between the two convolutions.
+    """
+
+    def __init__(self, channels: int, growth: int, inner_elu: bool = True) -> None:
+        between = nn.ELU(inplace=True) if inner_elu else nn.Identity()
+        super().__init__(Conv(channels, 4 * growth, 1), between, Conv(4 * growth, growth))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.attention(torch.cat([x, self.new(x)], 1))
-        return out
-
-    def convolutions(self) -> list[Conv]:
-        """All of them, in their order."""
-        return [module for module in self.modules() if isinstance(module, Conv)]
+        new = super().forward(x)
+        # in place: training keeps the features after the ELU only
+        return F.elu_(torch.cat([x.to(new.dtype), new], 1))
 
 
 class DenseBlock(nn.Sequential):
-    """`steps` dense layers, each adding `growth` channels (Huang et al. 2016).
+    """`steps` dense steps, each adding `growth` channels, then channel attention.
 
-    Computed by `dense.dense`; layer by layer where that initialises.
+    inner_elu: as in `DenseStep` and `ChannelAttention`. The thesis has it ("ELUs are used everywhere"),
+        the configuration published with the paper does not.
+
+    Source: Gatopoulos & Tomczak 2020, figure 4; after Huang et al. 2016.
     """
 
-    def __init__(self, channels: int, growth: int, steps: int) -> None:
-        super().__init__(*(DenseLayer(channels + i * growth, growth) for i in range(steps)))
-        self.out_channels = channels + steps * growth
+    def __init__(self, channels: int, growth: int, steps: int, inner_elu: bool = True) -> None:
+        wide = channels + steps * growth
+        super().__init__(
+            *(DenseStep(c, growth, inner_elu) for c in range(channels, wide, growth)),
+            ChannelAttention(wide, inner_elu),
+        )
+        self.out_channels = wide
+
+
+class ClippedReLU(nn.Module):
+    """max(0, min(x, 127/32)): 128 steps of 1/32 hold it, so that a network of integers can take it over."""
+
+    LIMIT = 127 / 32
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = [layer.convolutions() for layer in self]  # type: ignore[operator]
-        if any(conv.initialising for layer in layers for conv in layer):
-            out: Tensor = super().forward(x)
-            return out
-        low = autocast_dtype(x)
-        return dense(
-            x,
-            [
-                # the gates' own maps stay exact: they are small
-                [w for i, conv in enumerate(layer) for w in conv.matrix_and_bias(low if i < 2 else None)]
-                for layer in layers
-            ],
-        )
+        return x.clamp(0.0, self.LIMIT)
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"elu": nn.ELU, "clipped_relu": ClippedReLU}
 
 
 class ResidualLayer(nn.Sequential):
-    """ELU, 3x3 conv, ELU, 1x1 conv, add; the last convolution starts near zero."""
+    """Activation, k x k convolution, activation, 1x1 convolution, add; the last one starts near zero.
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(
-            nn.ELU(), Conv(channels, channels), nn.ELU(), Conv(channels, channels, 1, init_scale=0.1)
-        )
+    depthwise: the k x k convolution works on each channel by itself and a 1x1 convolution to twice the
+    channels follows it.
+    """
+
+    def __init__(
+        self, channels: int, kernel: int = 3, activation: str = "elu", depthwise: bool = False
+    ) -> None:
+        act = ACTIVATIONS[activation]
+        if depthwise:
+            first = [Conv(channels, channels, kernel, groups=channels), Conv(channels, 2 * channels, 1)]
+        else:
+            first = [Conv(channels, channels, kernel)]
+        wide = 2 * channels if depthwise else channels
+        super().__init__(act(), *first, act(), Conv(wide, channels, 1, init_scale=0.1))
 
     def forward(self, x: Tensor) -> Tensor:
         change: Tensor = super().forward(x)
@@ -233,10 +244,19 @@ class ResidualLayer(nn.Sequential):
 class ResidualBlock(nn.Module):
     """`steps` residual layers at a width of `growth` channels; it starts as the identity."""
 
-    def __init__(self, channels: int, growth: int, steps: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        growth: int,
+        steps: int,
+        kernel: int = 3,
+        activation: str = "elu",
+        depthwise: bool = False,
+    ) -> None:
         super().__init__()
         self.widen = nn.Identity() if channels == growth else Conv(channels, growth, 1)
-        self.layers = nn.Sequential(*(ResidualLayer(growth) for _ in range(steps)))
+        layers = (ResidualLayer(growth, kernel, activation, depthwise) for _ in range(steps))
+        self.layers = nn.Sequential(*layers)
         self.out_channels = growth
 
     def forward(self, x: Tensor) -> Tensor:
@@ -252,10 +272,9 @@ def checkpoint_activations(module: nn.Module) -> None:
             part.forward = again  # type: ignore[method-assign]
 
 
-BACKBONES: dict[str, type[DenseBlock] | type[ResidualBlock]] = {
-    "dense": DenseBlock,
-    "residual": ResidualBlock,
-}
+Block = DenseBlock | ResidualBlock
+
+BACKBONES: dict[str, type[Block]] = {"dense": DenseBlock, "residual": ResidualBlock}
 
 
 class Down(nn.Sequential):

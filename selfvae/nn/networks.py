@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfvae.nn.layers import BACKBONES, Conv, Down, Up
+from selfvae.nn.layers import ACTIVATIONS, Block, Conv, DenseBlock, Down, ResidualBlock, Up
 
 __all__ = ["Branch", "Constant", "Decoder", "Encoder", "PriorNet", "Shared"]
 
@@ -27,43 +27,68 @@ def _fit(h: Tensor, size: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Branch:
-    """A stack: `blocks` blocks of `steps` layers with `growth` channels (for "residual": their width).
+    """A stack: `blocks` blocks of `steps` steps with `growth` channels (for "residual": their width).
 
-    resize "down" or "up" follows each block by a halving or doubling; "flat" keeps the resolution.
-    `stem` is the number of channels that the input is brought to.
+    Arguments:
+        resize: "down" or "up": each block is followed by a halving or doubling of height and width; the
+            growth of dense blocks doubles or halves with it. "flat" keeps the resolution.
+        last: one more block at the last resolution.
+        stem: channels that a first convolution brings the input to; 0: none.
+        out, kernel: channels and size of a convolution at the end; out=0: none.
+        backbone: of `BACKBONES`.
+        inner_elu: of dense blocks, see there.
+        activation, kernels, depthwise: of residual blocks; kernels of the stem and of each layer.
     """
 
     growth: int
     steps: int
     blocks: int
     resize: Literal["flat", "down", "up"] = "flat"
-    stem: int = 32
+    last: bool = False
+    stem: int = 0
+    out: int = 0
+    kernel: int = 1
     backbone: str = "dense"
+    inner_elu: bool = True
+    activation: str = "elu"
+    kernels: tuple[int, int] = (3, 3)
+    depthwise: bool = False
 
     def build(self, channels: int) -> Stack:
         """The stack for an input of that many channels."""
         return Stack(self, channels)
+
+    def block(self, channels: int, growth: int) -> Block:
+        """One block."""
+        if self.backbone == "dense":
+            return DenseBlock(channels, growth, self.steps, self.inner_elu)
+        return ResidualBlock(channels, growth, self.steps, self.kernels[1], self.activation, self.depthwise)
 
 
 class Stack(nn.Sequential):
     """The modules of a `Branch`; `out_channels` tells what comes out."""
 
     def __init__(self, branch: Branch, channels: int) -> None:
-        block = BACKBONES[branch.backbone]
         modules: list[nn.Module] = []
+        growth, dense = branch.growth, branch.backbone == "dense"
         if branch.stem:
-            modules += [Conv(channels, branch.stem), nn.ELU()]
+            modules += [Conv(channels, branch.stem, branch.kernels[0]), ACTIVATIONS[branch.activation]()]
             channels = branch.stem
-        for _ in range(branch.blocks):
-            core = block(channels, branch.growth, branch.steps)
-            modules.append(core)
-            channels = core.out_channels
-            if branch.backbone == "residual":
-                modules.append(nn.ELU())
-            if branch.resize != "flat":
+        for i in range(branch.blocks + branch.last):
+            block = branch.block(channels, growth)
+            modules.append(block)
+            channels = block.out_channels
+            if not dense:
+                modules.append(ACTIVATIONS[branch.activation]())
+            if branch.resize != "flat" and i < branch.blocks:
                 resize = (Down if branch.resize == "down" else Up)(channels)
                 modules.append(resize)
                 channels = resize.out_channels
+                if dense:
+                    growth = 2 * growth if branch.resize == "down" else max(1, growth // 2)
+        if branch.out:
+            modules.append(Conv(channels, branch.out, branch.kernel))
+            channels = branch.out
         super().__init__(*modules)
         self.out_channels = channels
 
@@ -71,13 +96,14 @@ class Stack(nn.Sequential):
 class Encoder(nn.Module):
     """The image y[k] (B, C, H, W) in [-1, 1] -> parameters of q(z | y[k]), (B, 2 * latent, h, w).
 
-    `stride` is the number of pixels, in height and width, for one position of z; `latent` its channels.
+    `stride` is the number of pixels, in height and width, for one position of z; `latent` its channels;
+    `kernel` the size of the last convolution.
     """
 
-    def __init__(self, channels: int, latent: int, branch: Branch) -> None:
+    def __init__(self, channels: int, latent: int, branch: Branch, kernel: int = 1) -> None:
         super().__init__()
         self.body = branch.build(channels)
-        self.head = Conv(self.body.out_channels, 2 * latent, init_scale=_HEAD_SCALE)
+        self.head = Conv(self.body.out_channels, 2 * latent, kernel, init_scale=_HEAD_SCALE)
         self.latent = latent
         self.stride = 2**branch.blocks if branch.resize == "down" else 1
 
@@ -89,7 +115,8 @@ class Encoder(nn.Module):
 class PriorNet(nn.Module):
     """Context image and the latent above -> parameters of p(z | y_up, z_up), (B, 2 * latent, h, w).
 
-    `ratio` is z's height and width divided by the context image's.
+    `ratio` is z's height and width divided by the context image's; `kernel` the size of the last
+    convolution. An ELU follows a context branch that ends with a convolution.
     """
 
     def __init__(
@@ -101,18 +128,20 @@ class PriorNet(nn.Module):
         z: Branch,
         joint: Branch,
         ratio: tuple[float, float],
+        kernel: int = 1,
     ) -> None:
         super().__init__()
-        self.ratio = ratio
+        self.ratio, self.elu = ratio, bool(y.out)
         self.y_branch = y.build(channels)
         self.z_branch = z.build(latent_up) if latent_up else None
         width = self.y_branch.out_channels + (self.z_branch.out_channels if self.z_branch else 0)
         self.joint = joint.build(width)
-        self.head = Conv(self.joint.out_channels, 2 * latent, init_scale=_HEAD_SCALE)
+        self.head = Conv(self.joint.out_channels, 2 * latent, kernel, init_scale=_HEAD_SCALE)
 
     def forward(self, y: Tensor, z: Tensor | None) -> Tensor:
         size = round(y.shape[2] * self.ratio[0]), round(y.shape[3] * self.ratio[1])
-        h = _fit(self.y_branch(y), size)
+        h = self.y_branch(y)
+        h = _fit(F.elu(h) if self.elu else h, size)
         if self.z_branch is not None:
             h = torch.cat([h, _fit(self.z_branch(z), size)], 1)
         out: Tensor = self.head(self.joint(h))
@@ -120,17 +149,26 @@ class PriorNet(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Context image (may have no channels) and latent (may be None) -> pixel parameters (B, P, h, w)."""
+    """Context image (may have no channels) and latent (may be None) -> pixel parameters (B, P, h, w).
+
+    `kernel` is the size of the last convolution.
+    """
 
     def __init__(
-        self, channels: int, latent: int, params: int, z: Branch | None, joint: Branch | None
+        self,
+        channels: int,
+        latent: int,
+        params: int,
+        z: Branch | None,
+        joint: Branch | None,
+        kernel: int = 3,
     ) -> None:
         super().__init__()
         self.z_branch = z.build(latent) if z and latent else None
         width = channels + (self.z_branch.out_channels if self.z_branch else 0)
         self.joint = joint.build(width) if joint else None
         width = self.joint.out_channels if self.joint else width
-        self.head = Conv(width, params, init_scale=_HEAD_SCALE)
+        self.head = Conv(width, params, kernel, init_scale=_HEAD_SCALE)
 
     def forward(self, y: Tensor, z: Tensor | None) -> Tensor:
         h = y

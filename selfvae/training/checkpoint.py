@@ -18,14 +18,12 @@ from torch import Tensor
 from selfvae import hub
 from selfvae.files import write_atomic, write_tensors
 from selfvae.model import SelfVAE
-from selfvae.presets import ModelConfig
+from selfvae.presets import FORMAT, ModelConfig
 from selfvae.training.config import TrainConfig
+from selfvae.training.graphs import GraphedPass
 from selfvae.training.guard import Guard
 
 __all__ = ["Log", "State", "check_free", "check_same_model", "take_weights"]
-
-
-_FORMAT = 1  # of checkpoints
 
 
 class Log:
@@ -61,6 +59,7 @@ class State:
     cpu_seconds: float = 0.0
     best: float = math.inf
     since_best: int = 0
+    graphed: GraphedPass | None = None  # where CUDA graphs are used
 
     _numbers = ("step", "seconds", "cpu_seconds", "best", "since_best")
 
@@ -78,7 +77,7 @@ class State:
         numbers = {name: getattr(self, name) for name in self._numbers}
         assert isinstance(self.model.config, ModelConfig)
         metadata = {
-            "format": str(_FORMAT),
+            "format": str(FORMAT),
             "model": json.dumps(self.model.config.to_dict()),
             "train": json.dumps(dataclasses.asdict(config)),
             "state": json.dumps(numbers),
@@ -118,12 +117,12 @@ def check_same_model(checkpoint: Path, config: ModelConfig) -> None:
     if "model" not in metadata:
         raise ValueError(f"{checkpoint} is no checkpoint of a run: expected what selfvae train writes")
     found = int(metadata.get("format", 1))  # the first ones did not say
-    if found > _FORMAT:
+    if found > FORMAT:
         raise ValueError(
-            f"{checkpoint} has format {found}; this version of selfvae goes on from 1 to {_FORMAT}: "
+            f"{checkpoint} has format {found}; this version of selfvae goes on from 1 to {FORMAT}: "
             "use the one that wrote it"
         )
-    saved = ModelConfig.from_dict(json.loads(metadata["model"]))
+    saved = ModelConfig.from_dict(json.loads(metadata["model"]), found)
     if saved != config:
         raise ValueError(
             f"{checkpoint} is of another model; saved and asked for differ in "

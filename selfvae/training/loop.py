@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from selfvae.presets import ModelConfig, from_config
 from selfvae.terms import Terms, bits_per_dim
 from selfvae.training.checkpoint import Log, State, check_free, check_same_model, take_weights
 from selfvae.training.config import TrainConfig
+from selfvae.training.graphs import GraphedPass
 from selfvae.training.guard import Guard
 from selfvae.training.optim import OPTIMIZERS
 
@@ -57,6 +59,17 @@ def _loss(terms: Terms, dims: int, config: TrainConfig, step: int) -> Tensor:
     return bits_per_dim(loss, dims)
 
 
+def _forward_backward(fabric: Fabric, model: Any, x: Tensor, config: TrainConfig, step: int) -> Terms:
+    """Add the gradients of the loss on a batch, in its parts; returns the terms of the last part."""
+    terms, parts = None, x.chunk(config.grad_accum)
+    for i, part in enumerate(parts):
+        with fabric.no_backward_sync(model, enabled=i + 1 < len(parts)):
+            terms = model(part)
+            fabric.backward(_loss(terms, x[0].numel(), config, step) / len(parts))
+    assert terms is not None
+    return terms
+
+
 @torch.no_grad()
 def _update_ema(ema: SelfVAE, model: SelfVAE, config: TrainConfig, step: int) -> None:
     decay = min(config.ema, (step + 1) / (step + 10))
@@ -73,7 +86,12 @@ def prepare(model: SelfVAE, fabric: Fabric, config: TrainConfig) -> tuple[Any, S
         checkpoint_activations(model)
     kind = OPTIMIZERS[config.optimizer]
     wrapped, optimizer = fabric.setup(model, kind(model.parameters(), lr=config.rate(0)))
-    return wrapped, State(model, ema, optimizer, Guard(config, fabric.device))
+    state = State(model, ema, optimizer, Guard(config, fabric.device))
+    if config.cuda_graphs and fabric.device.type == "cuda" and fabric.world_size == 1:
+        state.graphed = GraphedPass(
+            model, partial(_forward_backward, fabric, wrapped, config=config, step=0)
+        )
+    return wrapped, state
 
 
 def make_step(
@@ -83,13 +101,10 @@ def make_step(
 
     Returns the terms of its last part (see `TrainConfig.grad_accum`) and the gradient's norm.
     """
-    terms, parts = None, x.chunk(config.grad_accum)
-    dims = x[0].numel()
-    for i, part in enumerate(parts):
-        with fabric.no_backward_sync(model, enabled=i + 1 < len(parts)):
-            terms = model(part)
-            fabric.backward(_loss(terms, dims, config, state.step) / len(parts))
-    assert terms is not None
+    if state.graphed is None:
+        terms = _forward_backward(fabric, model, x, config, state.step)
+    else:
+        terms = state.graphed(x)
     norm = state.guard([p.grad for p in state.model.parameters() if p.grad is not None])
     state.optimizer.step()
     state.optimizer.zero_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 
+import torch
 from torch import Tensor
 
 from selfvae.transforms.base import ImageSpec, Transform, check_image, full_range
@@ -14,7 +15,7 @@ __all__ = ["GaussianBlur"]
 
 
 @functools.lru_cache(maxsize=8)
-def _blur_weights(sigma: float, n: int) -> Tensor:
+def _blur_weights(sigma: float, n: int, device: torch.device) -> Tensor:
     reach, rows = math.ceil(3 * sigma), []
     kernel = {d: math.exp(-0.5 * (d / sigma) ** 2) for d in range(-reach, reach + 1)}
     for i in range(n):
@@ -23,7 +24,7 @@ def _blur_weights(sigma: float, n: int) -> Tensor:
             j = min(max(i + d, 0), n - 1)
             row[j] = row.get(j, 0.0) + weight
         rows.append(row)
-    return fixed_point(rows, n)
+    return fixed_point(rows, n).to(device)
 
 
 class GaussianBlur(Transform):

@@ -85,13 +85,13 @@ def _cubic(t: float, a: float = -0.5) -> float:
 
 
 @functools.lru_cache(maxsize=8)  # 8 n^2 / factor bytes each
-def _bicubic_weights(factor: int, n: int) -> Tensor:
+def _bicubic_weights(factor: int, n: int, device: torch.device) -> Tensor:
     rows = []
     for i in range(n // factor):
         centre, reach = (i + 0.5) * factor, 2.0 * factor
         first, last = max(0, int(centre - reach + 0.5)), min(n, int(centre + reach + 0.5))
         rows.append({j: _cubic((j + 0.5 - centre) / factor) for j in range(first, last)})
-    return fixed_point(rows, n)
+    return fixed_point(rows, n).to(device)
 
 
 class BicubicDownscale(Transform):

@@ -20,11 +20,15 @@ def _filter(x: Tensor, weights: Tensor) -> Tensor:
     return out.clamp(0, 255)
 
 
-def separable(x: Tensor, weights: Callable[[int], Tensor]) -> Tensor:
-    """Filter the columns, then the rows; each pass rounds half up to a uint8 value."""
+def separable(x: Tensor, weights: Callable[[int, torch.device], Tensor]) -> Tensor:
+    """Filter the columns, then the rows; each pass rounds half up to a uint8 value.
+
+    weights: for a length in pixels, on a device; those it has made before must be there already, since
+        nothing may be copied to the device while a CUDA graph is recorded.
+    """
     h, w = x.shape[2:]
-    across = _filter(x.double(), weights(w).to(x.device, non_blocking=True))
-    down = _filter(across.transpose(2, 3), weights(h).to(x.device, non_blocking=True))
+    across = _filter(x.double(), weights(w, x.device))
+    down = _filter(across.transpose(2, 3), weights(h, x.device))
     return down.transpose(2, 3).to(torch.uint8).contiguous()
 
 

@@ -30,7 +30,8 @@ class _SubsamplingSupport(BlockSupport):
         self.groups = len(self.free)
 
     def space_to_depth(self, x: Tensor) -> Tensor:
-        return super().space_to_depth(x)[:, self.free]
+        every = super().space_to_depth(x).unbind(1)
+        return torch.stack([every[i] for i in self.free], 1)
 
     def depth_to_space(self, v: Tensor) -> Tensor:
         y = self.d.stack_kept(self.y)

@@ -33,7 +33,9 @@ if __name__ == "__main__":  # pytest looks into every module for examples
         sums[name] = [list(x.shape), zlib.crc32(x.numpy().tobytes())]
     album = golden_album(600)
     (folder / "all.svaes").write_bytes(pack(golden_codec("colour"), album, block=600))
-    (folder / "drawn.svaes").write_bytes(pack(golden_codec("flow"), album[:10]))
+    for prefix in ("", "residual-"):
+        archive = pack(golden_codec(f"{prefix}flow"), album[:10])
+        (folder / f"{prefix}drawn.svaes").write_bytes(archive)
     sums["archive"] = [[name, zlib.crc32(x.contiguous().numpy().tobytes())] for name, x in album]
     encoder, p = ANSCoder(), (np.arange(20_000, dtype=np.int64) * 104729) % ((1 << 24) - 1) + 1
     encoder.bits(p, np.arange(20_000) * 7919 % 16_777_259 < p)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import os
 import re
 import shlex
@@ -9,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,6 +45,69 @@ def test_page(
     names: dict[str, object] = {}
     for block in blocks:
         exec(block, names)
+
+
+def test_the_readme_in_python() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["larger"].shape == (1, 3, 192, 256) and names["images"].shape == (16, 3, 32, 32)
+
+
+def test_the_readme_is_short_and_has_the_commands_of_ci() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    for line in ("pip install -e . && selfvae demo", 'pip install -e ".[test]" && pytest'):
+        assert line in lines
+
+
+DOCUMENTS = [
+    file
+    for pattern in (
+        "*.md",
+        "docs/*.md",
+        "recipes/*.md",
+        "benchmarks/*.md",
+        "results/*.md",
+        "selfvae/models/*/*.md",
+    )
+    for file in sorted(ROOT.glob(pattern))
+]
+# flags of every command, and of the words before it
+EVERYWHERE = {"--help", "--config", "--import"}
+
+
+def shown_commands(text: str) -> list[list[str]]:
+    """The words of every `selfvae ...` in fenced blocks and between backticks, continued lines joined."""
+    text = text.replace("\\\n", " ")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    fenced = [block for language, block in blocks if language in ("", "sh")]
+    lines = [line for block in fenced for line in block.splitlines()]
+    lines += re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    found = [
+        re.search(r"(?:^|[ /])(?:selfvae|-m selfvae\.cli) ([a-z].*)", line.split(" #")[0]) for line in lines
+    ]
+    return [match[1].split() for match in found if match]
+
+
+def test_every_command_and_flag_in_the_documents_exists(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    known: dict[str, set[str]] = {}
+    wrong: list[str] = []
+    for file in DOCUMENTS:
+        for command, *words in shown_commands(file.read_text()):
+            if command not in known:
+                with contextlib.suppress(SystemExit):
+                    main([command, "--help"])
+                shown = capsys.readouterr()
+                known[command] = set(re.findall(r"--[a-z][\w-]*", shown.out))
+            flags = {word.split("=")[0] for word in words if word.startswith("--")} - EVERYWHERE
+            missing = flags - known[command] if known[command] else {"(no such command)"}
+            wrong += [f"{file.relative_to(ROOT)}: selfvae {command}: {flag}" for flag in sorted(missing)]
+    assert not wrong, "\n".join(wrong)
+    assert len(known) > 15
 
 
 def test_tutorial_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,25 +159,66 @@ def test_sharded_training(tmp_path: Path) -> None:
     assert done.stdout.split() == ["2"]
 
 
+def tree() -> list[str]:
+    """The modules of the tree in docs/architecture.md, in its order: "files", "transforms.base", ...
+
+    A folder whose files it leaves out goes by its own name.
+    """
+    text = (ROOT / "docs/architecture.md").read_text()
+    found = re.search(r"^selfvae/\n(.*?)```", text, re.DOTALL | re.MULTILINE)
+    assert found
+    order: list[str] = []
+    folder = ""
+    for line in found[1].splitlines():
+        entry = re.match(r"(  |    )(\w+)(/|\.py) ", line)
+        assert entry, f"docs/architecture.md: not an entry of the tree: {line!r}"
+        indent, name, kind = entry.groups()
+        if kind == "/":
+            assert indent == "  ", line
+            folder = name
+            order.append(name)
+        elif indent == "  ":
+            folder = ""
+            order.append(name)
+        else:
+            assert folder, line
+            if order[-1] == folder:
+                order.pop()
+            order.append(f"{folder}.{name}")
+    assert len(order) == len(set(order)), "docs/architecture.md names a module twice"
+    return order
+
+
+def place(module: str, order: list[str]) -> int:
+    """Where a module stands; a folder, or a folder's own `__init__`, stands where its last file does."""
+    folder = module.split(".")[0]
+    if module in order:
+        return order.index(module)
+    if folder in order and (ROOT / "selfvae" / folder).is_dir():
+        return order.index(folder)
+    inside = [i for i, name in enumerate(order) if name.startswith(f"{folder}.")]
+    if module == folder and inside:
+        return inside[-1]
+    raise AssertionError(f"the tree in docs/architecture.md lacks selfvae.{module}")
+
+
 def test_a_file_imports_only_from_files_above_it() -> None:
-    """The order of the README's tree: down the left column, down the right one, then the folders."""
-    tree = re.search(r"^selfvae/\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert tree
-    columns, folders = re.split(r"(?=^  codec/)", tree[1], flags=re.MULTILINE)
-    lines = columns.splitlines()
-    middle = lines[0].index("files.py")
-    text = "\n".join([line[:middle] for line in lines] + [line[middle:] for line in lines] + [folders])
-    order = [name.rstrip("/") for name in re.findall(r"(\w+)(?:\.py\b|/)", text)]
-    assert len(order) == len(set(order))
-    for file in (ROOT / "selfvae").rglob("*.py"):
-        path = file.relative_to(ROOT / "selfvae").with_suffix("").parts
-        if path in (("__init__",), ("codec", "__init__")):
+    """The order of the tree in docs/architecture.md, file by file; imports inside functions count too."""
+    order, package = tree(), ROOT / "selfvae"
+    files = {".".join(f.relative_to(package).with_suffix("").parts): f for f in package.rglob("*.py")}
+    for name in order:
+        assert name in files or f"{name}.__init__" in files, f"there is no selfvae.{name}"
+    for module, file in files.items():
+        if module.endswith("__"):  # an __init__ offers what its folder holds
             continue
-        own = path[0] if path[0] in ("web", "cli") else path[-1]
-        assert own in order, f"the README's tree lacks {file.name}"
-        code = file.read_text()
-        used = re.findall(r"^from selfvae\.(?:codec\.)?(\w+) import", code, re.MULTILINE)
-        for several in re.findall(r"^from selfvae import (.+)", code, re.MULTILINE):
-            used += [part.split(" as ")[0] for part in several.split(", ")]
-        for found in used:
-            assert order.index(found) <= order.index(own), f"{file.name} imports {found}"
+        own = place(module, order)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "selfvae":
+                continue
+            base = (node.module or "").removeprefix("selfvae").removeprefix(".")
+            for alias in node.names:
+                inner = f"{base}.{alias.name}".removeprefix(".")
+                used = inner if inner in files or f"{inner}.__init__" in files else base
+                assert used, f"selfvae.{module} imports {alias.name} from selfvae itself"
+                above = place(used, order) <= own
+                assert above, f"selfvae.{module} imports selfvae.{used}, which stands below it"

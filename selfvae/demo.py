@@ -44,7 +44,7 @@ def demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, Any]:
         The content of result.json: bytes, bits/dim of the files and of PNG and WebP, seconds.
     """
     began, out = time.monotonic(), Path(out)
-    codec = Codec(hub.load("selfvae-photos"))
+    codec = Codec(hub.load("photos-v0"))
     photos = {name: torch.from_numpy(photo(name, 2))[None] for name in ("chelsea", "coffee")}
     if fast:
         photos = {k: x[..., : x.shape[2] // 2, : x.shape[3] // 2].contiguous() for k, x in photos.items()}
@@ -80,12 +80,12 @@ def _rows(photos: dict[str, Tensor], seed: int) -> list[tuple[str, Tensor]]:
         ("2 x 2 means", small),
         ("enlarged by bicubic interpolation", baseline_enhancement(x2, small)),
         (
-            "sampled given the means (selfvae-photos-x2, temperature 0.5)",
+            "sampled given the means (photos-x2-v0, temperature 0.5)",
             enhance(x2, small, 1, temperature=0.5, seed=seed),
         ),
-        ("every second row and column, the first bytes of a file of selfvae-photos", kept),
-        ("most likely picture given these (selfvae-photos)", enhance(photo, kept, 2, decode="mode")),
-        ("unconditional samples, 32 x 32 (selfvae-cifar10-small)", generate(cifar, n, seed=seed)),
+        ("every second row and column, the first bytes of a file of photos-v0", kept),
+        ("most likely picture given these (photos-v0)", enhance(photo, kept, 2, decode="mode")),
+        ("unconditional samples, 32 x 32 (cifar10-2m)", generate(cifar, n, seed=seed)),
     ]
 
 

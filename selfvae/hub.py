@@ -50,7 +50,9 @@ _PLAIN: dict[str, Any] = {
     "kernels": (3, 3, 3),
     "depthwise": False,
 }
-_PRIORS = {"flow-residual": "flow", "mog-local": "mog"}  # what fingerprints call them, as format 1 did
+# what fingerprints call presets and priors that were renamed
+_NAMES = {"selfvae-mean-3lvl": "selfvae-3"}
+_PRIORS = {"flow-residual": "flow", "mog-local": "mog"}
 
 
 def bundled() -> dict[str, Path]:
@@ -94,6 +96,7 @@ def fingerprint(model: SelfVAE) -> bytes:
     options = {key: value for key, value in model.config.to_dict().items() if value != plain.get(key)}
     config = {former.get(key, key): value for key, value in options.items()}
     config["prior"] = _PRIORS.get(prior, prior)
+    config["name"] = _NAMES.get(model.config.name, model.config.name)
     found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, value in sorted(unique_state_dict(model).items()):
         found.update(f"{name} {tuple(value.shape)} ".encode())

@@ -232,7 +232,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "selfvae-sketch": {"transforms": ("sketch",)},
     "selfvae-3lvl": {"transforms": ("bicubic2", "bicubic2")},
     "selfvae": {"transforms": ("mean2",), **_OURS},
-    "selfvae-3": {"transforms": ("mean2", "mean2"), **_OURS},
+    "selfvae-mean-3lvl": {"transforms": ("mean2", "mean2"), **_OURS},
     "selfvae-grey": {"transforms": ("grey",), **_OURS},
     "selfvae-bits": {"transforms": ("bits3",), **_OURS},
     "selfvae-halve": {"transforms": ("halve",), **_CHAIN},

@@ -66,7 +66,7 @@ def by_enumeration(model: SelfVAE, x: Tensor, draws: int) -> Tensor:
         ("vae-normal", "all", 4),
         ("srvae", "all", 5),
         ("selfvae-grey", "all", 4),
-        ("selfvae-3", "all", 3),
+        ("selfvae-mean-3lvl", "all", 3),
         ("selfvae-3lvl", "top", 4),
     ],
 )
@@ -190,7 +190,7 @@ def test_the_bound_with_a_latent_against_numerical_integration() -> None:
 
 
 def test_bounds_from_the_same_draws(images: Tensor) -> None:
-    model = build("selfvae-3", images)
+    model = build("selfvae-mean-3lvl", images)
     torch.manual_seed(0)
     found = bounds(model, images, 6)
     torch.manual_seed(0)
@@ -203,7 +203,7 @@ def test_bounds_from_the_same_draws(images: Tensor) -> None:
 
 
 def test_scores_of_a_data_set(images: Tensor) -> None:
-    model = build("selfvae-3", images)
+    model = build("selfvae-mean-3lvl", images)
     scores = evaluate(model, Images(images.numpy()), iwae_samples=4, batch_size=3)
     assert scores["elbo_bits_per_dim"] > scores["iwae_bits_per_dim"]
     for kind in ("re", "kl"):

@@ -130,8 +130,8 @@ def test_open_a_file(page: Any, tmp_path: Path) -> None:
     import selfvae
     from selfvae.codec import Codec
 
-    x = selfvae.generate(selfvae.load("selfvae-cifar10-small"), 1, seed=1)
-    (tmp_path / "a.svae").write_bytes(Codec(selfvae.load("selfvae-photos")).compress(x, verify=False))
+    x = selfvae.generate(selfvae.load("cifar10-2m"), 1, seed=1)
+    (tmp_path / "a.svae").write_bytes(Codec(selfvae.load("photos-v0")).compress(x, verify=False))
     tab = open_tab(page, "Compress")
     tab.locator("input[type=file]").last.set_input_files(tmp_path / "a.svae")
     tab.get_by_role("button", name="Open").click()

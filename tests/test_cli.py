@@ -150,7 +150,7 @@ def test_a_folder_goes_on_past_a_broken_file(
         (["interpolate", "PHOTO", "PHOTO", "PHOTO", "--model", "selfvae"], "is the input itself"),
         (["generate", "selfvae", "--out", "o"], "ends in .png"),
         (["enhance", "PHOTO", "o.png", "--model", "nowhere"], "unknown model 'nowhere' (expected a folder"),
-        (["enhance", "PHOTO", "o.png", "--model", "selfvae-photo"], "did you mean 'selfvae-photos'?"),
+        (["enhance", "PHOTO", "o.png", "--model", "selfvae-photo"], "did you mean 'photos-v0'?"),
     ],
 )
 def test_wrong_input(

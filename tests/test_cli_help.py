@@ -166,7 +166,7 @@ def test_presets_are_listed_without_torch() -> None:
     assert done.returncode == 0, done.stderr
     for name in names.PRESETS:
         assert re.search(rf"^{name} +\d+\.\d\d M +\d+\.\d\d M +\d+\.\d\d M$", done.stdout, re.MULTILINE)
-    assert "bundled models: selfvae-cifar10-latent, " in done.stdout
+    assert "bundled models: cifar10-latent, " in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -177,10 +177,10 @@ def test_presets_are_listed_without_torch() -> None:
         ("train --modle vae", "unknown flag '--modle': did you mean '--model'? (selfvae train --help"),
         ("train --out x --iw 3", "unknown flag '--iw'"),
         ("train --out x --model vaee", "unknown model 'vaee': did you mean 'vae'?"),
-        ("train --out x --model selfvae-photos", "is a trained model, not a preset: continue from it with"),
-        ("train --out x --init-from selfvae-photo", "did you mean 'selfvae-photos'?"),
-        ("enhance a.png b.png --model selfvae-photos-x3", "did you mean 'selfvae-photos-x2'?"),
-        ("info selfvae-cifar10-smal", "did you mean 'selfvae-cifar10-small'?"),
+        ("train --out x --model photos-v0", "is a trained model, not a preset: continue from it with"),
+        ("train --out x --init-from selfvae-photo", "did you mean 'photos-v0'?"),
+        ("enhance a.png b.png --model photos-v0-x3", "did you mean 'photos-x2-v0'?"),
+        ("info selfvae-cifar10-smal", "did you mean 'cifar10-2m'?"),
         ("train --config", "--config takes a YAML file"),
         ("--import", "--import takes the name of a Python module"),
         ("--import no_such_module_anywhere info", "--import no_such_module_anywhere: No module named"),
@@ -223,7 +223,7 @@ def test_ctrl_c_ends_with_one_line(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_while_torch_is_imported(tmp_path: Path) -> None:
-    with command("info", "selfvae-photos", cwd=tmp_path, options=("-X", "importtime")) as running:
+    with command("info", "photos-v0", cwd=tmp_path, options=("-X", "importtime")) as running:
         assert running.stderr is not None
         while "torch." not in (line := running.stderr.readline()):
             assert line

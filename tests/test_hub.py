@@ -179,7 +179,7 @@ def test_folders_and_shipped_models_need_no_hub(tmp_path: Path) -> None:
     assert "no latents: its likelihood is exact" in text and "| y6 | 3 channels of 256 values" in text
     loaded = selfvae.from_pretrained(tmp_path / "mine")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
-    assert selfvae.from_pretrained("selfvae-photos").config.name
+    assert selfvae.from_pretrained("photos-v0").config.name
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         selfvae.from_pretrained("no-such-model")
     with pytest.raises(ValueError, match="OWNER/NAME"):
@@ -187,7 +187,7 @@ def test_folders_and_shipped_models_need_no_hub(tmp_path: Path) -> None:
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
-    assert hub.find("selfvae-cifar10-small") == hub.bundled()["selfvae-cifar10-small"]
+    assert hub.find("cifar10-2m") == hub.bundled()["cifar10-2m"]
     model = selfvae.build("selfvae", "tiny", (3, 16, 16), width=0.06)
     for use in (lambda m: hub.save(m, tmp_path / "tiled"), Codec):
         with pytest.raises(ValueError, match="this one is tiled"):

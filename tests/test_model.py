@@ -52,7 +52,8 @@ def test_all_given_returns_the_image(name: str, images: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["selfvae", "selfvae-3", "selfvae-grey", "selfvae-bits", "selfvae-halve", "selfvae-quincunx"]
+    "name",
+    ["selfvae", "selfvae-mean-3lvl", "selfvae-grey", "selfvae-bits", "selfvae-halve", "selfvae-quincunx"],
 )
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
 def test_enhancements_agree_with_what_was_given(
@@ -66,7 +67,7 @@ def test_enhancements_agree_with_what_was_given(
 
 
 @pytest.mark.parametrize("latents", ["all", "top", "none"])
-@pytest.mark.parametrize("name", ["selfvae-halve", "selfvae-quincunx", "selfvae-3", "srvae"])
+@pytest.mark.parametrize("name", ["selfvae-halve", "selfvae-quincunx", "selfvae-mean-3lvl", "srvae"])
 def test_latents_are_optional(name: str, latents: str, images: torch.Tensor) -> None:
     model = build(name, images, latents=latents)
     have = [level.has_latent for level in model.levels]
@@ -172,7 +173,7 @@ def test_the_bound_of_a_linear_gaussian_model_is_exact() -> None:
     assert (model.score([x[:, :, None, None]], {"z0": wrong}).elbo.mean() < exact.mean() - 0.01).item()
 
 
-@pytest.mark.parametrize("name", ["vae-normal", "srvae", "selfvae-3"])
+@pytest.mark.parametrize("name", ["vae-normal", "srvae", "selfvae-mean-3lvl"])
 def test_iwae_grows_with_the_draws(name: str, images: torch.Tensor) -> None:
     model = build(name, images[:2])
     for level in model.levels:  # posteriors as far from the truth as the prior, so that there is a gap

@@ -19,8 +19,8 @@ from selfvae.metrics.likelihood import evaluate
 from selfvae.transforms import MeanDownscale
 
 NAMES = (
-    "selfvae-cifar10-latent", "selfvae-cifar10-small", "selfvae-photos", "selfvae-photos-bits",
-    "selfvae-photos-grey", "selfvae-photos-x2",
+    "cifar10-latent", "cifar10-2m", "photos-v0", "photos-deband-v0",
+    "photos-colour-v0", "photos-x2-v0",
 )  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_photographs_are_smaller_than_as_webp(photo: torch.Tensor, tmp_path: Pat
 
 
 def test_photographs_are_enlarged_as_well_as_by_interpolation(photo: torch.Tensor, tmp_path: Path) -> None:
-    model = selfvae.load("selfvae-photos-x2")
+    model = selfvae.load("photos-x2-v0")
     small = MeanDownscale(2)(photo)
     plain = model.levels[0].transform.estimate(small, model.spec).round().clamp(0, 255)
     ours = selfvae.enhance(model, small, decode="mode")
@@ -87,5 +87,5 @@ def test_demo(tmp_path: Path) -> None:
 def test_small_images_are_likelier_than_webp_thinks() -> None:
     """Crops of photographs are not CIFAR-10, but near enough."""
     some = sources.load("photos", 32).test.take(range(64))
-    found = evaluate(selfvae.load("selfvae-cifar10-small"), Images(some.numpy()))
+    found = evaluate(selfvae.load("cifar10-2m"), Images(some.numpy()))
     assert found["bits_per_dim"] < 0.95 * lossless_bits(some, "WebP").sum().item() / some.numel()

@@ -116,7 +116,7 @@ def test_variations_belong_to_their_images(images: torch.Tensor) -> None:
 
 
 def test_names_and_aliases(images: torch.Tensor) -> None:
-    three = build("selfvae-3", images)
+    three = build("selfvae-mean-3lvl", images)
     assert operations.variables(three) == ["z2", "y2", "z1", "y1", "z0", "y0"]
     for given, expected in {
         "generation": [],
@@ -152,7 +152,7 @@ def test_names_and_aliases(images: torch.Tensor) -> None:
 
 
 def test_an_image_brings_what_it_determines(images: torch.Tensor) -> None:
-    model = build("selfvae-3", images)
+    model = build("selfvae-mean-3lvl", images)
     assert set(infer(model, images, "CR")) == {"z2", "y2", "z1", "y1", "z0"}
     assert set(infer(model, images, "RS2")) == {"z2", "z1"}
     assert set(infer(model, images)) == set(operations.variables(model))
@@ -171,7 +171,7 @@ def test_what_is_given_is_kept(images: torch.Tensor) -> None:
 
 
 def test_temperature_by_variable_and_modes(images: torch.Tensor) -> None:
-    model = build("selfvae-3", images)
+    model = build("selfvae-mean-3lvl", images)
     cold = [generate(model, 1, temperature=0.0, seed=s) for s in (1, 2)]
     assert torch.equal(*cold)
     values = infer(model, images, "RS")
@@ -245,7 +245,7 @@ def test_errors(images: torch.Tensor) -> None:
 # --- tiles ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["selfvae-3", "selfvae-grey", *CHAINS])
+@pytest.mark.parametrize("name", ["selfvae-mean-3lvl", "selfvae-grey", *CHAINS])
 def test_tiles_with_all_the_context_are_the_whole(name: str, images: torch.Tensor) -> None:
     model = build(name, images)
     x = images.repeat(1, 1, 3, 2)[:2, :, :41, :30]
@@ -361,7 +361,7 @@ def test_generators_and_seeds(prior: str, tile: int, images: torch.Tensor) -> No
 
 def test_a_seed_draws_what_the_global_state_would(images: torch.Tensor) -> None:
     """So that figures made with seeds before stay what they are."""
-    model = build("selfvae-3", images)
+    model = build("selfvae-mean-3lvl", images)
     for draw in (
         lambda **how: generate(model, 2, **how),
         lambda **how: vary(model, images, 2, **how),

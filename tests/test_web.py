@@ -218,7 +218,7 @@ def test_a_codec_file_that_promises_too_much_or_is_broken(models: Models, x: tor
     ):
         with pytest.raises(ValueError):
             work.prefix(models.codec, work.open_packed(models.codec, wrong, PIXELS), 1.0)
-    other = Codec(models.generators["selfvae-cifar10-small"]).compress(x, verify=False)
+    other = Codec(models.generators["cifar10-2m"]).compress(x, verify=False)
     with pytest.raises(ValueError, match="another model"):
         work.prefix(models.codec, work.open_packed(models.codec, other, PIXELS), 1.0)
 
@@ -372,7 +372,7 @@ def test_the_command_ends_clean(tmp_path: Path) -> None:
     client = pytest.importorskip("gradio_client")
     Image.effect_noise((400, 400), 50).convert("RGB").save(tmp_path / "noise.png")
     with subprocess.Popen(
-        [sys.executable, "-m", "selfvae.cli", "serve", "selfvae-photos", "--no-browser"],
+        [sys.executable, "-m", "selfvae.cli", "serve", "photos-v0", "--no-browser"],
         env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, text=True,
     ) as server:  # fmt: skip
         assert server.stdout

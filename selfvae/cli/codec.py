@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from selfvae.codec import Codec
 
-PHOTOS = Path("selfvae-photos")  # the bundled model that compresses photographs
+PHOTOS = Path("photos-v0")  # the bundled model that compresses photographs
 _ENDING, _ARCHIVE = ".svae", ".svaes"
 _LOSSLESS = (".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 

@@ -63,7 +63,7 @@ def generate(
 def enhance(
     source: In,
     out: Out,
-    model: Path = Path("selfvae-photos-x2"),
+    model: Path = Path("photos-x2-v0"),
     level: int = 1,
     n: int = 1,
     convert: bool = False,

@@ -31,8 +31,8 @@ __all__ = [
     "interpolate", "open_packed", "prefix", "read", "shares",
 ]  # fmt: skip
 
-_GAPS = ("selfvae-photos-x2", "selfvae-photos-grey", "selfvae-photos-bits")
-_CODEC, _SMALL, _LATENT = "selfvae-photos", "selfvae-cifar10-small", "selfvae-cifar10-latent"
+_GAPS = ("photos-x2-v0", "photos-colour-v0", "photos-deband-v0")
+_CODEC, _SMALL, _LATENT = "photos-v0", "cifar10-2m", "cifar10-latent"
 _LEVELS = 6  # shown of a long chain
 
 

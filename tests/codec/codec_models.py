@@ -87,7 +87,9 @@ GOLDEN_FILES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     ),
     "flow": ({"name": "selfvae", "latents": "all", "prior": "flow", **_DENSE}, (3, 21, 30)),
     "flow-plain": ({"name": "vae", "latents": "all", "prior": "flow", **_DENSE}, (3, 1, 1)),
-    "mixture": ({"name": "selfvae-3", "latents": "all", "prior": "mog-local", **_DENSE}, (3, 21, 30)),
+    "mixture": (
+        {"name": "selfvae-mean-3lvl", "latents": "all", "prior": "mog-local", **_DENSE}, (3, 21, 30),
+    ),
     "mixture-whole": (
         {"name": "vae", "latents": "all", "prior": "mog", "prior_components": 10, **_DENSE}, (3, 15, 16),
     ),
@@ -99,7 +101,7 @@ GOLDEN_FILES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
         {"name": "vae", "latents": "all", "prior": "flow-residual", **_RESIDUAL}, (3, 1, 1),
     ),
     "residual-mixture": (
-        {"name": "selfvae-3", "latents": "all", "prior": "mog-local", **_RESIDUAL}, (3, 21, 30),
+        {"name": "selfvae-mean-3lvl", "latents": "all", "prior": "mog-local", **_RESIDUAL}, (3, 21, 30),
     ),
 }  # fmt: skip
 VERSION_1 = {"colour", "grey", "one-pixel", "wide"}  # the other models came later

@@ -61,7 +61,7 @@ def test_2000_damaged_files(which: str, picture: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("name", "prior"),
-    [("vae", "flow"), ("selfvae", "flow"), ("selfvae-3", "mog-local"), ("selfvae", "normal")],
+    [("vae", "flow"), ("selfvae", "flow"), ("selfvae-mean-3lvl", "mog-local"), ("selfvae", "normal")],
 )
 def test_forged_latents(name: str, prior: str, picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forged code whose checksums all fit is some picture; if only the file's checksum fits, an error."""

@@ -89,7 +89,7 @@ def test_noise_in_the_networks_of_latents(
     monkeypatch.setattr(float64, "MARGIN", margin)
     for model in (
         gaussian(),
-        gaussian("selfvae-3", "mog-local"),
+        gaussian("selfvae-mean-3lvl", "mog-local"),
         gaussian(posterior="uniform", prior="logistic"),
     ):
         codec = Codec(model)
@@ -161,8 +161,8 @@ def test_the_margin_is_a_thousand_times_what_computers_differ_by(
 def test_a_gpu_reads_what_a_cpu_wrote_and_the_other_way(picture: Tensor) -> None:
     mixtures = (
         gaussian("vae", "mog-local"),
-        gaussian("selfvae-3", "mog-local"),
-        gaussian("selfvae-3", "normal"),
+        gaussian("selfvae-mean-3lvl", "mog-local"),
+        gaussian("selfvae-mean-3lvl", "normal"),
     )
     for model in (fixed(), gaussian(), gaussian("vae"), *mixtures):
         here, there = Codec(model), Codec(copy.deepcopy(model).cuda())

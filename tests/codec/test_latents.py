@@ -23,7 +23,7 @@ from selfvae.distributions.latents import DiagonalNormal
 from selfvae.operations import variables
 
 
-@pytest.mark.parametrize("name", ["vae", "selfvae", "selfvae-3"])
+@pytest.mark.parametrize("name", ["vae", "selfvae", "selfvae-mean-3lvl"])
 def test_latents_as_whole_numbers(name: str, picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts z1, y1, z0, y0; as long as the scores of these whole numbers; in tiles too."""
     model = fixed(
@@ -65,7 +65,7 @@ def codec_input(codec: Codec, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("prior", ["normal", "mog-local", "flow", "flow-residual"])
-@pytest.mark.parametrize("name", ["vae", "selfvae", "selfvae-3"])
+@pytest.mark.parametrize("name", ["vae", "selfvae", "selfvae-mean-3lvl"])
 def test_gaussian_latents(name: str, prior: str, picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Single files near the bound, exact prefixes, cut files, albums of plain and other pictures, tiles."""
     model = gaussian(name, prior)
@@ -157,7 +157,7 @@ def test_noise_is_the_same_whatever_torch_is_told() -> None:
 
 
 @pytest.mark.parametrize("prior", ["normal", "mog", "mog-local", "flow", "flow-residual"])
-@pytest.mark.parametrize("name", ["vae", "selfvae-3"])
+@pytest.mark.parametrize("name", ["vae", "selfvae-mean-3lvl"])
 def test_bits_back_costs_the_bound(name: str, prior: str, picture: Tensor) -> None:
     """An archive is as long as the ELBO says, to 1%: the latents' bits come back."""
     model = gaussian(name, prior)

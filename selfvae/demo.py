@@ -109,7 +109,10 @@ def _enlarged(x2: SelfVAE, x: Tensor, name: str) -> tuple[tuple[str, Tensor], di
     """Return a row of the figure, and PSNR in dB: a photograph, its 2 x 2 means, these enlarged."""
     x = x[..., : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2]
     y = MeanDownscale(2)(x)
-    enlarged = {"bicubic": baseline_enhancement(x2, y), "photos-x2-v0": enhance(x2, y, temperature=0)}
+    enlarged = {
+        "bicubic interpolation": baseline_enhancement(x2, y),
+        "photos-x2-v0": enhance(x2, y, temperature=0),
+    }
     scores = {kind: round(psnr(image, x).item(), 2) for kind, image in enlarged.items()}
     told = ", ".join(f"enlarged by {kind} ({value:.1f} dB)" for kind, value in scores.items())
     images = torch.cat([x, magnify(y, 2), *enlarged.values()])

@@ -26,7 +26,7 @@ from selfvae.cli.settings import FORMER_FLAGS
 from selfvae.hub import bundled
 from selfvae.presets import PRESETS, SIZES, build
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # habits of phrasing that the help has lost
 _ODD = re.compile(r"\bso many\b|\balone\b|comes? along|from nothing|bits a (sub-)?pixel|images a step")

@@ -30,7 +30,7 @@ WORK = """
 import atexit, json, sys
 from pathlib import Path
 import torch.distributed as dist
-from tests.test_processes import work
+from tests.test_distributed import work
 from selfvae.distributed import launch, rank, distributed_map
 
 atexit.register(lambda: print("together at the end:", dist.is_initialized()))  # the last of those called

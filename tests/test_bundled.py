@@ -19,8 +19,7 @@ from selfvae.metrics.likelihood import evaluate
 from selfvae.transforms import MeanDownscale
 
 NAMES = (
-    "cifar10-latent", "cifar10-2m", "photos-v0", "photos-deband-v0",
-    "photos-colour-v0", "photos-x2-v0",
+    "cifar10-2m", "cifar10-latent", "photos-colour-v0", "photos-deband-v0", "photos-v0", "photos-x2-v0",
 )  # fmt: skip
 
 

@@ -369,7 +369,7 @@ def test_loading_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("run", ["1/adamax", "1/muon"])
 def test_old_checkpoints_go_on(run: str, tmp_path: Path) -> None:
     """A folder of runs for every format, written when it was new and never again."""
-    shutil.copytree(Path(__file__).parent / "golden/checkpoints" / run, tmp_path / "run")
+    shutil.copytree(Path(__file__).parents[1] / "golden/checkpoints" / run, tmp_path / "run")
     np.save(tmp_path / "x.npy", np.arange(40 * 3 * 64, dtype=np.uint8).reshape(40, 3, 8, 8))
     before = selfvae.load(tmp_path / "run")
     flags = ["--out", str(tmp_path / "run"), "--data", str(tmp_path / "x.npy"), "--steps", "3"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,15 @@ import torch
 from torch import Tensor
 
 from selfvae import hub
-from selfvae.codec import Codec
+from selfvae.codec import Codec, read_header
 from selfvae.data import sources
 from selfvae.data.batches import Images
 from selfvae.data.crops import photo
-from selfvae.data.sheets import save_figure
+from selfvae.data.pictures import encode_lossless, to_image, write
+from selfvae.data.sheets import magnify, save_figure
 from selfvae.files import write_atomic
-from selfvae.metrics.baselines import lossless_bits, lossless_bits_per_dim
-from selfvae.metrics.enhancement import baseline_enhancement
+from selfvae.metrics.baselines import lossless_bits_per_dim
+from selfvae.metrics.enhancement import baseline_enhancement, psnr
 from selfvae.metrics.likelihood import evaluate
 from selfvae.model import SelfVAE
 from selfvae.operations import enhance, generate, reconstruct
@@ -30,63 +33,97 @@ from selfvae.transforms import MeanDownscale
 __all__ = ["demo", "train_demo"]
 
 
-def demo(out: str | Path, fast: bool = False, seed: int = 0) -> dict[str, Any]:
-    """Compress and enhance two photographs that are not in the training data, and generate images.
+def demo(
+    out: str | Path, fast: bool = False, seed: int = 0, report: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Compress two photographs that no model was trained on, read one file in part, and enlarge both.
 
-    Writes figure.png, result.json and the compressed photographs.
+    The photographs are inside scikit-image; they are halved first, which hides their traces of JPEG. Writes
+    figure.png, result.json and each photograph as .png and .svae.
 
     Args:
         out: Folder for the files.
         fast: Use a quarter of each photograph.
         seed: Of the random draws.
+        report: Is given a line of text at each step.
 
     Returns:
-        The content of result.json: bytes, bits/dim of the files and of PNG and WebP, seconds.
+        The content of result.json: bytes of each photograph's file in each format, bits per sub-pixel over
+        both, PSNR of the enlargements in dB, seconds.
     """
     began, out = time.monotonic(), Path(out)
-    codec = Codec(hub.load("photos-v0"))
-    photos = {name: torch.from_numpy(photo(name, 2))[None] for name in ("chelsea", "coffee")}
+    codec, x2 = Codec(hub.load("photos-v0")), hub.load("photos-x2-v0")
+    photos = {name: torch.from_numpy(photo(name, 2))[None] for name in ("coffee", "chelsea")}
     if fast:
         photos = {k: x[..., : x.shape[2] // 2, : x.shape[3] // 2].contiguous() for k, x in photos.items()}
-    result: dict[str, Any] = {"subpixels": sum(x.numel() for x in photos.values()), "bytes": 0}
+    sizes: dict[str, dict[str, int]] = {}
+    rows: list[tuple[str, Tensor]] = []
+    scores: dict[str, dict[str, float]] = {}
     for name, x in photos.items():
-        file = codec.compress(x)  # decodes the file and compares
+        report(f"{name}, {x.shape[3]} x {x.shape[2]} pixels (halved): compressing, decoding and comparing")
+        file = codec.compress(x)
         write_atomic(out / f"{name}.svae", file)
-        result["bytes"] += len(file)
-    result["bits_per_dim"] = round(8 * result["bytes"] / result["subpixels"], 4)
-    for format in ("PNG", "WebP"):
-        bits = sum(lossless_bits(x, format).sum().item() for x in photos.values())
-        result[f"{format.lower()}_bits_per_dim"] = round(bits / result["subpixels"], 4)
-    save_figure(_rows(photos, seed), out / "figure.png", cell=128)
-    result["seconds"] = round(time.monotonic() - began, 1)
+        write(x[0], out / f"{name}.png")
+        sizes[name] = {"photos-v0": len(file), **_usual_sizes(x)}
+        report(f"  {_comparison(sizes[name])}")
+        if not rows:
+            rows.append(_progressive(codec, file, name))
+        row, scores[name] = _enlarged(x2, x, name)
+        rows.append(row)
+    save_figure(rows, out / "figure.png")
+    subpixels = sum(x.numel() for x in photos.values())
+    formats = set.intersection(*map(set, sizes.values()))
+    result: dict[str, Any] = {
+        "bytes": sizes,
+        "bits_per_subpixel": {
+            format: round(8 * sum(of[format] for of in sizes.values()) / subpixels, 4)
+            for format in next(iter(sizes.values())) if format in formats
+        },
+        "psnr": scores,
+        "seconds": round(time.monotonic() - began, 1),
+    }  # fmt: skip
     write_atomic(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 
-def _rows(photos: dict[str, Tensor], seed: int) -> list[tuple[str, Tensor]]:
-    """Return the figure's rows: title and images, uint8 (B, 3, h, w)."""
-    x2, photo, cifar = (hub.load(f"selfvae-{name}") for name in ("photos-x2", "photos", "cifar10-small"))
-    n, size = 8, 64
-    random = torch.Generator().manual_seed(0)
-    crops = []
-    for i in range(n):
-        x = list(photos.values())[i % len(photos)]
-        top, left = (int(torch.randint(m - size + 1, (), generator=random)) for m in x.shape[2:])
-        crops.append(x[..., top : top + size, left : left + size])
-    x = torch.cat(crops)
-    small, kept = MeanDownscale(2)(x), photo.pyramid(x)[2]
-    return [
-        ("photographs that are not in the training data, 64 x 64", x),
-        ("2 x 2 means", small),
-        ("enlarged by bicubic interpolation", baseline_enhancement(x2, small)),
-        (
-            "sampled given the means (photos-x2-v0, temperature 0.5)",
-            enhance(x2, small, 1, temperature=0.5, seed=seed),
-        ),
-        ("every second row and column, the first bytes of a file of photos-v0", kept),
-        ("most likely picture given these (photos-v0)", enhance(photo, kept, 2, decode="mode")),
-        ("unconditional samples, 32 x 32 (cifar10-2m)", generate(cifar, n, seed=seed)),
-    ]
+def _usual_sizes(x: Tensor) -> dict[str, int]:
+    """Return the bytes of a picture, uint8 (1, C, H, W), in the usual lossless formats."""
+    formats = ["PNG", "WebP"]
+    with contextlib.suppress(ImportError):  # of the extras `bench` and `web`
+        import pillow_jxl  # noqa: F401 (teaches Pillow the format)
+
+        formats.append("JPEG XL")
+    return {name: len(encode_lossless(to_image(x[0]), name)) for name in formats}
+
+
+def _comparison(sizes: dict[str, int]) -> str:
+    """Return the sizes of a picture in words."""
+    own, png = sizes["photos-v0"], sizes["PNG"]
+    others = ", ".join(f"{name} {n / 1000:.1f} kB" for name, n in sizes.items() if name != "photos-v0")
+    return f"{own / 1000:.1f} kB, {1 - own / png:.0%} less than PNG ({others})"
+
+
+def _progressive(codec: Codec, file: bytes, name: str) -> tuple[str, Tensor]:
+    """Return a row of the figure: a file read from its start, up to four images."""
+    ends = [(part, end) for part, end in read_header(file).ends() if part in ("y6", "y4", "y2", "y0")]
+    images = [codec.decompress(file, part) for part, _ in ends]
+    whole = images[-1].shape[2]
+    images = [magnify(y, -(-whole // y.shape[2])) for y in images]
+    height, width = (min(y.shape[i] for y in images) for i in (2, 3))
+    shares = ", ".join(f"{end / len(file):.1%}" for _, end in ends)
+    title = f"one file, {name}.svae ({len(file) / 1000:.1f} kB), read from its start: {shares} of its bytes"
+    return title, torch.cat([y[..., :height, :width] for y in images])
+
+
+def _enlarged(x2: SelfVAE, x: Tensor, name: str) -> tuple[tuple[str, Tensor], dict[str, float]]:
+    """Return a row of the figure, and PSNR in dB: a photograph, its 2 x 2 means, these enlarged."""
+    x = x[..., : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2]
+    y = MeanDownscale(2)(x)
+    enlarged = {"bicubic": baseline_enhancement(x2, y), "photos-x2-v0": enhance(x2, y, temperature=0)}
+    scores = {kind: round(psnr(image, x).item(), 2) for kind, image in enlarged.items()}
+    told = ", ".join(f"enlarged by {kind} ({value:.1f} dB)" for kind, value in scores.items())
+    images = torch.cat([x, magnify(y, 2), *enlarged.values()])
+    return (f"{name}: the photograph, its 2 x 2 means, {told}", images), scores
 
 
 # a chain, which reaches the best likelihood in the time given, and a model with latents

@@ -64,9 +64,9 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
 
 
 def transform(name: str) -> Transform:
-    """The transform of that name; several joined by "+" are taken as one, e.g. "grey+mean2"."""
+    """Return the transform of that name; "+" joins several to one, e.g. "grey+mean2"."""
     if name in ("halve", "quincunx"):
-        raise ValueError(f"{name!r} is a whole chain of transforms: give it alone")
+        raise ValueError(f"{name!r} is a complete chain of transforms and cannot be combined with others")
     parts = [_choose(part, TRANSFORMS, "transform")() for part in name.split("+")]
     return parts[0] if len(parts) == 1 else Chain(*parts)
 
@@ -85,37 +85,40 @@ FORMER_FIELDS = {"levels": "num_values", "anchored": "residual_mean"}
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """All that determines a model's structure; JSON-able.
+    """The structure of a model, as JSON-able settings.
 
-    Arguments:
-        name: preset it came from.
-        image_shape: channels, height, width in pixels. The networks take any height and width that the
-            strides divide; this size settles how often the encoders halve and how long a chain is.
-        num_values: values per channel of x, 256 for 8 bits.
-        transforms: names of d_1..d_K (see `TRANSFORMS`); "halve" alone is the chain of alternating
-            "columns" and "rows" down to 4 x 4; "quincunx" that of "checkerboard" and "staggered" down to
-            2 x 2 (to 4 x 4 or so with latents, or from odd sides), the longer side halved first where it is
-            twice the other.
-        prior: of the top latent: "normal"; "mog", a mixture over the whole latent, of one image size;
-            "mog-local", one at every position; "flow", RealNVP with dense blocks; "flow-residual", with
-            residual ones; or, with a uniform posterior, "logistic".
-        posterior: of all latents: "normal", or "uniform", whose latents are coded as whole numbers.
-        latents: "all" levels have one, "top" only the top one, or "none".
-        latent_channels: channels of every latent.
-        consistent: truncate each likelihood to the images that map to the level above.
-        anchored: add the transform's plain estimate to every component's mean.
-        coefficients: "raw" (PixelCNN++) or "residual" channel coefficients.
-        components: logistics in a mixture.
-        prior_components: Gaussians of the "mog" prior.
-        backbone: "dense" (the papers') or "residual".
-        inner_elu: in dense blocks, an ELU between a step's two convolutions and inside the attention (the
-            thesis has it, the configuration published with the paper does not).
-        activation: of residual networks without latents, "elu", "clipped_relu" or "hard_elu".
-        kernels: sizes of their first convolution, of each layer's and of the last one.
-        depthwise: their layers' convolutions are depthwise.
-        shared: levels of one transform share one decoder; without latents and with "residual" only.
-        width: factor on all growths and stems.
-        depth: factor on all steps.
+    Args:
+        name: The preset from which the settings came.
+        image_shape: Channels, height and width in pixels. The networks accept any height and width that the
+            strides divide; this size determines how often the encoders halve and how long a chain is.
+        num_values: Values per channel of x, 256 for 8 bits.
+        transforms: Names of d_1..d_K (see `TRANSFORMS`). As the only name, "halve" means a chain of
+            "columns" and "rows" in turn, down to 4 x 4, and "quincunx" one of "checkerboard" and
+            "staggered", down to 2 x 2 (about 4 x 4 with latents or from odd sides); both halve the longer
+            side first where it is at least twice the other.
+        prior: Of the top latent: "normal"; "mog", a mixture over the whole latent, for one image size;
+            "mog-local", a mixture at each position; "flow", RealNVP with dense blocks; "flow-residual",
+            RealNVP with residual networks; "logistic", with a uniform posterior.
+        posterior: Of all latents: "normal", or "uniform", whose latents are coded as integers.
+        latents: Levels that have a latent: "all", "top" or "none".
+        latent_channels: Channels of each latent.
+        consistent: Truncate each likelihood to the images that map to the image above.
+        residual_mean: Add the transform's estimate to the mean of each component.
+        coefficients: Channel coefficients act on values, "raw" (PixelCNN++), or on residuals, "residual".
+        components: Number of logistics in a mixture.
+        prior_components: Number of Gaussians of the "mog" prior.
+        backbone: "dense", as published, or "residual".
+        inner_elu: In dense blocks, put an ELU between the two convolutions of a step and inside the
+            attention. (The thesis has it, the configuration published with the paper does not.)
+        activation: Of residual networks without latents: "elu", "clipped_relu" or "hard_elu".
+        kernels: Kernel sizes of these networks: of the first convolution, of each layer, of the last one.
+        depthwise: Make the convolutions of their layers depthwise.
+        shared: Levels with the same transform share one decoder; needs latents="none", backbone="residual".
+        width: Factor on the numbers of channels.
+        depth: Factor on the numbers of steps per block.
+
+    Raises:
+        ValueError: A setting is out of range or does not fit another; the message names it.
     """
 
     name: str = "vae"
@@ -193,15 +196,22 @@ class ModelConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dictionary."""
+        """Return the settings as a JSON-able dictionary."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], version: int = FORMAT) -> ModelConfig:
-        """The inverse of `to_dict`, former names of the fields included; an unknown key is an error.
+        """Return the settings in a dictionary that `to_dict` made, also with former names of fields.
 
-        version: of the format that the configuration was written in. In version 1 "flow" means
-            "flow-residual", "mog" means "mog-local", and dense networks were others than now: ValueError.
+        Args:
+            config: Settings by name.
+            version: Of the format in which they were written. In version 1 "flow" means "flow-residual" and
+                "mog" means "mog-local".
+
+        Raises:
+            TypeError: It is not a mapping.
+            ValueError: A setting is unknown or wrong, or the model has the dense networks of version 1,
+                which were replaced.
         """
         if not isinstance(config, Mapping):
             raise TypeError(f"a model's configuration must map names to values; got {config!r}")
@@ -254,16 +264,21 @@ def build(
     image_shape: tuple[int, int, int] = (3, 32, 32),
     **overrides: Any,
 ) -> SelfVAE:
-    """A new model, its weights drawn from torch's global random state.
+    """Build a new model, with weights drawn from torch's global random state.
 
-    Arguments:
+    Args:
         name: a preset (see `PRESETS`).
         size: "tiny" (under 0.5 M parameters), "small" (about 5 M) or "paper".
         image_shape: channels, height, width.
         overrides: any field of `ModelConfig`. With backbone="residual" a flow prior has residual
             couplings unless a prior is named.
 
-    Raises ValueError for an unknown name, size or option, or a transform that does not fit the images.
+    Returns:
+        The model, in training mode on the CPU. Before its first use `model.initialise(x)` sets the scale of
+        its layers from a batch x; training does so by itself.
+
+    Raises:
+        ValueError: The name, the size or an option is unknown, or a transform does not fit the images.
     """
     return from_config(configure(name, size, image_shape, **overrides))
 
@@ -274,7 +289,7 @@ def configure(
     image_shape: tuple[int, int, int] = (3, 32, 32),
     **overrides: Any,
 ) -> ModelConfig:
-    """The configuration that `build` makes a model from; arguments and errors as there."""
+    """Return the configuration of the model that `build` makes; arguments and errors as there."""
     preset, scale = _choose(name, PRESETS, "model"), _choose(size, SIZES, "size")
     options = {**preset, **scale, **overrides, "name": name, "image_shape": image_shape}
     if options.get("backbone", "dense") == "dense":
@@ -304,7 +319,7 @@ def _transforms(config: ModelConfig) -> list[Transform]:
 
 
 def from_config(config: ModelConfig) -> SelfVAE:
-    """The model that a configuration describes."""
+    """Build the model that a configuration describes."""
     c, h, w = config.image_shape
     transforms = [*_transforms(config), Null()]
     specs, sizes = [ImageSpec(c, config.num_values)], [(h, w)]
@@ -317,7 +332,7 @@ def from_config(config: ModelConfig) -> SelfVAE:
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of the papers' networks: growth, steps of a block, halvings or doublings (or blocks)."""
+    """A part of the papers' networks: growth, steps per block, number of halvings, doublings or blocks."""
 
     growth: int
     steps: int
@@ -344,7 +359,7 @@ _BETWEEN = 16  # channels of y's and u's branches of p(z|y, u)
 
 @dataclass(frozen=True)
 class _Plan:
-    """Turns a configuration into levels: the papers' growths and steps, scaled."""
+    """Turns a configuration into levels, with the papers' growths and steps, scaled."""
 
     config: ModelConfig
     transforms: list[Transform]
@@ -364,29 +379,29 @@ class _Plan:
         return self.config.latents == "all" or (self.config.latents == "top" and k == self.top)
 
     def parts(self, k: int) -> dict[str, _Part]:
-        """The papers' numbers for level k."""
+        """Return the papers' numbers for level k."""
         return _PAPERS["inner" if k < self.top else "top" if self.top else "only"]
 
     def downs(self, k: int) -> int:
-        """How often level k's encoder halves y[k]: to 8 x 8 from 16 pixels on, three times at most."""
+        """Return how often level k's encoder halves y[k]: to 8 x 8, but at least once, at most 3 times."""
         return max(1, min(3, int(math.log2(min(self.sizes[k]) / 8))))
 
     def grid(self, k: int) -> float:
-        """The side of the grid that level k's decoder works on, if that were a square."""
+        """Return the side of a square with as many positions as the grid of level k's decoder."""
         keeps = self.keeps(k)
         return math.sqrt(math.prod(self.sizes[k]) / math.prod(keeps.block if keeps else (1, 1)))
 
     def keeps(self, k: int) -> Subsampling | None:
-        """Level k's transform, if the level models only what that drops."""
+        """Return level k's transform if the level models only the pixels that it drops."""
         t = self.transforms[k]
         return t if self.config.consistent and isinstance(t, Subsampling) else None
 
     def wide(self, channels: float) -> int:
-        """The papers' number of channels, scaled: a multiple of 4, 4 at least."""
+        """Scale the papers' number of channels, to a multiple of 4."""
         return max(4, round(channels * self.config.width / 4) * 4)
 
     def deep(self, steps: float) -> int:
-        """The papers' number of steps, scaled."""
+        """Scale the papers' number of steps."""
         return max(1, round(steps * self.config.depth))
 
     def branch(

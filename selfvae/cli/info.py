@@ -104,7 +104,13 @@ def demo(
 
     # whatever libraries print goes to standard error: standard output is for the result
     with contextlib.redirect_stdout(sys.stderr):
-        result = (first_run.train_demo if train else first_run.demo)(out, fast, seed)
-    show(result, json)
+        if train:
+            result = first_run.train_demo(out, fast, seed)
+        else:
+            result = first_run.demo(out, fast, seed, report=lambda text: print(text, flush=True))
+    if train or json:
+        show(result, json)
     if not json:
-        print(f"\nSee {out / 'figure.png'}")
+        print(f"See {out / 'figure.png'}; the scores are in {out / 'result.json'}")
+        if not train:
+            print(f"Next: selfvae decompress {out / 'coffee.svae'} again.png")

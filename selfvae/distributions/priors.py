@@ -1,7 +1,7 @@
-"""Priors p(z[k] | y_up, z_up): modules whose forward returns a distribution.
+"""Priors of the top latent, p(u): modules whose forward returns a distribution.
 
-The top level's context is blank (an image without channels that only tells the size), and its priors
-look at nothing else; the conditional prior looks at the image and the latent above.
+Their context is an image without channels, from which they take only the size. (The conditional priors of
+the other levels are networks, `nn.networks.PriorNet`.)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 
 
 class LatentDistribution(Protocol):
-    """What a prior returns."""
+    """The distribution of a latent z (B, C, h, w), as a prior returns it."""
 
     def log_prob(self, z: Tensor) -> Tensor: ...
     def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor: ...
@@ -46,9 +46,9 @@ class LatentDistribution(Protocol):
 
 
 class _TopPrior(nn.Module):
-    """`stride` pixels of the top image, in height and width, share one position of the latent.
+    """A prior of a latent with one position per `stride` x `stride` pixels of the top image.
 
-    `multiple` is what the image's height and width must be divisible by.
+    The image's height and width must be divisible by `multiple`.
     """
 
     def __init__(self, latent: int, stride: int) -> None:
@@ -74,9 +74,13 @@ class NormalPrior(_TopPrior):
 
 
 class MixturePrior(_TopPrior):
-    """A learnt mixture of diagonal Gaussians of equal weight over the whole latent, of one size.
+    """A learnt mixture of diagonal Gaussians over the whole latent, with equal weights.
 
-    size: height and width of the latent; images of any other size are a ValueError.
+    Args:
+        latent: Channels.
+        stride: Pixels per position.
+        size: Height and width of the latent. An image of any other size raises a ValueError.
+        components: Number of Gaussians.
 
     Source: Gatopoulos & Tomczak 2020, table 7.1 of the thesis.
     """
@@ -100,7 +104,7 @@ class MixturePrior(_TopPrior):
 
 
 class LocalMixturePrior(_TopPrior):
-    """A learnt mixture of diagonal Gaussians over the channels of every position; for any size."""
+    """A learnt mixture of diagonal Gaussians over the channels of each position, for any size."""
 
     def __init__(self, latent: int, stride: int, components: int = 10) -> None:
         super().__init__(latent, stride)
@@ -114,7 +118,7 @@ class LocalMixturePrior(_TopPrior):
 
 
 class LogisticPrior(_TopPrior):
-    """A learnt logistic for every channel, for latents whose posterior is a `UnitUniform`."""
+    """A learnt logistic per channel, for latents whose posterior is a `UnitUniform`."""
 
     def __init__(self, latent: int, stride: int) -> None:
         super().__init__(latent, stride)
@@ -130,7 +134,7 @@ class LogisticPrior(_TopPrior):
 
 
 class FlowDistribution:
-    """What a flow makes of Gaussian noise."""
+    """The distribution of z = flow.inverse(noise) for Gaussian noise."""
 
     def __init__(self, flow: RealNVP, shape: tuple[int, int, int, int], like: Tensor) -> None:
         self.flow, self.shape, self.device, self.dtype = flow, shape, like.device, like.dtype
@@ -145,7 +149,7 @@ class FlowDistribution:
         return self.flow.inverse(temperature * noise)
 
     def mode(self) -> Tensor:
-        """The image of the noise's mode, not in general the density's."""
+        """Return z of the noise's mode, which is in general not the mode of z's density."""
         return self.flow.inverse(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
 
 
@@ -160,7 +164,7 @@ class _FlowPrior(_TopPrior):
 
 
 class FlowPrior(_FlowPrior):
-    """RealNVP over Gaussian noise; the networks of its couplings are dense blocks (the papers')."""
+    """RealNVP with dense blocks in its couplings, as published."""
 
     def __init__(
         self, latent: int, stride: int, growth: int = 64, steps: int = 5, inner_elu: bool = True
@@ -170,7 +174,7 @@ class FlowPrior(_FlowPrior):
 
 
 class ResidualFlowPrior(_FlowPrior):
-    """RealNVP over Gaussian noise; the networks of its couplings are residual."""
+    """RealNVP with residual networks in its couplings."""
 
     def __init__(self, latent: int, stride: int, hidden: int = 64, blocks: int = 5) -> None:
         network = partial(residual_network, hidden=hidden, blocks=blocks)

@@ -25,7 +25,7 @@ __all__ = [
 
 
 def squeeze(z: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, 4C, h/2, w/2), each 2 x 2 block to channels."""
+    """Move each 2 x 2 block to the channels: (B, C, h, w) -> (B, 4C, h/2, w/2)."""
     return nn.functional.pixel_unshuffle(z, 2)
 
 
@@ -40,24 +40,30 @@ Network = Callable[[int, int], nn.Module]  # input and output channels -> the ne
 def dense_network(
     channels: int, out: int, growth: int = 64, steps: int = 5, inner_elu: bool = True
 ) -> nn.Module:
-    """A dense block and a 3x3 convolution (the papers')."""
+    """Return the papers' network of a coupling: a dense block and a 3x3 convolution."""
     block = DenseBlock(channels, growth, steps, inner_elu)
     return nn.Sequential(block, Conv(block.out_channels, out, init_scale=0.1))
 
 
 def residual_network(channels: int, out: int, hidden: int = 64, blocks: int = 5) -> nn.Module:
-    """Residual layers between two 3x3 convolutions."""
-    core = ResidualBlock(hidden, hidden, blocks)
-    return nn.Sequential(Conv(channels, hidden), core, nn.ELU(), Conv(hidden, out, init_scale=0.1))
+    """Return the network of `flow-residual`: residual layers between two 3x3 convolutions."""
+    body = ResidualBlock(hidden, hidden, blocks)
+    return nn.Sequential(Conv(channels, hidden), body, nn.ELU(), Conv(hidden, out, init_scale=0.1))
 
 
 class Coupling(nn.Module):
-    """Affine coupling: the masked half stays, the other is scaled and shifted as it says.
+    """Affine coupling: one half of z passes unchanged, and scales and shifts the other.
 
-    forward: z -> (noise, ln |det d noise / d z|), shapes (B, C, h, w) and (B,); inverse: noise -> z.
+    `forward` maps z to (noise, ln |det d noise / d z|), of shapes (B, C, h, w) and (B,); `inverse` maps
+    noise to z.
 
-    halves: with a mask of channels the network sees the C / 2 channels that stay and speaks of the others;
-        else it sees all of them, those that move as zeros.
+    Args:
+        channels: C.
+        mask: Which half passes: every second position, or the first half of the channels.
+        flip: Exchange the halves.
+        network: Makes the network from its numbers of input and output channels.
+        halves: With a mask of channels, the input of the network is only the C / 2 channels that pass; else
+            it is all channels, the others set to zero.
     """
 
     def __init__(
@@ -76,7 +82,7 @@ class Coupling(nn.Module):
         self.scale = nn.Parameter(torch.ones(seen, 1, 1))
 
     def mask(self, z: Tensor) -> Tensor:
-        """True where z passes unchanged: bool, of a shape that broadcasts to z's."""
+        """Return True where z passes unchanged: bool, of a shape that broadcasts to z's."""
         if self.mask_kind == "checkerboard":
             rows = torch.arange(z.shape[2], device=z.device)[:, None]
             cols = torch.arange(z.shape[3], device=z.device)
@@ -85,7 +91,7 @@ class Coupling(nn.Module):
         return (half != self.flip).view(1, -1, 1, 1)
 
     def affine(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """ln of the scales and the shifts, (B, C, h, w) both; 0 where z passes unchanged."""
+        """Return the logarithms of the scales, and the shifts: (B, C, h, w) each, 0 where z passes."""
         if self.halves:
             stays = z.chunk(2, 1)[int(self.flip)]
             log_scale, shift = self.net(stays).to(z.dtype).chunk(2, 1)
@@ -95,7 +101,7 @@ class Coupling(nn.Module):
         return self.scale * torch.tanh(log_scale) * (1 - kept), shift * (1 - kept)
 
     def _moved(self, half: Tensor) -> Tensor:
-        """What holds for the half of the channels that moves, and 0 for the other: (B, C, h, w)."""
+        """Fill up the half of the channels that changes with zeros for the other: (B, C, h, w)."""
         zeros = torch.zeros_like(half)
         return torch.cat([half, zeros] if self.flip else [zeros, half], 1)
 
@@ -112,10 +118,15 @@ Step = Callable[[Coupling, Tensor], Tensor]
 
 
 class RealNVP(nn.Module):
-    """Two scales: 3 checkerboard couplings, squeeze, 3 channel couplings; half the channels are done,
-    the other half passes 4 more checkerboard couplings. Height and width of z must be even.
+    """RealNVP with two scales, for z (B, C, h, w) of even height and width.
 
-    network, halves: as in `Coupling`.
+    3 checkerboard couplings; squeeze; 3 channel couplings; half of the channels are finished, the other
+    half passes 4 more checkerboard couplings.
+
+    Args:
+        channels: C.
+        network: As in `Coupling`.
+        halves: As in `Coupling`.
     """
 
     def __init__(self, channels: int, network: Network = dense_network, halves: bool = True) -> None:
@@ -129,7 +140,7 @@ class RealNVP(nn.Module):
         self.final: Any = couplings(2 * channels, "checkerboard", 4)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z (B, C, h, w) -> noise of the same shape and ln |det|, nats (B,)."""
+        """Return the noise of z, (B, C, h, w), and ln |det d noise / d z| in nats, (B,)."""
         total = torch.zeros(z.shape[0], device=z.device, dtype=z.dtype)
 
         def step(coupling: Coupling, z: Tensor) -> Tensor:
@@ -141,11 +152,11 @@ class RealNVP(nn.Module):
         return self.walk(z, step), total
 
     def inverse(self, noise: Tensor) -> Tensor:
-        """noise -> z, both (B, C, h, w)."""
+        """Return z of noise, both (B, C, h, w)."""
         return self.walk_back(noise, lambda coupling, z: coupling.inverse(z))
 
     def walk(self, z: Tensor, step: Step) -> Tensor:
-        """From z to noise, both (B, C, h, w): what step(coupling, z) makes of it, coupling by coupling."""
+        """Apply step(coupling, z) for one coupling after the other, from z to noise, both (B, C, h, w)."""
         if z.shape[2] % 2 or z.shape[3] % 2:
             raise ValueError(
                 f"the RealNVP prior needs latents of even height and width; got {tuple(z.shape[2:])}: "
@@ -156,14 +167,14 @@ class RealNVP(nn.Module):
         z = squeeze(z)
         for coupling in self.channel:
             z = step(coupling, z)
-        # every checkerboard position keeps its own channels: interleaved, not one phase of the blocks
+        # split so that each position of the 2 x 2 blocks keeps half of its channels
         done, z = z[:, ::2], z[:, 1::2]
         for coupling in self.final:
             z = step(coupling, z)
         return unsqueeze(torch.stack([done, z], 2).flatten(1, 2))
 
     def walk_back(self, noise: Tensor, step: Step) -> Tensor:
-        """From noise to z, the couplings in reverse."""
+        """Apply step(coupling, z) for the couplings in reverse order, from noise to z."""
         z = squeeze(noise)
         done, z = z[:, ::2], z[:, 1::2]
         for coupling in reversed(self.final):

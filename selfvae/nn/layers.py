@@ -35,12 +35,19 @@ __all__ = [
 class Conv(nn.Module):
     """A weight-normalised convolution, w = gain * v / |v|, with data-dependent initialisation.
 
-    `stride` > 1 shrinks; `transposed` enlarges by the stride instead. Inside `data_dependent_init` the
-    first forward pass sets gain and bias so that every output channel has mean 0 and standard deviation
-    `init_scale` on that batch; the buffer `initialised` remembers it.
+    Inside `data_dependent_init` the first forward pass sets gain and bias so that each output channel has
+    mean 0 and standard deviation `init_scale` on that batch; the buffer `initialised` records it. In `eval`
+    mode, without gradients and in a single process, w is computed once and cached until a parameter changes
+    by an operation that autograd counts (not in place through `.data`).
 
-    In `eval` mode, without gradients and in a single process, w is computed once and kept until a parameter
-    changes (by an operation that autograd counts: not in place through `.data`).
+    Args:
+        in_channels: Of the input (B, in_channels, h, w).
+        out_channels: Of the output.
+        kernel: Height and width of the kernel, odd.
+        stride: The output has 1 / stride of the input's height and width.
+        transposed: Transposed convolution: `stride` times the height and width instead.
+        init_scale: Standard deviation of the output after the initialisation.
+        groups: Of channels that are convolved separately; not with `transposed`.
 
     Source: Salimans & Kingma 2016, section 3.
     """
@@ -71,11 +78,11 @@ class Conv(nn.Module):
         self._kept: tuple[Tensor, Tensor, Any, Tensor] | None = None
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The normalised kernel, in the parameters' dtype or another."""
+        """Return the normalised kernel, in the parameters' dtype or the given one."""
         dtype = dtype or self.direction.dtype
         v, g = self.direction, self.gain
         learning = self.training or torch.is_grad_enabled()
-        # what is traced has no memory, and what is split over processes (FSDP) changes uncounted
+        # a traced module cannot cache, and FSDP changes parameters without counting
         uncounted = v.is_inference() or torch.compiler.is_compiling() or dist.is_initialized()
         if learning or uncounted:
             return self._normalised().to(dtype)
@@ -132,7 +139,7 @@ class Conv(nn.Module):
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What `torch.autocast` computes a convolution of x in; None if it leaves it as it is."""
+    """Return the dtype in which `torch.autocast` computes a convolution of x; None where it is off."""
     kind = x.device.type
     active = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if active else None
@@ -140,7 +147,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 @contextmanager
 def data_dependent_init(module: nn.Module) -> Iterator[None]:
-    """Let every not yet initialised `Conv` below module initialise itself on the next forward pass."""
+    """Initialise every `Conv` of a module on the next forward pass, unless it has been already."""
     layers = [m for m in module.modules() if isinstance(m, Conv) and not bool(m.initialised)]
     for layer in layers:
         layer.initialising = True
@@ -152,9 +159,11 @@ def data_dependent_init(module: nn.Module) -> Iterator[None]:
 
 
 class ChannelAttention(nn.Module):
-    """Scale every channel by a gate computed from all channels' global means.
+    """Multiply each channel by a gate computed from the global means of all channels.
 
-    inner_elu: an ELU between the gate's two 1x1 convolutions.
+    Args:
+        channels: Of the input (B, channels, h, w) and the output.
+        inner_elu: Put an ELU between the gate's two 1x1 convolutions.
 
     Source: Zhang et al. 2018 (RCAN), section 3.3.
     """
@@ -173,9 +182,9 @@ class ChannelAttention(nn.Module):
 
 
 class DenseStep(nn.Sequential):
-    """1x1 conv to 4G channels and 3x3 conv to G; ELU of the input and these together.
+    """A 1x1 convolution to 4G channels and a 3x3 to G, concatenated to the input; ELU of the whole.
 
-    (B, C, h, w) -> (B, C + G, h, w). inner_elu: an ELU between the two convolutions.
+    Maps (B, C, h, w) to (B, C + G, h, w). `inner_elu` puts an ELU between the two convolutions.
     """
 
     def __init__(self, channels: int, growth: int, inner_elu: bool = True) -> None:
@@ -189,10 +198,16 @@ class DenseStep(nn.Sequential):
 
 
 class DenseBlock(nn.Sequential):
-    """`steps` dense steps, each adding `growth` channels, then channel attention.
+    """Dense steps, each of which adds `growth` channels, and one channel attention at the end.
 
-    inner_elu: as in `DenseStep` and `ChannelAttention`. The thesis has it ("ELUs are used everywhere"),
-        the configuration published with the paper does not.
+    Maps (B, channels, h, w) to (B, channels + steps * growth, h, w).
+
+    Args:
+        channels: Of the input.
+        growth: Channels that a step adds.
+        steps: Number of steps.
+        inner_elu: As in `DenseStep` and `ChannelAttention`. The thesis has it ("ELUs are used everywhere"),
+            the configuration published with the paper does not.
 
     Source: Gatopoulos & Tomczak 2020, figure 4; after Huang et al. 2016.
     """
@@ -207,7 +222,7 @@ class DenseBlock(nn.Sequential):
 
 
 class ClippedReLU(nn.Module):
-    """max(0, min(x, 127/32)): 128 steps of 1/32 hold it, so that a network of integers can take it over."""
+    """max(0, min(x, 127/32)): 128 steps of 1/32 represent it, for conversion to an integer network."""
 
     LIMIT = 127 / 32
 
@@ -216,7 +231,7 @@ class ClippedReLU(nn.Module):
 
 
 class HardELU(nn.Module):
-    """max(-1, min(x, 127/32)): like `ClippedReLU`, with the negative part of ELU as a straight line."""
+    """max(-1, min(x, 127/32)): like `ClippedReLU`, but negative values down to -1 pass, as in ELU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.clamp(-1.0, ClippedReLU.LIMIT)
@@ -228,10 +243,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class ResidualLayer(nn.Sequential):
-    """Activation, k x k convolution, activation, 1x1 convolution, add; the last one starts near zero.
+    """x + f(x), f: activation, k x k convolution, activation, 1x1 convolution; f starts near zero.
 
-    depthwise: the k x k convolution works on each channel by itself and a 1x1 convolution to twice the
-    channels follows it.
+    With `depthwise` the k x k convolution is depthwise; a 1x1 convolution to twice the channels follows.
     """
 
     def __init__(
@@ -251,7 +265,7 @@ class ResidualLayer(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """`steps` residual layers at a width of `growth` channels; it starts as the identity."""
+    """`steps` residual layers with `growth` channels; starts as the identity (after a 1x1 convolution)."""
 
     def __init__(
         self,
@@ -274,7 +288,7 @@ class ResidualBlock(nn.Module):
 
 
 def checkpoint_activations(module: nn.Module) -> None:
-    """From now on compute what lies inside dense blocks and residual layers again in the backward pass."""
+    """Recompute the activations inside dense blocks and residual layers in the backward pass."""
     for part in module.modules():
         if isinstance(part, (DenseBlock, ResidualLayer)):
             again = partial(checkpoint, part.forward, use_reentrant=False)
@@ -287,7 +301,7 @@ BACKBONES: dict[str, type[Block]] = {"dense": DenseBlock, "residual": ResidualBl
 
 
 class Down(nn.Sequential):
-    """Halve the height and width, double the channels: a strided 3x3 convolution and ELU."""
+    """Halve height and width and double the channels: a strided 3x3 convolution and ELU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(Conv(channels, 2 * channels, stride=2), nn.ELU())
@@ -295,7 +309,7 @@ class Down(nn.Sequential):
 
 
 class Up(nn.Sequential):
-    """Double the height and width, halve the channels: a transposed 3x3 convolution and ELU."""
+    """Double height and width and halve the channels: a transposed 3x3 convolution and ELU."""
 
     def __init__(self, channels: int) -> None:
         half = max(1, channels // 2)

@@ -1,7 +1,6 @@
-"""The networks of a level: tensors in, raw distribution parameters out. SPEC section 4.
+"""The networks of a level, from tensors to raw parameters of distributions: docs/spec.md, Networks.
 
-A `Branch` is a stack of backbone blocks; an encoder shrinks, a decoder enlarges, a flat one keeps the
-resolution. The last convolution of each network starts small, so that the distributions start plain.
+The last convolution of each network is initialised small, so that training starts from wide distributions.
 """
 
 from __future__ import annotations
@@ -21,23 +20,29 @@ _HEAD_SCALE = 0.1
 
 
 def _fit(h: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring features to a size by the nearest neighbour; almost always they have it already."""
+    """Resize features to a size by the nearest neighbour, unless they have it, as is usual."""
     return h if tuple(h.shape[2:]) == size else F.interpolate(h, size, mode="nearest")
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A stack: `blocks` blocks of `steps` steps with `growth` channels (for "residual": their width).
+    """The structure of a stack of blocks.
 
-    Arguments:
-        resize: "down" or "up": each block is followed by a halving or doubling of height and width; the
-            growth of dense blocks doubles or halves with it. "flat" keeps the resolution.
-        last: one more block at the last resolution.
-        stem: channels that a first convolution brings the input to; 0: none.
-        out, kernel: channels and size of a convolution at the end; out=0: none.
-        backbone: of `BACKBONES`.
-        inner_elu: of dense blocks, see there.
-        activation, kernels, depthwise: of residual blocks; kernels of the stem and of each layer.
+    Args:
+        growth: Channels that each step of a dense block adds, or the channels of residual blocks.
+        steps: Steps per block.
+        blocks: Number of blocks.
+        resize: "down" or "up" halves or doubles height and width after each block, and doubles or halves
+            the growth of dense blocks; "flat" keeps the resolution.
+        last: Add a block at the last resolution.
+        stem: Channels of a first convolution; 0: none.
+        out: Channels of a convolution at the end; 0: none.
+        kernel: Kernel size of that convolution.
+        backbone: A name in `BACKBONES`.
+        inner_elu: Of dense blocks, see `DenseBlock`.
+        activation: Of residual blocks, a name in `ACTIVATIONS`.
+        kernels: Kernel sizes of the stem and of each residual layer.
+        depthwise: Of residual blocks, see `ResidualLayer`.
     """
 
     growth: int
@@ -55,18 +60,18 @@ class Branch:
     depthwise: bool = False
 
     def build(self, channels: int) -> Stack:
-        """The stack for an input of that many channels."""
+        """Build the stack for an input with the given number of channels."""
         return Stack(self, channels)
 
     def block(self, channels: int, growth: int) -> Block:
-        """One block."""
+        """Build one block for an input with the given number of channels."""
         if self.backbone == "dense":
             return DenseBlock(channels, growth, self.steps, self.inner_elu)
         return ResidualBlock(channels, growth, self.steps, self.kernels[1], self.activation, self.depthwise)
 
 
 class Stack(nn.Sequential):
-    """The modules of a `Branch`; `out_channels` tells what comes out."""
+    """The modules of a `Branch`; `out_channels` is the number of its output channels."""
 
     def __init__(self, branch: Branch, channels: int) -> None:
         modules: list[nn.Module] = []
@@ -94,10 +99,13 @@ class Stack(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """The image y[k] (B, C, H, W) in [-1, 1] -> parameters of q(z | y[k]), (B, 2 * latent, h, w).
+    """Maps an image y[k], (B, C, H, W) in [-1, 1], to parameters of q(z | y[k]), (B, 2 * latent, h, w).
 
-    `stride` is the number of pixels, in height and width, for one position of z; `latent` its channels;
-    `kernel` the size of the last convolution.
+    Args:
+        channels: C.
+        latent: Channels of z.
+        branch: The network's structure; it determines `stride`, the pixels per position of z.
+        kernel: Kernel size of the last convolution.
     """
 
     def __init__(self, channels: int, latent: int, branch: Branch, kernel: int = 1) -> None:
@@ -113,10 +121,17 @@ class Encoder(nn.Module):
 
 
 class PriorNet(nn.Module):
-    """Context image and the latent above -> parameters of p(z | y_up, z_up), (B, 2 * latent, h, w).
+    """Maps y_up and z_up to parameters of p(z | y_up, z_up), (B, 2 * latent, h, w).
 
-    `ratio` is z's height and width divided by the context image's; `kernel` the size of the last
-    convolution. An ELU follows a context branch that ends with a convolution.
+    Args:
+        channels: Of y_up, (B, channels, H, W) in [-1, 1].
+        latent_up: Channels of z_up; 0: there is none.
+        latent: Channels of z.
+        y: Structure of the branch of y_up; an ELU follows it if it ends with a convolution.
+        z: Structure of the branch of z_up.
+        joint: Structure of the network after both are concatenated.
+        ratio: Height and width of z divided by those of y_up.
+        kernel: Kernel size of the last convolution.
     """
 
     def __init__(
@@ -149,9 +164,15 @@ class PriorNet(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Context image (may have no channels) and latent (may be None) -> pixel parameters (B, P, h, w).
+    """Maps a context image and a latent to parameters of the pixels' distribution, (B, params, h, w).
 
-    `kernel` is the size of the last convolution.
+    Args:
+        channels: Of the context image; may be 0.
+        latent: Channels of z; 0: there is none.
+        params: Parameters per position (see `distributions.pixels.param_count`).
+        z: Structure of the branch of z.
+        joint: Structure of the network after z and the context are concatenated; None: none.
+        kernel: Kernel size of the last convolution.
     """
 
     def __init__(
@@ -183,9 +204,9 @@ class Decoder(nn.Module):
 
 
 class Shared(nn.Module):
-    """A decoder that several levels share; `code`, learnt constant planes, tells it which one it serves.
+    """One level's use of a decoder that several levels share.
 
-    The decoder takes `PLANES` channels more than the context image has.
+    The decoder gets `PLANES` more channels than the context image has: constants, learnt for the level.
     """
 
     PLANES = 4
@@ -203,7 +224,7 @@ class Shared(nn.Module):
 
 
 class Constant(nn.Module):
-    """The same learnt parameters at every position: a decoder with neither context nor latent."""
+    """A decoder without context and latent: the same learnt parameters at all positions."""
 
     def __init__(self, params: int) -> None:
         super().__init__()

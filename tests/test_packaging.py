@@ -56,7 +56,17 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fresh")
     venv.create(folder, with_pip=False)
     programs = folder / "bin"
-    run(sys.executable, "-m", "pip", "--python", programs / "python", "install", "--no-deps", wheel, cwd=folder)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        programs / "python",
+        "install",
+        "--no-deps",
+        wheel,
+        cwd=folder,
+    )
     (packages,) = folder.glob("lib/python*/site-packages")
     # after the environment's own packages; the .pth files of that folder (of editable installs) do not count
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -68,7 +78,9 @@ def test_the_wheel_holds_all_of_the_package(wheel: Path) -> None:
         names = set(archive.namelist())
     files = {str(file.relative_to(ROOT)) for file in (ROOT / "selfvae").rglob("*.py")}
     for name in bundled():
-        files |= {f"selfvae/models/{name}/{file}" for file in ("config.json", "model.safetensors", "README.md")}
+        files |= {
+            f"selfvae/models/{name}/{file}" for file in ("config.json", "model.safetensors", "README.md")
+        }
     assert files | {"selfvae/py.typed"} == {name for name in names if ".dist-info/" not in name}
     assert any(name.endswith("/LICENSE") for name in names)
 
@@ -83,4 +95,6 @@ def test_it_works_alone(installed: Path, tmp_path: Path) -> None:
     Image.fromarray(photo("coffee", 2)[:, 60:100, 90:142].transpose(1, 2, 0)).save(tmp_path / "a.png")
     run(command, "compress", "a.png", "a.svae", cwd=tmp_path)
     run(command, "decompress", "a.svae", "b.png", cwd=tmp_path)
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), np.asarray(Image.open(tmp_path / "a.png")))
+    assert np.array_equal(
+        np.asarray(Image.open(tmp_path / "b.png")), np.asarray(Image.open(tmp_path / "a.png"))
+    )

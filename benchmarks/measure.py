@@ -39,14 +39,14 @@ def flop_count(task: Task) -> int:
     return counter.get_total_flops()
 
 
-def peak_flops(dtype: torch.dtype) -> float:
+def peak_flops(dtype: torch.dtype, repeats: int = 20) -> float:
     """Return the highest FLOP/s that torch reaches in matrix products and 3x3 convolutions."""
     a, b = torch.rand(2, 2048, 2048).to(dtype)
     x = torch.rand(16, 128, 32, 32).to(dtype, memory_format=torch.channels_last)
     w = torch.rand(128, 128, 3, 3).to(dtype, memory_format=torch.channels_last)
     tasks = (lambda: a @ b), (lambda: torch.conv2d(x, w, padding=1))
     with torch.no_grad():
-        return max(flop_count(task) / min(seconds(task) for _ in range(20)) for task in tasks)
+        return max(flop_count(task) / min(seconds(task) for _ in range(repeats)) for task in tasks)
 
 
 def own_peak() -> int:

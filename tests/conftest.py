@@ -1,4 +1,9 @@
+"""Fixtures of all tests; one thread per process, those that tests start included."""
+
 import os
+
+# before torch is imported: threads of processes side by side would wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -6,7 +11,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _quiet(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread a worker, a fixed seed, and a cache that no test shares with the user."""
+    """One thread, a fixed seed, and a cache that no test shares with the user."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     monkeypatch.setenv("SELFVAE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -26,9 +26,13 @@ from selfvae.presets import TRANSFORMS
 ROOT = Path(__file__).parents[1]
 
 
+# the export to ONNX, which test_export.py tests, takes most of this page's time
+SLOW = [pytest.param("share", marks=pytest.mark.slow)]
+
+
 @pytest.mark.parametrize(
     "page",
-    ["bound", "chains", "codec", "consistency", "extend", "levels", "scores", "share", "tutorial"],
+    ["bound", "chains", "codec", "consistency", "extend", "levels", "scores", *SLOW, "tutorial"],
 )
 def test_page(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
@@ -146,6 +150,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert "selfvae.codec.progressive.Codec.compress" in html
 
 
+@pytest.mark.slow
 def test_sharded_training(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/scale.md").read_text(), re.DOTALL)
     code += "\nassert all(p.isfinite().all() for p in weights.values())\nprint(dist.get_world_size())"

@@ -48,7 +48,11 @@ def run(path: Path, inputs: dict[str, torch.Tensor]) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("name", ["chain", "latents"])
+# a translation to ONNX takes a minute for these
+CHAIN, LATENTS = (pytest.param(name, marks=pytest.mark.slow) for name in ("chain", "latents"))
+
+
+@pytest.mark.parametrize("name", ["means", CHAIN, LATENTS])
 def test_enhancement(name: str, tmp_path: Path) -> None:
     model, k = built(name)
     part = Enhancement(model, k)
@@ -62,7 +66,7 @@ def test_enhancement(name: str, tmp_path: Path) -> None:
         assert np.mean(off > 0) < 0.005  # a value halfway between two levels may go either way
 
 
-@pytest.mark.parametrize("name", ["chain", "latents"])
+@pytest.mark.parametrize("name", [CHAIN, "latents"])
 def test_decoder(name: str, tmp_path: Path) -> None:
     model, _ = built(name)
     part = DecoderPart(model, 0)

@@ -52,4 +52,4 @@ def test_equal_compute_is_at_equal_parameters(tmp_path: Path, monkeypatch: pytes
         command = ["train", "--config", str(RECIPES / "equal-compute" / f"{name}.yaml")]
         assert main([*command, "--data", str(tmp_path / "x.npy"), "--out", str(tmp_path / name)]) == 0
     theirs, ours = (sum(p.numel() for p in from_config(config).parameters()) for config in came)
-    assert 0.9 < ours / theirs <= 1.0 and 1.8e6 < theirs < 2.2e6
+    assert all(abs(count / 2e6 - 1) < 0.05 for count in (theirs, ours))

@@ -111,6 +111,7 @@ def golden_checksums() -> dict[str, Any]:
     return json.loads((GOLDEN / "checksums.json").read_text())
 
 
+@functools.cache
 def golden_codec(name: str) -> Codec:
     return Codec(fixed(**GOLDEN_FILES[name][0]))
 

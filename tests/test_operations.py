@@ -26,7 +26,7 @@ def build(name: str, images: torch.Tensor, **overrides: object) -> SelfVAE:
 
 @pytest.fixture
 def odd() -> torch.Tensor:
-    return torch.randint(0, 256, (2, 3, 31, 47), dtype=torch.uint8)
+    return torch.randint(0, 256, (2, 3, 19, 29), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("tile", [0, 16])
@@ -42,7 +42,7 @@ def test_every_operation_at_an_odd_size(
     model = build(name, images, **options)
     if tile:
         model = tiled(model, tile, 8)
-    assert generate(model, 2, 31, 47, seed=1).shape == odd.shape
+    assert generate(model, 2, 19, 29, seed=1).shape == odd.shape
     assert torch.equal(reconstruct(model, odd, "x"), odd)
     if len(model.levels) > 1:
         y = infer(model, odd, "y1")["y1"]
@@ -52,7 +52,7 @@ def test_every_operation_at_an_odd_size(
         if model.levels[0].level.consistent if tile else model.levels[0].consistent:
             assert torch.equal(model.levels[0].transform(x), y)
         drawn = reconstruct(model, odd, "CG", seed=1)
-        assert torch.equal(drawn, x[:, :, :31, :47])  # the same operation by its other name
+        assert torch.equal(drawn, x[:, :, :19, :29])  # the same operation by its other name
     if name in WITH_LATENTS:
         for given in ("RS1", "RS", {"z0"}):
             again = reconstruct(model, odd, given, seed=2)
@@ -340,8 +340,9 @@ def everything(model: SelfVAE, x: torch.Tensor, **how: object) -> list[torch.Ten
     ]  # type: ignore[arg-type]  # fmt: skip
 
 
-@pytest.mark.parametrize("prior", ["normal", "mog", "flow", "logistic"])
-@pytest.mark.parametrize("tile", [0, 16])
+@pytest.mark.parametrize(
+    ("prior", "tile"), [("normal", 0), ("mog", 0), ("flow", 0), ("logistic", 0), ("flow", 16)]
+)
 def test_generators_and_seeds(prior: str, tile: int, images: torch.Tensor) -> None:
     """A generator continues, a seed starts one; torch's global random state is left alone by both."""
     uniform = {"posterior": "uniform"} if prior == "logistic" else {}

@@ -150,7 +150,7 @@ def test_a_folder_goes_on_past_a_broken_file(
         (["interpolate", "PHOTO", "PHOTO", "PHOTO", "--model", "selfvae"], "is the input itself"),
         (["generate", "selfvae", "--out", "o"], "ends in .png"),
         (["enhance", "PHOTO", "o.png", "--model", "nowhere"], "unknown model 'nowhere' (expected a folder"),
-        (["enhance", "PHOTO", "o.png", "--model", "selfvae-photo"], "did you mean 'photos-v0'?"),
+        (["enhance", "PHOTO", "o.png", "--model", "photo-v0"], "did you mean 'photos-v0'?"),
     ],
 )
 def test_wrong_input(
@@ -387,7 +387,7 @@ def test_what_would_lose_something_is_refused_or_converted(
     flags = ["--model", str(runs / "selfvae-halve")]
     for name, words, kind in (
         ("cmyk.tif", "neither grey nor RGB", "RGB"),
-        ("deep.png", "other than 8 bits", "grey"),
+        ("deep.png", "does not have 8 bits per channel", "grey"),
     ):
         assert main([command, str(tmp_path / name), out, *flags]) == 2
         told = capsys.readouterr().err

@@ -30,7 +30,7 @@ WORK = """
 import atexit, json, sys
 from pathlib import Path
 import torch.distributed as dist
-from tests.test_processes import work
+from tests.test_distributed import work
 from selfvae.distributed import launch, rank, distributed_map
 
 atexit.register(lambda: print("together at the end:", dist.is_initialized()))  # the last of those called
@@ -100,6 +100,7 @@ def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
     assert found[0] == work(tmp_path / "run", tmp_path / "on_rank_zero")
 
 
+@pytest.mark.slow
 def test_a_folder_by_two_processes(tmp_path: Path) -> None:
     hub.save(selfvae.build("selfvae-halve", "tiny", (3, 8, 8), width=0.05), tmp_path / "run")
     for i in range(3):

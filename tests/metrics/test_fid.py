@@ -70,7 +70,7 @@ def test_against_torchmetrics() -> None:
     metric.set_dtype(torch.float64)
     metric.update(x, real=True)
     metric.update(y, real=False)
-    net = fid.load_network("test_quality:Mean")
+    net = fid.load_network("test_fid:Mean")
     ours = fid.frechet_distance(fid.features(net, x), fid.features(net, y))
     assert ours == pytest.approx(metric.compute().item(), rel=1e-4)
     from torchmetrics.image.kid import KernelInceptionDistance
@@ -87,8 +87,8 @@ def test_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fid.features(Mean(), grey).tolist() == [[7.0] * 3] * 2
     with pytest.raises(ValueError, match=r"must return \(B, D\); got \(2,\)"):
         fid.features(lambda x: x.float().mean((1, 2, 3)), grey)
-    with pytest.raises(ImportError, match="no features at test_quality:Nothing"):
-        fid.load_network("test_quality:Nothing")
+    with pytest.raises(ImportError, match="no features at test_fid:Nothing"):
+        fid.load_network("test_fid:Nothing")
     with pytest.raises(ValueError, match="inception or MODULE:NAME; got 'mean'"):
         fid.load_network("mean")
     monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", None)
@@ -102,7 +102,7 @@ def test_command(tmp_path: Path, images: torch.Tensor, capsys: pytest.CaptureFix
     selfvae.save(model, tmp_path / "run")
     np.save(tmp_path / "a.npy", images.repeat(12, 1, 1, 1).numpy())
     flags = ["fid", str(tmp_path / "run"), "--data", str(tmp_path / "a.npy")]
-    flags += ["--features", "test_quality:Mean"]
+    flags += ["--features", "test_fid:Mean"]
     assert main([*flags, "--n", "9", "--split", "train", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["real_images"] == 35 and result["drawn_images"] == 9

@@ -155,7 +155,7 @@ def test_probabilities_over_all_images(consistent: bool) -> None:
     if consistent:
         assert total == pytest.approx(1, abs=1e-5)
     else:
-        assert total < 0.9
+        assert total < 0.95
 
 
 @torch.no_grad()
@@ -183,8 +183,8 @@ def test_the_bound_with_a_latent_against_numerical_integration() -> None:
         ]
     ) + math.log(12 / 2000)
     assert torch.exp(exact).sum().item() == pytest.approx(1, abs=1e-4)
-    elbo = torch.stack([model(tops).elbo for _ in range(200)]).mean(0).double()
-    bound = torch.stack([iwae(model, tops, 200) for _ in range(5)]).mean(0)
+    elbo = model(tops.repeat(200, 1, 1, 1)).elbo.view(200, -1).mean(0).double()
+    bound = iwae(model, tops, 20_000, batch=1000)
     assert bool((elbo < exact + 0.05).all()) and elbo.mean() < exact.mean()
     assert torch.allclose(bound, exact, atol=0.05)
 
@@ -238,21 +238,21 @@ def test_the_whole_bound_of_two_levels(consistent: bool) -> None:
     x = torch.cartesian_prod(*[torch.arange(2, dtype=torch.uint8)] * 8).view(-1, 1, 2, 4)
     y = model.pyramid(x)[1]
 
-    u = torch.linspace(-6, 6, 61)
-    blank = torch.zeros(61, 0, 2, 2, dtype=torch.uint8)
+    u = torch.linspace(-6, 6, 31)
+    blank = torch.zeros(31, 0, 2, 2, dtype=torch.uint8)
     z1 = u.view(-1, 1, 1, 1)
-    log_u = top.prior(blank, None).log_prob(z1).double() + math.log(12 / 60)
-    grid = torch.linspace(-8, 8, 65)
+    log_u = top.prior(blank, None).log_prob(z1).double() + math.log(12 / 30)
+    grid = torch.linspace(-8, 8, 41)
     z0 = torch.cartesian_prod(grid, grid).view(-1, 1, 1, 2)
     exact = torch.empty(256, dtype=torch.float64)
     for small in y.unique(dim=0):
         which = (y == small).flatten(1).all(1).nonzero()[:, 0]
-        log_y = log_u + top.likelihood(blank, z1).log_prob(small.expand(61, 1, 2, 2)).double()
-        inner = bottom.prior(small.expand(61, 1, 2, 2), z1)
+        log_y = log_u + top.likelihood(blank, z1).log_prob(small.expand(31, 1, 2, 2)).double()
+        inner = bottom.prior(small.expand(31, 1, 2, 2), z1)
         mean, log_var = inner.mean.flatten(1), inner.log_var.flatten(1)
         squares = (z0.flatten(1)[:, None] - mean).square() * (-log_var).exp()
         normal = -0.5 * (squares + log_var + math.log(2 * math.pi)).sum(2).double()
-        log_z = torch.logsumexp(log_y + normal + 2 * math.log(16 / 64), 1)  # (z0): p(z0, y)
+        log_z = torch.logsumexp(log_y + normal + 2 * math.log(16 / 40), 1)  # (z0): p(z0, y)
         p = bottom.likelihood(small.expand(len(z0), 1, 2, 2), z0)
         for i in which:
             exact[i] = torch.logsumexp(log_z + p.log_prob(x[i].expand(len(z0), 1, 2, 4)).double(), 0)
@@ -261,12 +261,12 @@ def test_the_whole_bound_of_two_levels(consistent: bool) -> None:
         assert total == pytest.approx(1, abs=1e-3)
     else:
         assert total < 0.97
-    some = x[::17]
+    some = x[::51]
     for tmc in (False, True):
-        found = iwae(model, some, 400, tmc=tmc, batch=400)
-        assert torch.allclose(found, exact[::17], atol=0.05)
-    elbo = torch.stack([model(some).elbo for _ in range(100)]).mean(0).double()
-    assert bool((elbo < exact[::17] + 0.02).all()) and elbo.mean() < exact[::17].mean()
+        found = iwae(model, some, 400 if tmc else 4000, tmc=tmc, batch=400)
+        assert torch.allclose(found, exact[::51], atol=0.05)
+    elbo = model(some.repeat(400, 1, 1, 1)).elbo.view(400, -1).mean(0).double()
+    assert bool((elbo < exact[::51] + 0.04).all()) and elbo.mean() < exact[::51].mean()
 
 
 @pytest.mark.parametrize("tmc", [False, True])

@@ -1,16 +1,14 @@
 """Layers, flows, priors and latents' distributions."""
 
 import itertools
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-import selfvae
+from benchmarks.networks import PUBLISHED, costs
 from selfvae.distributions.latents import (
     DiagonalNormal,
     GaussianMixture,
@@ -225,51 +223,13 @@ def test_networks_have_the_asked_shapes() -> None:
         assert net(torch.randn(2, 3, 8, 6), torch.randn(2, 5, 4, 3)).shape == (2, 14, 4, 3)
 
 
-# the papers' networks at 32 x 32: parameters, GFLOP forward of one image (multiplications and additions)
-PAPERS = {
-    "vae": {
-        "encoder": (10_414_802, 1.825), "decoder": (12_449_686, 3.929), "prior": (11_411_876, 0.648),
-        "all": (34.28e6, 6.40),
-    },
-    "srvae": {
-        "encoder": (3_027_986, 0.573), "prior": (6_428_516, 0.857), "decoder": (10_115_140, 10.907),
-        "top encoder": (3_934_912, 0.672), "top decoder": (4_354_140, 0.639),
-        "top prior": (11_411_876, 0.648), "all": (39.27e6, 14.30),
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", list(PAPERS))
+@pytest.mark.parametrize("name", list(PUBLISHED))
 def test_the_papers_networks(name: str) -> None:
-    """Every part's parameters are the papers', and its FLOPs, to what the table was rounded to."""
-    with torch.device("meta"):
-        model = selfvae.build(name, "paper").requires_grad_(False)
-    model.to_empty(device="cpu")
-
-    def cost(task: Callable[[], object]) -> float:
-        with FlopCounterMode(display=False) as counter:
-            task()
-        return counter.get_total_flops() / 1e9
-
-    top, found = len(model.levels) - 1, {}
-    y, z = torch.zeros(1, 3, 32, 32), torch.zeros(1, 16, 8, 8)
-    for k, level in enumerate(model.levels):
-        where = "top " if 0 < k == top else ""
-        small = y[:, :0] if k == top else y[..., ::2, ::2]
-        prior = level.prior_net.flow if k == top else level.prior_net
-        tasks: dict[str, tuple[nn.Module, Callable[..., object], tuple[torch.Tensor, ...]]] = {
-            "encoder": (level.encoder, level.encoder, (y,)),
-            "decoder": (level.decoder, level.decoder, (y[:, :0] if k == top else y, z)),
-            "prior": (level.prior_net, prior, (z,) if k == top else (small, z)),
-        }
-        for part, (module, call, inputs) in tasks.items():
-            count = sum(p.numel() for p in module.parameters())
-            found[where + part] = count, cost(partial(call, *inputs))
-        y = small
-    found["all"] = sum(n for n, _ in found.values()), sum(flop for _, flop in found.values())
-    assert set(found) == set(PAPERS[name])
-    for part, (n, flop) in PAPERS[name].items():
-        # each factor of a coupling counts twice there, as a weight-normalised one: 272 in all
+    """Every part's parameters are the papers', and its FLOPs, to the digits of the table."""
+    found = costs(name)
+    assert found.keys() == PUBLISHED[name].keys()
+    for part, (n, flop) in PUBLISHED[name].items():
+        # each coupling's factor counts twice there, as if weight-normalised: 272 in all
         off = 272 if part.endswith("prior") and n == 11_411_876 else 5000 if part == "all" else 0
         assert abs(found[part][0] - n) <= off, part
         assert found[part][1] == pytest.approx(flop, rel=0.002), part

@@ -93,7 +93,13 @@ def test_command(tmp_path: Path, images: torch.Tensor, capsys: pytest.CaptureFix
     selfvae.save(model, tmp_path / "run")
     np.save(tmp_path / "a.npy", images.repeat(10, 1, 1, 1).numpy())
     flags = ["--data", str(tmp_path / "a.npy"), "--out", str(tmp_path / "out"), "--limit", "2"]
-    flags += ["--ood-data", "noise", str(tmp_path / "a.npy"), "--features", "tests.test_report:corners"]
+    flags += [
+        "--ood-data",
+        "noise",
+        str(tmp_path / "a.npy"),
+        "--features",
+        "tests.reports.test_report:corners",
+    ]
     flags += ["--fid-samples", "5", "--figures", "2", "--precision", "bf16-mixed"]
     flags += ["--enhance-limit", "2", "--draws", "2", "--ood-limit", "2"]
     assert main(["report", str(tmp_path / "run"), *flags]) == 0

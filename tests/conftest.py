@@ -5,8 +5,8 @@ import os
 # before torch is imported: threads of processes side by side would wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)

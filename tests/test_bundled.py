@@ -76,11 +76,15 @@ def test_photographs_are_enlarged_as_well_as_by_interpolation(photo: torch.Tenso
     assert Image.open(tmp_path / "large.png").size == (96, 80)
 
 
+@pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
     result = demo(tmp_path, fast=True)
-    assert result["bits_per_dim"] < 0.97 * result["webp_bits_per_dim"] < result["png_bits_per_dim"]
+    bits = result["bits_per_subpixel"]
+    assert bits["photos-v0"] < 0.97 * bits["WebP"] and bits["WebP"] < bits["PNG"]
     assert Image.open(tmp_path / "figure.png").width > 900
-    assert sum(file.stat().st_size for file in tmp_path.glob("*.svae")) == result["bytes"]
+    for name, sizes in result["bytes"].items():
+        assert (tmp_path / f"{name}.svae").stat().st_size == sizes["photos-v0"]
+    assert len(list(tmp_path.glob("*.svae"))) == len(result["bytes"]) == 2
 
 
 def test_small_images_are_likelier_than_webp_thinks() -> None:

@@ -68,7 +68,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=folder,
     )
     (packages,) = folder.glob("lib/python*/site-packages")
-    # after the environment's own packages; the .pth files of that folder (of editable installs) do not count
+    # after the environment's own packages; .pth files of that folder (editable installs) do not count
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return programs
 

@@ -33,18 +33,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from lightning_fabric import Fabric
 from torch import Tensor
 
 import selfvae
 from benchmarks import reference
 from benchmarks.measure import Task, flop_count
-from benchmarks.speed import model_and_images
+from benchmarks.speed import model_and_images, plain_training, training
 from selfvae.codec import Codec
 from selfvae.files import write_atomic
-from selfvae.nn.precision import autocast, resolve
-from selfvae.training.config import TrainConfig
-from selfvae.training.loop import make_step, prepare
+from selfvae.nn.precision import autocast
 
 LARGEST = 16 * 2**20  # bytes of a model that comes back
 
@@ -166,22 +163,6 @@ def rate(task: Task, images: int, device: str, peak: float, flops: int) -> dict[
     }  # fmt: skip
 
 
-def our_step(model: selfvae.SelfVAE, x: Tensor, device: str) -> Task:
-    """A training step of ours, guard, AdaMax and average included."""
-    config = TrainConfig(batch_size=len(x), lr=1e-4)
-    fabric = Fabric(devices=1, accelerator=device, precision=resolve(config.precision, device))
-    wrapped, state = prepare(copy.deepcopy(model), fabric, config)
-    return lambda: make_step(fabric, wrapped, state, x, config)
-
-
-def plain_step(model: selfvae.SelfVAE, x: Tensor) -> Task:
-    """A training step of the reference, in float32."""
-    model = reference.plain(model)
-    average = copy.deepcopy(model)
-    optimizer = torch.optim.Adamax(model.parameters(), lr=1e-4, foreach=False)
-    return lambda: reference.train_step(model, average, optimizer, x)
-
-
 def forward_backward(model: selfvae.SelfVAE, x: Tensor) -> Task:
     """Networks and objective, forward and backward, in bfloat16: what compiling and graphs act on."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -226,8 +207,8 @@ def measure_speed(results: Results, name: str, size: str, batch: int, device: st
     flops = flop_count(step)
     iwae_flops = flop_count(lambda: selfvae.iwae(fast, x[:1], few)) * draws // few
     kinds: dict[str, tuple[Callable[[], Task], int, int]] = {
-        "train_ours": (lambda: our_step(model, x, device), batch, flops),
-        "train_reference": (lambda: plain_step(model, x), batch, flops),
+        "train_ours": (lambda: training(model, x, device), batch, flops),
+        "train_reference": (lambda: plain_training(model, x), batch, flops),
         "forward_backward_eager": (lambda: step, batch, flops),
         "forward_backward_graph": (lambda: as_graph(step), batch, flops),
         "generate_ours": (lambda: lambda: quickly(selfvae.generate, 100), 100, 0),

@@ -64,10 +64,10 @@ def plain_training(model: selfvae.SelfVAE, x: Tensor) -> Task:
     return lambda: reference.train_step(model, average, optimizer, x)
 
 
-def training(model: selfvae.SelfVAE, x: Tensor) -> Task:
+def training(model: selfvae.SelfVAE, x: Tensor, device: str = "cpu") -> Task:
     """Return a training step of ours."""
     config = TrainConfig(batch_size=len(x), lr=1e-4)
-    fabric = Fabric(devices=1, accelerator="cpu", precision=resolve(config.precision, "cpu"))
+    fabric = Fabric(devices=1, accelerator=device, precision=resolve(config.precision, device))
     wrapped, state = prepare(copy.deepcopy(model), fabric, config)
     return lambda: make_step(fabric, wrapped, state, x, config)
 

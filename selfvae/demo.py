@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -14,10 +13,11 @@ from torch import Tensor
 
 from selfvae import hub
 from selfvae.codec import Codec, read_header
+from selfvae.codec.bench import lossless_sizes
 from selfvae.data import sources
 from selfvae.data.batches import Images
 from selfvae.data.crops import photo
-from selfvae.data.pictures import encode_lossless, to_image, write
+from selfvae.data.pictures import to_image, write
 from selfvae.data.sheets import magnify, save_figure
 from selfvae.files import write_atomic
 from selfvae.metrics.baselines import lossless_bits_per_dim
@@ -64,7 +64,7 @@ def demo(
         file = codec.compress(x)
         write_atomic(out / f"{name}.svae", file)
         write(x[0], out / f"{name}.png")
-        sizes[name] = {"photos-v0": len(file), **_usual_sizes(x)}
+        sizes[name] = {"photos-v0": len(file), **lossless_sizes(to_image(x[0]))}
         report(f"  {_comparison(sizes[name])}")
         if not rows:
             rows.append(_progressive(codec, file, name))
@@ -84,16 +84,6 @@ def demo(
     }  # fmt: skip
     write_atomic(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     return result
-
-
-def _usual_sizes(x: Tensor) -> dict[str, int]:
-    """Return the bytes of a picture, uint8 (1, C, H, W), in the usual lossless formats."""
-    formats = ["PNG", "WebP"]
-    with contextlib.suppress(ImportError):  # of the extras `bench` and `web`
-        import pillow_jxl  # noqa: F401 (teaches Pillow the format)
-
-        formats.append("JPEG XL")
-    return {name: len(encode_lossless(to_image(x[0]), name)) for name in formats}
 
 
 def _comparison(sizes: dict[str, int]) -> str:
@@ -119,7 +109,10 @@ def _enlarged(x2: SelfVAE, x: Tensor, name: str) -> tuple[tuple[str, Tensor], di
     """Return a row of the figure, and PSNR in dB: a photograph, its 2 x 2 means, these enlarged."""
     x = x[..., : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2]
     y = MeanDownscale(2)(x)
-    enlarged = {"bicubic": baseline_enhancement(x2, y), "photos-x2-v0": enhance(x2, y, temperature=0)}
+    enlarged = {
+        "bicubic interpolation": baseline_enhancement(x2, y),
+        "photos-x2-v0": enhance(x2, y, temperature=0),
+    }
     scores = {kind: round(psnr(image, x).item(), 2) for kind, image in enlarged.items()}
     told = ", ".join(f"enlarged by {kind} ({value:.1f} dB)" for kind, value in scores.items())
     images = torch.cat([x, magnify(y, 2), *enlarged.values()])

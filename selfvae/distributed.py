@@ -22,7 +22,11 @@ import torch.distributed as dist
 from selfvae.progress import Track, no_progress
 
 if TYPE_CHECKING:  # Fabric takes long to import, and most of the package does without
+    import logging
+
     from lightning_fabric import Fabric
+
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else it tells the precision
     from lightning_fabric.strategies.strategy import Strategy
 
 __all__ = [
@@ -74,7 +78,11 @@ def make_fabric(
         precision: of the networks.
         strategy: how processes communicate.
     """
+    import logging
+
     from lightning_fabric import Fabric
+
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else it tells the precision
 
     return Fabric(
         accelerator=accelerator(),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from selfvae.cli.common import load_model
-from selfvae.cli.files import each, read_picture, targets
+from selfvae.cli.files import check_exists, each, read_picture, targets
 from selfvae.cli.flags import In, Out, positive
 from selfvae.cli.progress import FileProgress, note, progress
 
@@ -63,6 +63,7 @@ def compress(
             with alpha or with several frames to 8-bit grey or RGB, instead of refusing them.
         devices: number of GPUs or processes that share a folder's files.
     """
+    check_exists(source)
     packer = _codec(model, devices)
     from selfvae.files import write_atomic
     from selfvae.web.work import shares
@@ -109,6 +110,7 @@ def decompress(
         partial: accept a truncated file and fill in what is missing with the most likely values.
         devices: number of GPUs or processes that share a folder's files.
     """
+    check_exists(source)
     packer = _codec(model, devices)
     from selfvae.codec import read_header
     from selfvae.data import pictures
@@ -160,6 +162,7 @@ def pack(
         raise ValueError(f"{source} is not a folder: for one picture, use selfvae compress")
     files = _pictures_in(source)
     named = [(file.relative_to(source).as_posix(), _pixels(file, convert)) for file in files]
+    check_exists(source)
     packer = _codec(model, devices)
     from selfvae import codec, distributed
     from selfvae.files import write_atomic
@@ -195,6 +198,7 @@ def unpack(source: In, out: Out, model: Path = PHOTOS, only: str | None = None, 
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; expected a folder")
+    check_exists(source)
     packer = _codec(model, devices)
     from selfvae import distributed
     from selfvae.codec import Archive

@@ -48,7 +48,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "report": Command("scores", "report", "all scores of several models in one report"),
     },
     "Start here": {
-        "demo": Command("info", "demo", "see what the bundled models do, in a minute"),
+        "demo": Command("info", "demo", "see what the bundled models do, in about half a minute"),
         "info": Command("info", "info", "describe a model, a compressed file, or the presets"),
         "serve": Command("pages", "serve", "try everything in the browser"),
     },

@@ -104,7 +104,7 @@ def enhance(
     def work(picture: Picture, file: Path, target: Path) -> None:
         y = pictures.to_spec(picture, net.levels[level].spec)
         pixels = y.shape[2] * rows * y.shape[3] * cols
-        with FileProgress(("enhancing",) * n, file.name, pixels, parts) as bar:
+        with FileProgress(("enhancing",) * n, file.name, y[0, 0].numel(), parts) as bar:
             fitting = tiled_if_large(net, pixels, bar.track)
             shown = []
             for i in range(n):

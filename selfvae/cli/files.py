@@ -68,6 +68,12 @@ def targets(names: Sequence[str], out: Path, ending: str, keep: Collection[str] 
     return found
 
 
+def check_exists(source: Path) -> None:
+    """Raise FileNotFoundError for an input that is not there."""
+    if not source.exists():
+        raise FileNotFoundError(f"no file or folder at {source}")
+
+
 def each(
     source: Path,
     out: Path,
@@ -84,8 +90,7 @@ def each(
     from selfvae import distributed
     from selfvae.data import pictures
 
-    if not source.exists():
-        raise FileNotFoundError(f"no file or folder at {source}")
+    check_exists(source)
     if source.is_file():
         out = out / f"{source.stem}{ending}" if out.is_dir() else out
         check_free(source, out)

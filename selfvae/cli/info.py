@@ -55,6 +55,10 @@ def _describe_model(model: Path, json: bool) -> None:
         for k, level in enumerate(net.levels)
     ]
     config = net.config.to_dict()
+    config = {"preset": config.pop("name"), **config}
+    if not net.has_latents and not json:  # settings that mean nothing
+        for key in ("prior", "posterior", "latent_channels", "prior_components", "inner_elu"):
+            del config[key]
     own = {
         "parameters": sum(p.numel() for p in net.parameters()),
         "fingerprint": hub.fingerprint(net).hex(),

@@ -7,6 +7,7 @@ import io
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ LOSSY: dict[str, tuple[str, Callable[[int], Options]]] = {
 }
 _QUALITIES = (10, 25, 40, 60, 75, 85, 92, 97)
 _OURS = "selfvae"
+_Point = tuple[float, float, float | None]  # bits per sub-pixel, PSNR in dB, MS-SSIM
 
 
 def _known(formats: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
@@ -91,77 +93,94 @@ def bench(
     """
     if not pictures:
         raise ValueError("at least one picture is needed")
-    lossless, lossy = _known(LOSSLESS), _known(LOSSY) if prefixes else {}
-    totals: dict[str, dict[str, float]] = {}
-    curves: dict[str, dict[str, list[tuple[float, float, float | None]]]] = {}
-    mb = sum(x.numel() for x in pictures) / 1e6
+    race = _Race(codec, prefixes)
     for x in track(pictures, "pictures"):
+        race.lossless_formats(x)
+        race.lossy_formats(x)
+    return {"pictures": len(pictures), **race.result(sum(x.numel() for x in pictures))}
+
+
+class _Race:
+    """The formats that can be measured here, and what was measured so far."""
+
+    def __init__(self, codec: Codec, prefixes: bool) -> None:
+        self.codec, self.prefixes = codec, prefixes
+        self.lossless, self.lossy = _known(LOSSLESS), _known(LOSSY) if prefixes else {}
+        self.totals: dict[str, dict[str, float]] = {}
+        self.curves: dict[str, dict[str, list[_Point]]] = {}
+
+    def lossless_formats(self, x: Tensor) -> None:
+        """Encode and decode a picture in each lossless format; leave out a format that cannot hold it."""
+        data, *seconds = self._through(
+            x, lambda: self.codec.compress(x, verify=False), self.codec.decompress
+        )
+        self._count(_OURS, len(data), *seconds)
+        if self.prefixes:
+            for setting, cut in read_header(data).ends()[:-1]:
+                self._add(_OURS, setting, cut, x, self.codec.decompress(data[:cut], partial=True))
         image = to_image(x[0])
-        ways: dict[str, tuple[Callable[[], bytes], Callable[[bytes], Tensor]]] = {
-            _OURS: (lambda x=x: codec.compress(x, verify=False), codec.decompress)  # type: ignore[misc]
-        }
-        for name in lossless:
-            ways[name] = (
-                lambda image=image, name=name: encode_lossless(image, name),  # type: ignore[misc]
-                lambda data, mode=image.mode: _tensor(data, mode),  # type: ignore[misc]
-            )
-        for name, (to_bytes, to_pixels) in ways.items():
-            began = time.perf_counter()
+        for name in list(self.lossless):
             try:
-                data = to_bytes()
+                data, *seconds = self._through(
+                    x, partial(encode_lossless, image, name), partial(_tensor, mode=image.mode)
+                )
             except (OSError, ValueError) as error:  # e.g. no side of a WebP file has over 16383 pixels
-                if name == _OURS:
-                    raise
-                warnings.warn(f"{name} is left out: {error}", stacklevel=2)
-                del lossless[name]
-                totals.pop(name, None)
+                warnings.warn(f"{name} is left out: {error}", stacklevel=3)
+                del self.lossless[name]
+                self.totals.pop(name, None)
                 continue
-            encoded = time.perf_counter()
-            back = to_pixels(data)
-            decoded = time.perf_counter()
-            if not torch.equal(back, x):
-                raise RuntimeError(f"{name} did not return the same picture")
-            total = totals.setdefault(name, dict.fromkeys(("bytes", "encode", "decode"), 0.0))
-            total["bytes"] += len(data)
-            total["encode"] += encoded - began
-            total["decode"] += decoded - encoded
-            if name == _OURS and prefixes:
-                for setting, cut in read_header(data).ends()[:-1]:
-                    shown = codec.decompress(data[:cut], partial=True)
-                    _add(curves, _OURS, setting, cut, x, shown)
-        for name, (format, options_at) in lossy.items():
+            self._count(name, len(data), *seconds)
+
+    def lossy_formats(self, x: Tensor) -> None:
+        """Encode a picture in each lossy format at several qualities."""
+        image = to_image(x[0])
+        for name, (format, options_at) in self.lossy.items():
             for quality in _QUALITIES:
                 data = encode(image, format, **options_at(quality))
-                _add(curves, name, f"quality {quality}", len(data), x, _tensor(data, image.mode))
-    subpixels = sum(x.numel() for x in pictures)
-    return {
-        "pictures": len(pictures),
-        "subpixels": subpixels,
-        "lossless": {
+                self._add(name, f"quality {quality}", len(data), x, _tensor(data, image.mode))
+
+    def result(self, subpixels: int) -> dict[str, Any]:
+        """Return sums and means over the pictures, as `bench` does."""
+        lossless = {
             name: {
                 "bytes": int(total["bytes"]),
                 "bits_per_subpixel": 8 * total["bytes"] / subpixels,
-                "encode_mb_s": mb / total["encode"],
-                "decode_mb_s": mb / total["decode"],
+                "encode_mb_s": subpixels / 1e6 / total["encode"],
+                "decode_mb_s": subpixels / 1e6 / total["decode"],
             }
-            for name, total in totals.items()
-        },
-        "lossy": {
+            for name, total in self.totals.items()
+        }
+        lossy = {
             name: [{"setting": setting, **_mean(points)} for setting, points in settings.items()]
-            for name, settings in curves.items()
-        },
-    }
+            for name, settings in self.curves.items()
+        }
+        return {"subpixels": subpixels, "lossless": lossless, "lossy": lossy}
+
+    @staticmethod
+    def _through(
+        x: Tensor, to_bytes: Callable[[], bytes], to_pixels: Callable[[bytes], Tensor]
+    ) -> tuple[bytes, float, float]:
+        """Return a picture's file, and the seconds of encoding and decoding."""
+        began = time.perf_counter()
+        data = to_bytes()
+        encoded = time.perf_counter()
+        back = to_pixels(data)
+        decoded = time.perf_counter()
+        if not torch.equal(back, x):
+            raise RuntimeError("a decoded picture differs from the original")
+        return data, encoded - began, decoded - encoded
+
+    def _count(self, name: str, length: int, encode: float, decode: float) -> None:
+        total = self.totals.setdefault(name, dict.fromkeys(("bytes", "encode", "decode"), 0.0))
+        for key, value in zip(total, (length, encode, decode), strict=True):
+            total[key] += value
+
+    def _add(self, name: str, setting: str, length: int, x: Tensor, shown: Tensor) -> None:
+        point = (8 * length / x.numel(), min(100.0, psnr(shown, x).item()), _ms_ssim(shown, x))
+        self.curves.setdefault(name, {}).setdefault(setting, []).append(point)
 
 
-def _add(
-    curves: dict[str, dict[str, list[tuple[float, float, float | None]]]],
-    name: str, setting: str, length: int, x: Tensor, shown: Tensor,
-) -> None:  # fmt: skip
-    point = (8 * length / x.numel(), min(100.0, psnr(shown, x).item()), _ms_ssim(shown, x))
-    curves.setdefault(name, {}).setdefault(setting, []).append(point)
-
-
-def _mean(points: list[tuple[float, float, float | None]]) -> dict[str, float | None]:
+def _mean(points: list[_Point]) -> dict[str, float | None]:
     rates, decibels, similar = zip(*points, strict=True)
     known = [s for s in similar if s is not None]
     return {

@@ -170,7 +170,7 @@ def read(data: bytes, partial: bool = False) -> tuple[Header, list[tuple[bytes, 
         if not partial:
             raise CodecError(
                 f"the file is cut short: {len(data)} of {header.size + whole} bytes are there; decode them "
-                "as a partial picture with partial=True, or --partial"
+                "as a partial picture (partial=True)"
             )
     elif zlib.crc32(payload) != header.crc:
         raise CodecError("the file is damaged: its checksum does not fit")

@@ -76,10 +76,11 @@ def figure(rows: list[tuple[str, Tensor]], cell: int = 96) -> Image.Image:
     for title, x in rows:
         zoom = side // max(x.shape[2:])
         strips.append((title, Image.fromarray(_array(grid(x.cpu(), len(x), zoom, gap)))))
-    width = max(strip.width for _, strip in strips) + 2 * gap
+    font, top = ImageFont.load_default(14), 0
+    width = max(max(strip.width, math.ceil(font.getlength(title))) for title, strip in strips) + 2 * gap
     height = sum(strip.height + head for _, strip in strips) + gap
     out = Image.new("RGB", (width, height), "white")
-    draw, font, top = ImageDraw.Draw(out), ImageFont.load_default(14), 0
+    draw = ImageDraw.Draw(out)
     for title, strip in strips:
         draw.text((gap, top + 3), title, fill="black", font=font)
         out.paste(strip, (gap, top + head))

@@ -76,6 +76,7 @@ def test_photographs_are_enlarged_as_well_as_by_interpolation(photo: torch.Tenso
     assert Image.open(tmp_path / "large.png").size == (96, 80)
 
 
+@pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
     lines: list[str] = []
     result = demo(tmp_path, fast=True, report=lines.append)

@@ -26,7 +26,7 @@ from selfvae.presets import TRANSFORMS
 ROOT = Path(__file__).parents[1]
 
 
-# the export to ONNX, which test_export.py tests, takes most of this page's time
+# exports to ONNX take long, this page's and most of test_export.py's
 SLOW = [pytest.param("share", marks=pytest.mark.slow)]
 
 

@@ -52,7 +52,7 @@ def run(path: Path, inputs: dict[str, torch.Tensor]) -> np.ndarray:
 CHAIN, LATENTS = (pytest.param(name, marks=pytest.mark.slow) for name in ("chain", "latents"))
 
 
-@pytest.mark.parametrize("name", ["means", CHAIN, LATENTS])
+@pytest.mark.parametrize("name", [CHAIN, LATENTS])
 def test_enhancement(name: str, tmp_path: Path) -> None:
     model, k = built(name)
     part = Enhancement(model, k)

@@ -64,8 +64,19 @@ def codec_input(codec: Codec, x: Tensor) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("prior", ["normal", "mog-local", "flow", "flow-residual"])
-@pytest.mark.parametrize("name", ["vae", "selfvae", "selfvae-mean-3lvl"])
+# every prior of the simplest model, and every structure with the flow and the normal prior; the rest once
+_PRIORS = ("normal", "mog-local", "flow", "flow-residual")
+_QUICK = {("selfvae", "flow"), ("selfvae-mean-3lvl", "normal"), *(("vae", prior) for prior in _PRIORS)}
+
+
+@pytest.mark.parametrize(
+    ("name", "prior"),
+    [
+        pytest.param(name, prior, marks=() if (name, prior) in _QUICK else pytest.mark.slow)
+        for name in ("vae", "selfvae", "selfvae-mean-3lvl")
+        for prior in _PRIORS
+    ],
+)
 def test_gaussian_latents(name: str, prior: str, picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Single files near the bound, exact prefixes, cut files, albums of plain and other pictures, tiles."""
     model = gaussian(name, prior)
@@ -156,8 +167,14 @@ def test_noise_is_the_same_whatever_torch_is_told() -> None:
         torch.set_default_dtype(kept)
 
 
-@pytest.mark.parametrize("prior", ["normal", "mog", "mog-local", "flow", "flow-residual"])
-@pytest.mark.parametrize("name", ["vae", "selfvae-mean-3lvl"])
+@pytest.mark.parametrize(
+    ("name", "prior"),
+    [
+        *(("vae", prior) for prior in ("mog", *_PRIORS)),
+        ("selfvae-mean-3lvl", "mog"),
+        *(pytest.param("selfvae-mean-3lvl", prior, marks=pytest.mark.slow) for prior in _PRIORS),
+    ],
+)
 def test_bits_back_costs_the_bound(name: str, prior: str, picture: Tensor) -> None:
     """An archive is as long as the ELBO says, to 1%: the latents' bits come back."""
     model = gaussian(name, prior)

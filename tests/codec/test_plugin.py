@@ -87,8 +87,8 @@ def test_commands(picture: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture
     image.convert("CMYK").save(pictures / "cmyk.tif")
     image.convert("P").save(pictures / "two.gif", save_all=True, append_images=[image.rotate(90)])
     for name, words in (
-        ("alpha.png", "alpha channel"), ("deep.png", "than 8 bits"), ("deep.ppm", "than 8 bits"),
-        ("ten.ppm", "than 8 bits"), ("bomb.pgm", "cannot be read"), ("short.pgm", "cannot be read"),
+        ("alpha.png", "alpha channel"), ("deep.png", "not have 8 bits"), ("deep.ppm", "8 bits"),
+        ("ten.ppm", "8 bits"), ("bomb.pgm", "cannot be read"), ("short.pgm", "cannot be read"),
         ("cmyk.tif", "neither grey nor RGB"), ("two.gif", "holds 2 pictures"),
     ):  # fmt: skip
         assert main(["compress", str(pictures / name), str(tmp_path / "x.svae"), *run]) == 2

@@ -70,7 +70,7 @@ def test_a_model_that_is_not_finite(picture: Tensor) -> None:
             Codec(model).compress(picture)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @example(height=1, width=1, channels=1, kind="noise", which="gaussian")
 @example(height=17, width=19, channels=3, kind="noise", which="halve")
 @given(

@@ -135,7 +135,7 @@ class ModelConfig:
     components: int = 10
     prior_components: int = 1000
     backbone: Literal["dense", "residual"] = "dense"
-    inner_elu: bool = True
+    inner_elu: bool = False
     activation: Literal["elu", "clipped_relu", "hard_elu"] = "elu"
     kernels: tuple[int, int, int] = (3, 3, 3)
     depthwise: bool = False

@@ -1,12 +1,18 @@
 """Fixtures of all tests; one thread per process, those that tests start included."""
 
+from __future__ import annotations
+
 import os
+from typing import TYPE_CHECKING
 
 # before torch is imported: threads of processes side by side would wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from selfvae.codec import Codec
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +30,23 @@ def images() -> torch.Tensor:
     coarse = torch.rand(4, 3, 4, 4)
     smooth = torch.nn.functional.interpolate(coarse, 16, mode="bicubic").clamp(0, 1)
     return (smooth * 255).to(torch.uint8)
+
+
+@pytest.fixture(scope="session")
+def codec() -> Codec:
+    """A codec of a small model with fixed weights, for the tests of the codec."""
+    from codec_models import fixed
+
+    from selfvae.codec import Codec
+
+    return Codec(fixed())
+
+
+@pytest.fixture(scope="session")
+def picture() -> torch.Tensor:
+    """A smooth picture with an edge and some noise, uint8 (1, 3, 24, 32)."""
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(32.0), indexing="ij")
+    base = 100 + 3 * x + 2 * y + 60 * (x + y > 30)
+    noise = torch.randn(3, 24, 32, generator=generator)
+    return (base + torch.tensor([0.0, 10.0, -20.0]).view(3, 1, 1) + 4 * noise).clamp(0, 255).byte()[None]

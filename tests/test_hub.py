@@ -253,7 +253,7 @@ def test_options_that_mean_nothing_leave_the_fingerprint_alone() -> None:
 
     residual = mark(backbone="residual")
     assert mark(backbone="residual", inner_elu=False, prior_components=7) == residual
-    assert mark(inner_elu=False) != mark()
+    assert mark(inner_elu=True) != mark()
 
 
 def test_rounding_makes_another_model_and_says_so(tmp_path: Path) -> None:

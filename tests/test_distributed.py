@@ -81,6 +81,7 @@ def work(run: Path, out: Path) -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
     model = selfvae.build("selfvae", "tiny", (3, 16, 16), width=0.05)
     hub.save(model, tmp_path / "run")

@@ -12,6 +12,7 @@ from selfvae.distributions.latents import DiagonalNormal, NoisyLogistic, UnitUni
 from selfvae.distributions.pixels import PixelMixture, to_unit
 from selfvae.distributions.priors import LatentDistribution
 from selfvae.transforms import ImageSpec, Null, Subsampling, Support, Transform
+from selfvae.transforms.base import scale_slice
 
 __all__ = ["Level", "Posterior"]
 
@@ -138,9 +139,9 @@ class Level(nn.Module):
         if interior is not None:
             rows, cols = self.transform.scale
             high, wide = self.keeps.block if self.keeps else (1, 1)
-            params = params[..., _times(interior[0], rows, high), _times(interior[1], cols, wide)]
+            params = params[..., scale_slice(interior[0], rows, high), scale_slice(interior[1], cols, wide)]
             if guess is not None:
-                guess = guess[..., _times(interior[0], rows), _times(interior[1], cols)]
+                guess = guess[..., scale_slice(interior[0], rows, 1), scale_slice(interior[1], cols, 1)]
             y_up = y_up[..., interior[0], interior[1]]
         if self.keeps:
             weights = self.keeps.weights(self.spec) if self.residual_mean else 0
@@ -154,7 +155,3 @@ class Level(nn.Module):
         return PixelMixture(
             params, support, self.spec, prediction=prediction, coefficients=self.coefficients
         )
-
-
-def _times(part: slice, n: int, over: int = 1) -> slice:
-    return slice(part.start * n // over, part.stop * n // over)

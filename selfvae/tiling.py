@@ -20,6 +20,7 @@ from selfvae.level import Level, Posterior
 from selfvae.model import SelfVAE
 from selfvae.progress import Track, no_progress
 from selfvae.transforms import Null
+from selfvae.transforms.base import scale_slice
 
 __all__ = ["WHOLE", "Tile", "split", "tiled", "tiled_if_large"]
 
@@ -52,13 +53,10 @@ class _Map:
     def __init__(self, units: tuple[int, int]) -> None:
         self.units = units
 
-    def _pixels(self, part: slice, size: int, units: int) -> slice:
-        return slice(part.start * size // units, part.stop * size // units)
-
     def cut(self, x: Tensor, rows: slice, cols: slice) -> Tensor:
         """The part of x (B, C, h, w) in those units; a view."""
         h, w = x.shape[2:]
-        return x[:, :, self._pixels(rows, h, self.units[0]), self._pixels(cols, w, self.units[1])]
+        return x[:, :, scale_slice(rows, h, self.units[0]), scale_slice(cols, w, self.units[1])]
 
 
 class _TiledDistribution:

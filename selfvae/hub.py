@@ -8,6 +8,7 @@ weights to float16 (`half`) makes another model: it cannot read the files of the
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import tempfile
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from selfvae.files import write_atomic, write_tensors
 from selfvae.level import Level
 from selfvae.model import SelfVAE
+from selfvae.nn.integer import freeze
 from selfvae.presets import FORMAT, FORMER_FIELDS, ModelConfig, from_config
 
 __all__ = [
@@ -49,6 +51,7 @@ _PLAIN: dict[str, Any] = {
     "activation": "elu",
     "kernels": (3, 3, 3),
     "depthwise": False,
+    "integer": False,
 }
 # what fingerprints call presets and priors that were renamed
 _NAMES = {"selfvae-mean-3lvl": "selfvae-3"}
@@ -62,7 +65,9 @@ def bundled() -> dict[str, Path]:
 
 def unique_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, each once: what levels share goes by its first name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    saved = model.state_dict(keep_vars=True)
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: value for name, value in own.items() if name in saved}
 
 
 def load_unique_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -85,8 +90,12 @@ def check_plain(model: SelfVAE) -> None:
 
 
 def fingerprint(model: SelfVAE) -> bytes:
-    """8 bytes that tell models apart: of the structure and of every weight's value as float64."""
+    """8 bytes that tell models apart: of the structure and of every weight's value as float64.
+
+    Of an integer model the rounded weights count, with which it computes.
+    """
     check_plain(model)
+    model = _frozen(model)
     plain, prior = dict(_PLAIN), model.config.prior
     if prior != "mog":
         plain["prior_components"] = model.config.prior_components
@@ -104,8 +113,20 @@ def fingerprint(model: SelfVAE) -> bytes:
     return found.digest()[:8]
 
 
+def _frozen(model: SelfVAE) -> SelfVAE:
+    """The model with the weights that count: an integer model's rounded ones."""
+    if not model.config.integer:
+        return model
+    model = copy.deepcopy(model)
+    freeze(model)
+    return model
+
+
 def save(model: SelfVAE, folder: str | Path, *, half: bool = False) -> None:
     """Write a model as folder/config.json and folder/model.safetensors, each whole or not at all.
+
+    An integer model's weights are written rounded, as it computes with them, and in float16 where that
+    changes nothing.
 
     Args:
         model: made by `build` or `load`.
@@ -119,11 +140,16 @@ def save(model: SelfVAE, folder: str | Path, *, half: bool = False) -> None:
     check_plain(model)
     folder = Path(folder)
     state = {
-        k: v.half() if half and v.is_floating_point() else v for k, v in unique_state_dict(model).items()
+        name: value.half() if value.is_floating_point() and (half or _is_half(value, model)) else value
+        for name, value in unique_state_dict(_frozen(model)).items()
     }
     write_tensors(folder / "model.safetensors", state)
     config: dict[str, Any] = {"format": FORMAT, "model": model.config.to_dict()}
     write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _is_half(value: Tensor, model: SelfVAE) -> bool:
+    return model.config.integer and bool((value.half() == value).all())
 
 
 def find(path: str | Path) -> Path:

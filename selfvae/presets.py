@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from selfvae.distributions.pixels import param_count
+from selfvae.distributions.pixels import param_count, param_grid
 from selfvae.distributions.priors import TOP_PRIORS, FlowPrior, MixturePrior, ResidualFlowPrior
 from selfvae.level import Level
 from selfvae.model import SelfVAE
@@ -113,6 +113,8 @@ class ModelConfig:
         activation: Of residual networks without latents: "elu", "clipped_relu" or "hard_elu".
         kernels: Kernel sizes of these networks: of the first convolution, of each layer, of the last one.
         depthwise: Make the convolutions of their layers depthwise.
+        integer: Compute the networks in whole numbers (see `nn.integer`), which compression uses; needs
+            latents="none", backbone="residual", depthwise=False.
         shared: Levels with the same transform share one decoder; needs latents="none", backbone="residual".
         width: Factor on the numbers of channels.
         depth: Factor on the numbers of steps per block.
@@ -139,6 +141,7 @@ class ModelConfig:
     activation: Literal["elu", "clipped_relu", "hard_elu"] = "elu"
     kernels: tuple[int, int, int] = (3, 3, 3)
     depthwise: bool = False
+    integer: bool = False
     shared: bool = False
     width: float = 1.0
     depth: float = 1.0
@@ -186,13 +189,19 @@ class ModelConfig:
             if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
                 kind = "whole number" if kinds is int else "number"
                 raise ValueError(f"{field} must be a positive {kind}; got {value!r}")
-        for field in ("consistent", "residual_mean", "shared", "inner_elu", "depthwise"):
+        for field in ("consistent", "residual_mean", "shared", "inner_elu", "depthwise", "integer"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be true or false; got {getattr(self, field)!r}")
         if self.shared and (self.latents != "none" or self.backbone != "residual"):
             raise ValueError(
                 "shared=true needs latents=none and backbone=residual; got "
                 f"latents={self.latents}, backbone={self.backbone}"
+            )
+
+        if self.integer and (self.latents != "none" or self.backbone != "residual" or self.depthwise):
+            raise ValueError(
+                "integer=true needs latents=none, backbone=residual and depthwise=false; got "
+                f"latents={self.latents}, backbone={self.backbone}, depthwise={self.depthwise}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -433,6 +442,7 @@ class _Plan:
                     "activation": self.config.activation,
                     "kernels": self.config.kernels[:2],
                     "depthwise": self.config.depthwise,
+                    "integer": self.config.integer,
                 }
             return Branch(self.wide(growth), steps, scales, resize, **options)
         growth *= 0.85 if self.top > 1 else 1.0
@@ -466,14 +476,18 @@ class _Plan:
         params = param_count(spec.channels, config.components) * (math.prod(scale) - kept)
         if keeps and config.residual_mean:
             params += keeps.weights(spec)
+        grid = None
+        if config.integer:
+            groups = math.prod(scale) - kept
+            grid = param_grid(spec.channels, config.components, groups, params)
         if is_top and not self.has_latent(k):
-            return Constant(params)
+            return Constant(params, grid)
         context = 0 if is_top else up.channels * kept if keeps else spec.channels
         if config.shared and not is_top:
             if (str(t), spec) not in self.shared:
                 body = self.branch(_Part(256, 12, 1), stem=256)
                 self.shared[str(t), spec] = Decoder(
-                    context + Shared.PLANES, 0, params, None, body, config.kernels[2]
+                    context + Shared.PLANES, 0, params, None, body, config.kernels[2], grid
                 )
             return Shared(self.shared[str(t), spec])
         joint: Branch | None = None
@@ -486,7 +500,7 @@ class _Plan:
         latent = config.latent_channels if self.has_latent(k) else 0
         z = self._z_branch(k, scale, 0 if is_top else params) if latent else None
         return Decoder(
-            context, latent, params, z, joint, kernel=1 if self.dense and not is_top else config.kernels[2]
+            context, latent, params, z, joint, 1 if self.dense and not is_top else config.kernels[2], grid
         )
 
     def _z_branch(self, k: int, scale: tuple[int, int], out: int) -> Branch:

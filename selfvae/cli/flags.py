@@ -17,7 +17,7 @@ Split = Literal["train", "validation", "test"]
 
 # headings of --help; a flag that is not listed comes first, under "options"
 GROUPS: dict[str, tuple[str, ...]] = {
-    "model": ("model", "size", "options", "init_from"),
+    "model": ("model", "size", "options", "init_from", "integer"),
     "data": (
         "data", "split", "image_size", "limit", "iwae_limit", "enhance_limit", "ood_limit", "ood_data",
         "batch_size", "flip", "translate", "convert",

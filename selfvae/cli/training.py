@@ -32,6 +32,7 @@ def train(
     image_size: int | None = None,
     options: tuple[str, ...] = (),
     init_from: str | None = None,
+    integer: bool = False,
     resume: bool = False,
     devices: int = 1,
     nodes: int = 1,
@@ -49,6 +50,7 @@ def train(
         options: fields of the model's configuration, e.g. width=0.25 latents=top.
         init_from: trained model whose weights and configuration the run begins with, a folder or a bundled
             model, in place of --model, --size and --options.
+        integer: train a network of whole numbers, which compresses fast; usually --init-from a float one.
         resume: continue the run in OUT; --steps and --max-seconds count over all calls together.
         devices: number of GPUs or processes on each node.
         nodes: number of nodes.
@@ -71,6 +73,8 @@ def train(
     trained = _trained(init_from, (model, size, options)) if init_from and not resume else None
     if trained:
         model, size, options = _flags(trained.config)
+    if integer:
+        options = (*options, "integer=true")
     config = _configure(model, size, options, dataset)
     precision = resolve(training.precision)
     if not resume:

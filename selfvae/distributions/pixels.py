@@ -19,7 +19,7 @@ from torch import Tensor
 
 from selfvae.transforms import ImageSpec, Support, at_least_float32
 
-__all__ = ["PixelMixture", "log1mexp", "param_count", "rand_like", "to_unit"]
+__all__ = ["PixelMixture", "log1mexp", "param_count", "param_grid", "rand_like", "to_unit"]
 
 _LOG_SCALE_FLOOR = -7.0  # on the [-1, 1] scale: a bin can hold at most 0.973 of the mass
 _LOG_SCALE_TOP = 7.0  # flatter logistics do not differ
@@ -27,6 +27,9 @@ _LOG_SCALE_TOP = 7.0  # flatter logistics do not differ
 # prediction are small
 _LOG_SCALE_START, _LOG_SCALE_START_RESIDUAL = -1.5, -3.5
 _REACH, _REACH_RESIDUAL = 1.0, 0.1
+
+# grids of integer networks: fractional bits, and the largest absolute value in steps
+LOGIT, MEAN, SCALE, COEFFICIENT = (3, 255), (9, 2**15 - 1), (4, 255), (5, 255)
 
 
 def rand_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -53,6 +56,26 @@ def param_count(channels: int, components: int) -> int:
     100
     """
     return components * (1 + 2 * channels + channels * (channels - 1) // 2)
+
+
+def param_grid(channels: int, components: int, groups: int, params: int) -> tuple[Tensor, Tensor]:
+    """Return the grids to which integer networks round the parameters.
+
+    Args:
+        channels: Of the pixels.
+        components: Of the mixture.
+        groups: Number of groups.
+        params: Number of outputs; those beyond the groups' parameters are weights (see `Support.refine`).
+
+    Returns:
+        Fractional bits and the largest absolute value in steps, int64 (params,) both.
+    """
+    pairs = channels * (channels - 1) // 2
+    counts = [components, components * channels, components * channels, components * pairs]
+    order = [LOGIT, MEAN, SCALE, COEFFICIENT]
+    own = [grid for grid, n in zip(order, counts, strict=True) for _ in range(n)] * groups
+    grids = torch.tensor(own + [COEFFICIENT] * (params - len(own)))
+    return grids[:, 0], grids[:, 1]
 
 
 def log1mexp(d: Tensor) -> Tensor:

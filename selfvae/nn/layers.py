@@ -5,7 +5,7 @@ Every block maps (B, C, h, w) to (B, out_channels, h, w) (or a resized h, w) and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ __all__ = [
     "DenseStep",
     "Down",
     "ResidualBlock",
+    "ResidualLayer",
     "Up",
     "checkpoint_activations",
     "data_dependent_init",
@@ -147,8 +148,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 @contextmanager
 def data_dependent_init(module: nn.Module) -> Iterator[None]:
-    """Initialise every `Conv` of a module on the next forward pass, unless it has been already."""
-    layers = [m for m in module.modules() if isinstance(m, Conv) and not bool(m.initialised)]
+    """Initialise every layer of a module that depends on data on its next forward pass, unless it has been."""
+    layers: list[Any] = [m for m in module.modules() if hasattr(m, "initialising")]
+    layers = [layer for layer in layers if not bool(layer.initialised)]
     for layer in layers:
         layer.initialising = True
     try:
@@ -249,15 +251,19 @@ class ResidualLayer(nn.Sequential):
     """
 
     def __init__(
-        self, channels: int, kernel: int = 3, activation: str = "elu", depthwise: bool = False
+        self,
+        channels: int,
+        kernel: int = 3,
+        act: Callable[[], nn.Module] = nn.ELU,
+        depthwise: bool = False,
+        conv: type[Conv] = Conv,
     ) -> None:
-        act = ACTIVATIONS[activation]
         if depthwise:
-            first = [Conv(channels, channels, kernel, groups=channels), Conv(channels, 2 * channels, 1)]
+            first = [conv(channels, channels, kernel, groups=channels), conv(channels, 2 * channels, 1)]
         else:
-            first = [Conv(channels, channels, kernel)]
+            first = [conv(channels, channels, kernel)]
         wide = 2 * channels if depthwise else channels
-        super().__init__(act(), *first, act(), Conv(wide, channels, 1, init_scale=0.1))
+        super().__init__(act(), *first, act(), conv(wide, channels, 1, init_scale=0.1))
 
     def forward(self, x: Tensor) -> Tensor:
         change: Tensor = super().forward(x)
@@ -273,12 +279,13 @@ class ResidualBlock(nn.Module):
         growth: int,
         steps: int,
         kernel: int = 3,
-        activation: str = "elu",
+        act: Callable[[], nn.Module] = nn.ELU,
         depthwise: bool = False,
+        conv: type[Conv] = Conv,
     ) -> None:
         super().__init__()
-        self.widen = nn.Identity() if channels == growth else Conv(channels, growth, 1)
-        layers = (ResidualLayer(growth, kernel, activation, depthwise) for _ in range(steps))
+        self.widen = nn.Identity() if channels == growth else conv(channels, growth, 1)
+        layers = (ResidualLayer(growth, kernel, act, depthwise, conv) for _ in range(steps))
         self.layers = nn.Sequential(*layers)
         self.out_channels = growth
 

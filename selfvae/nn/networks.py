@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selfvae.nn.integer import FRACTION, IntegerActivation, IntegerConv, round_to
 from selfvae.nn.layers import ACTIVATIONS, Block, Conv, DenseBlock, Down, ResidualBlock, Up
 
 __all__ = ["Branch", "Constant", "Decoder", "Encoder", "PriorNet", "Shared"]
@@ -43,6 +44,7 @@ class Branch:
         activation: Of residual blocks, a name in `ACTIVATIONS`.
         kernels: Kernel sizes of the stem and of each residual layer.
         depthwise: Of residual blocks, see `ResidualLayer`.
+        integer: Compute in whole numbers; flat residual blocks with a stem only.
     """
 
     growth: int
@@ -58,6 +60,7 @@ class Branch:
     activation: str = "elu"
     kernels: tuple[int, int] = (3, 3)
     depthwise: bool = False
+    integer: bool = False
 
     def build(self, channels: int) -> Stack:
         """Build the stack for an input with the given number of channels."""
@@ -67,7 +70,12 @@ class Branch:
         """Build one block for an input with the given number of channels."""
         if self.backbone == "dense":
             return DenseBlock(channels, growth, self.steps, self.inner_elu)
-        return ResidualBlock(channels, growth, self.steps, self.kernels[1], self.activation, self.depthwise)
+        conv = IntegerConv if self.integer else Conv
+        return ResidualBlock(channels, growth, self.steps, self.kernels[1], self.act, self.depthwise, conv)
+
+    def act(self) -> nn.Module:
+        """Build one activation of residual blocks."""
+        return IntegerActivation(self.activation) if self.integer else ACTIVATIONS[self.activation]()
 
 
 class Stack(nn.Sequential):
@@ -77,14 +85,19 @@ class Stack(nn.Sequential):
         modules: list[nn.Module] = []
         growth, dense = branch.growth, branch.backbone == "dense"
         if branch.stem:
-            modules += [Conv(channels, branch.stem, branch.kernels[0]), ACTIVATIONS[branch.activation]()]
+            kernel = branch.kernels[0]
+            if branch.integer:
+                modules.append(IntegerConv(channels, branch.stem, kernel, round_input=True))
+            else:
+                modules.append(Conv(channels, branch.stem, kernel))
+            modules.append(branch.act())
             channels = branch.stem
         for i in range(branch.blocks + branch.last):
             block = branch.block(channels, growth)
             modules.append(block)
             channels = block.out_channels
             if not dense:
-                modules.append(ACTIVATIONS[branch.activation]())
+                modules.append(branch.act())
             if branch.resize != "flat" and i < branch.blocks:
                 resize = (Down if branch.resize == "down" else Up)(channels)
                 modules.append(resize)
@@ -173,6 +186,7 @@ class Decoder(nn.Module):
         z: Structure of the branch of z.
         joint: Structure of the network after z and the context are concatenated; None: none.
         kernel: Kernel size of the last convolution.
+        grid: Of the outputs, see `IntegerConv`; None unless the joint network is one of whole numbers.
     """
 
     def __init__(
@@ -183,13 +197,17 @@ class Decoder(nn.Module):
         z: Branch | None,
         joint: Branch | None,
         kernel: int = 3,
+        grid: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.z_branch = z.build(latent) if z and latent else None
         width = channels + (self.z_branch.out_channels if self.z_branch else 0)
         self.joint = joint.build(width) if joint else None
         width = self.joint.out_channels if self.joint else width
-        self.head = Conv(width, params, kernel, init_scale=_HEAD_SCALE)
+        if grid is None:
+            self.head = Conv(width, params, kernel, init_scale=_HEAD_SCALE)
+        else:
+            self.head = IntegerConv(width, params, kernel, init_scale=_HEAD_SCALE, grid=grid)
 
     def forward(self, y: Tensor, z: Tensor | None) -> Tensor:
         h = y
@@ -216,6 +234,11 @@ class Shared(nn.Module):
         self.decoder = decoder
         self.code = nn.Parameter(torch.zeros(self.PLANES))
 
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Replace the constants of an integer network by the rounded ones."""
+        self.code.copy_(round_to(self.code, torch.tensor(2.0**FRACTION)).clamp(-1, 1))
+
     def forward(self, y: Tensor, z: Tensor | None) -> Tensor:
         b, _, h, w = y.shape
         planes = self.code.to(y.dtype).view(1, -1, 1, 1).expand(b, -1, h, w)
@@ -224,12 +247,34 @@ class Shared(nn.Module):
 
 
 class Constant(nn.Module):
-    """A decoder without context and latent: the same learnt parameters at all positions."""
+    """A decoder without context and latent: the same learnt parameters at all positions.
 
-    def __init__(self, params: int) -> None:
+    Args:
+        params: Their number.
+        grid: To which they are rounded, see `IntegerConv`; None: they are not.
+    """
+
+    scale: Tensor | None
+    limit: Tensor | None
+
+    def __init__(self, params: int, grid: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
         self.params = nn.Parameter(_HEAD_SCALE * torch.randn(params))
+        scale = None if grid is None else 2.0 ** grid[0]
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("limit", None if grid is None else grid[1] / scale, persistent=False)
+
+    def rounded(self) -> Tensor:
+        """Return the parameters on their grid: (params,)."""
+        if self.scale is None or self.limit is None:
+            return self.params
+        return torch.maximum(torch.minimum(round_to(self.params, self.scale), self.limit), -self.limit)
 
     def forward(self, y: Tensor, z: Tensor | None) -> Tensor:
         b, _, h, w = y.shape
-        return self.params.view(1, -1, 1, 1).expand(b, -1, h, w)
+        return self.rounded().view(1, -1, 1, 1).expand(b, -1, h, w)
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Replace the parameters by the rounded ones."""
+        self.params.copy_(self.rounded())

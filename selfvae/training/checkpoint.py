@@ -156,11 +156,16 @@ def _differences(a: ModelConfig, b: ModelConfig) -> dict[str, tuple[Any, Any]]:
 def take_weights(model: SelfVAE, start: SelfVAE) -> None:
     """Copy the weights of `start` into a model.
 
+    An integer model also takes those of its float twin; its steps are then left to the initialisation.
+
     Raises:
         ValueError: if they are not of the same shapes; the message says which settings differ.
     """
     try:
-        hub.load_unique_state_dict(model, hub.unique_state_dict(start))
+        weights = hub.unique_state_dict(start)
+        if model.config.integer and not start.config.integer:
+            weights = {**hub.unique_state_dict(model), **weights}
+        hub.load_unique_state_dict(model, weights)
     except RuntimeError:
         raise ValueError(
             "the weights to start from do not fit; their model and the run's differ in "

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["compiled"]
+__all__ = ["compiled", "is_fast"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,6 +42,11 @@ def _njit() -> Callable[..., Any] | None:
         )
         return None
     return numba.njit
+
+
+def is_fast() -> bool:
+    """Return whether marked functions are compiled, rather than run as plain Python."""
+    return not PLAIN and _njit() is not None
 
 
 class _Compiled:

@@ -21,12 +21,12 @@ from selfvae.transforms import ImageSpec, Support, at_least_float32
 
 __all__ = ["PixelMixture", "log1mexp", "param_count", "param_grid", "rand_like", "to_unit"]
 
-_LOG_SCALE_FLOOR = -7.0  # on the [-1, 1] scale: a bin can hold at most 0.973 of the mass
-_LOG_SCALE_TOP = 7.0  # flatter logistics do not differ
+LOG_SCALE_FLOOR = -7.0  # on the [-1, 1] scale: a bin can hold at most 0.973 of the mass
+LOG_SCALE_TOP = 7.0  # flatter logistics do not differ
 # log-scale for a network output of zero, and change of a mean per unit of output: residuals around a
 # prediction are small
-_LOG_SCALE_START, _LOG_SCALE_START_RESIDUAL = -1.5, -3.5
-_REACH, _REACH_RESIDUAL = 1.0, 0.1
+LOG_SCALE_START, LOG_SCALE_START_RESIDUAL = -1.5, -3.5
+REACH, REACH_RESIDUAL = 1.0, 0.1
 
 # grids of integer networks: fractional bits, and the largest absolute value in steps
 LOGIT, MEAN, SCALE, COEFFICIENT = (3, 255), (9, 2**15 - 1), (4, 255), (5, 255)
@@ -198,13 +198,13 @@ class PixelMixture:
         self.logits = torch.log_softmax(logits[:, :, 0], 2)  # B, G, M, h, w
         self.prediction = prediction
         if prediction is None:
-            self.offsets = (means * _REACH + 1.0) * half
-            scales = scales + _LOG_SCALE_START
+            self.offsets = (means * REACH + 1.0) * half
+            scales = scales + LOG_SCALE_START
         else:
-            self.offsets = means * (_REACH_RESIDUAL * half)
-            scales = scales + _LOG_SCALE_START_RESIDUAL
-        log_scale = _LOG_SCALE_FLOOR + F.softplus(scales - _LOG_SCALE_FLOOR)
-        self.inverse_scales = torch.exp(-log_scale.clamp(max=_LOG_SCALE_TOP)) / half
+            self.offsets = means * (REACH_RESIDUAL * half)
+            scales = scales + LOG_SCALE_START_RESIDUAL
+        log_scale = LOG_SCALE_FLOOR + F.softplus(scales - LOG_SCALE_FLOOR)
+        self.inverse_scales = torch.exp(-log_scale.clamp(max=LOG_SCALE_TOP)) / half
         self.coefs = torch.tanh(coefs)
 
     def _bounds(self, v: Tensor) -> tuple[Tensor, Tensor] | None:

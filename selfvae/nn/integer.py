@@ -126,16 +126,16 @@ class IntegerConv(Conv):
         return round_to(weight, self.weight_scale(weight))
 
     def rounded_bias(self) -> Tensor:
-        """Return the bias on the grid of the output: (out_channels, 1, 1)."""
-        return round_to(self.bias.view(-1, 1, 1), self.scale)
+        """Return the bias on the grid of the output."""
+        return round_to(self.bias, self.scale.view(-1))
 
     def _apply_weight(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.bias.dtype)
             if self.round_input:
                 x = round_to(x, self.powers[_SHIFTS + FRACTION]).clamp(-1, 1)
-            out = F.conv2d(x, self.weight(), padding=self.padding, groups=self.groups)
-            out = round_to(out, self.scale) + self.rounded_bias()
+            out = F.conv2d(x, self.weight(), self.rounded_bias(), padding=self.padding, groups=self.groups)
+            out = round_to(out, self.scale)
             return out if self.limit is None else torch.maximum(torch.minimum(out, self.limit), -self.limit)
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ class IntegerConv(Conv):
         # an exact sum and the root that IEEE 754 defines: the same everywhere, as the fingerprint must be
         self.gain.copy_(weight.double().square().sum((1, 2, 3)).sqrt())
         self.direction.copy_(weight)
-        self.bias.copy_(self.rounded_bias().view(-1))
+        self.bias.copy_(self.rounded_bias())
 
 
 class _Activate(torch.autograd.Function):
@@ -258,11 +258,12 @@ def check_exact(decoder: nn.Module) -> None:
         if isinstance(layer, IntegerActivation):
             largest, step = max(map(abs, layer.bounds())), float(layer.step)
         elif isinstance(layer, IntegerConv):
-            weight = layer.weight().detach().double()
-            sums = weight.abs().sum((1, 2, 3)) * largest
-            scale = layer.weight_scale(weight.float()).double().view(-1)
-            check(name, float((sums * scale).max()) / step)
-            out = float((sums + layer.rounded_bias().detach().double().abs().view(-1)).max())
+            weight, bias = layer.weight().detach().double(), layer.rounded_bias().detach().double().abs()
+            sums = weight.abs().sum((1, 2, 3)) * largest + bias
+            # products are multiples of the first, biases of the second
+            finest = torch.maximum(layer.weight_scale(weight).view(-1) / step, layer.scale.view(-1))
+            check(name, float((sums * finest).max()))
+            out = float(sums.max())
             if any(layer is one for one in inner):
                 check(name, _SLOPES * out * 2**FRACTION)
             else:

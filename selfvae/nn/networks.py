@@ -239,10 +239,14 @@ class Shared(nn.Module):
         """Replace the constants of an integer network by the rounded ones."""
         self.code.copy_(round_to(self.code, torch.tensor(2.0**FRACTION)).clamp(-1, 1))
 
-    def forward(self, y: Tensor, z: Tensor | None) -> Tensor:
+    def with_planes(self, y: Tensor) -> Tensor:
+        """Return the context image with the constants as further channels."""
         b, _, h, w = y.shape
         planes = self.code.to(y.dtype).view(1, -1, 1, 1).expand(b, -1, h, w)
-        out: Tensor = self.decoder(torch.cat([y, planes], 1), z)
+        return torch.cat([y, planes], 1)
+
+    def forward(self, y: Tensor, z: Tensor | None) -> Tensor:
+        out: Tensor = self.decoder(self.with_planes(y), z)
         return out
 
 

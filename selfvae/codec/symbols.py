@@ -1,0 +1,432 @@
+"""Entropy coding of mixtures in whole numbers: one symbol at a time, by asymmetric numeral systems (rANS).
+
+A value v of a mixture occupies the slots C(v) .. C(v + 1) - 1 of 2^24, where C is the mixture's distribution
+function, from integer tables, plus v, so that every value has a slot. The encoder computes both ends, the
+decoder searches for v. The coder's state is a number from 2^31 to 2^63, which grows and shrinks by words of
+32 bits. It begins at 2^31 plus a checksum of 31 bits of the values: a decoder that ends elsewhere knows that
+the stream is damaged.
+
+The loops are compiled (see `compiled`); without a compiler the same code runs, slowly, and gives the same
+bytes. All numbers stay below 2^63.
+
+Source: Duda 2013; Salimans et al. 2017 (PixelCNN++), section 2.1, for the mixture.
+"""
+
+from __future__ import annotations
+
+import functools
+from decimal import Context, Decimal, localcontext
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from selfvae.codec import container
+from selfvae.codec.container import CodecError
+from selfvae.compiled import compiled
+from selfvae.distributions import pixels
+
+__all__ = ["Bools", "Ints", "Mixture", "Params", "SlotDecoder", "SlotEncoder", "Tables", "tables"]
+
+Ints = npt.NDArray[np.int64]
+Params = npt.NDArray[np.int16]
+Bools = npt.NDArray[np.bool_]
+
+_SLOTS = 24  # bits of the number of slots
+_WEIGHT = 16  # bits of the sum of the components' weights
+_MASS = 30  # bits of a probability in the tables
+_ARGUMENT, _STEPS = 12, 6  # fractional bits of a logistic's argument, and of the table's
+_INVERSE = 20  # fractional bits of an inverse scale
+_COEFFICIENT = 14  # fractional bits of a coefficient
+_REACH = 20  # fractional bits of the width of a step of a mean
+_MEAN = 15  # bits of the range of means, that is, steps of 1/128 grey level for 256 values
+_FAR = 1408  # where the tail ends, in steps of the table
+_LOWEST = 1 << 31  # the lowest state of the coder
+_FARTHEST = 1 << 24  # the largest absolute value of a mean
+
+
+class Tables(NamedTuple):
+    """What the loops need to know of a mixture: numbers and integer tables, part of the format.
+
+    Attributes:
+        array: All numbers and tables, in sections that constants name: int64.
+        bits: Of the width of a grey level in steps of the means.
+        top: The largest value.
+        channels: Of a pixel.
+        components: Of the mixture.
+    """
+
+    array: Ints
+    bits: int
+    top: int
+    channels: int
+    components: int
+
+
+def _softplus(x: Decimal) -> Decimal:
+    return (1 + x.exp()).ln()
+
+
+def _tanh(x: Decimal) -> Decimal:
+    up, down = x.exp(), (-x).exp()
+    return (up - down) / (up + down)
+
+
+@functools.cache
+def tables(num_values: int, channels: int, components: int, anchored: bool, residual: bool) -> Tables:
+    """Tabulate by decimal arithmetic, never by the platform's mathematical functions.
+
+    Args:
+        num_values: Values per channel.
+        channels: Of a pixel.
+        components: Of the mixture.
+        anchored: Whether an estimate is added to the means (`PixelMixture.prediction`).
+        residual: Whether coefficients act on residuals.
+    """
+    start, reach = pixels.LOG_SCALE_START, pixels.REACH
+    if anchored:
+        start, reach = pixels.LOG_SCALE_START_RESIDUAL, pixels.REACH_RESIDUAL
+    floor, top = Decimal(pixels.LOG_SCALE_FLOOR), Decimal(pixels.LOG_SCALE_TOP)
+    half, bits = Fraction(num_values - 1, 2), _MEAN - (num_values - 1).bit_length()
+    scale_bits, scale_steps = pixels.SCALE
+
+    def inverse(i: int) -> Decimal:
+        scale = Decimal(i) / 2**scale_bits + Decimal(start)
+        log_scale = min(floor + _softplus(scale - floor), top)
+        return (-log_scale).exp() * 2**_INVERSE * half.denominator / half.numerator
+
+    def put(at: int, *values: Decimal) -> None:
+        array[at : at + len(values)] = [int(value.to_integral_value()) for value in values]
+
+    array, span = np.zeros(_END, np.int64), range(-scale_steps, scale_steps + 1)
+    step = round(Fraction(str(reach)) * half * 2 ** (bits + _REACH) / 2 ** pixels.MEAN[0])
+    array[:6] = bits, num_values - 1, residual, channels, components, step
+    with localcontext(Context(prec=50)):
+        put(_TAIL, *(2**_MASS / (1 + (Decimal(i) / 2**_STEPS).exp()) for i in range(_FAR + 1)))
+        put(_WEIGHTS, *(2**_MASS * (-Decimal(i) / 2 ** pixels.LOGIT[0]).exp() for i in range(256)))
+        put(_INVERSES, *map(inverse, span))
+        put(_COEFFICIENTS, *(2**_COEFFICIENT * _tanh(Decimal(i) / 2 ** pixels.COEFFICIENT[0]) for i in span))
+    array[_FALL : _FALL + _FAR] = -np.diff(array[_TAIL : _TAIL + _FAR + 1])
+    # where (i + 1/2) / 1024 of a logistic's mass lies; only the speed depends on it
+    share = (np.arange(1024) + 0.5) / 1024
+    array[_LOGIT:_WEIGHTS] = np.round(np.log(share / (1 - share)) * 2**_ARGUMENT)
+    return Tables(array, bits, num_values - 1, channels, components)
+
+
+# In the loops t is `Tables.array`, whose entries and sections these constants name; i is the number of a
+# position; c is scratch space, int64 (9, M), of whose rows the following constants are the names. Few arrays
+# are passed from function to function, and no parts of arrays: both would cost more than what is computed.
+
+_BITS, _TOP, _RESIDUAL, _CHANNELS, _COMPONENTS, _STEP = range(6)
+_TAIL, _FALL, _LOGIT, _WEIGHTS, _INVERSES, _COEFFICIENTS, _END = 8, 2056, 4104, 5128, 5384, 5896, 6408
+_MEANS, _INV, _UNDER, _INSIDE, _BELOW, _ABOVE, _PARTS, _OLD = range(8)
+
+
+@compiled
+def _mass(middle: int, mean: int, inverse: int, t: Any) -> int:
+    """Return 2^30 times a logistic's mass below `middle`, in steps of the means."""
+    x = ((middle - mean) * inverse) >> (t[_BITS] + _INVERSE - _ARGUMENT)
+    far = min(abs(x), _FAR << (_ARGUMENT - _STEPS))
+    i = far >> (_ARGUMENT - _STEPS)
+    rest = far & ((1 << (_ARGUMENT - _STEPS)) - 1)
+    tail = t[_TAIL + i] - ((t[_FALL + i] * rest) >> (_ARGUMENT - _STEPS))
+    return tail if x < 0 else (1 << _MASS) - tail
+
+
+@compiled
+def _edge(edge: int, mean: int, inverse: int, t: Any) -> int:
+    """Return 2^30 times a logistic's mass below the value `edge`."""
+    if edge <= 0:
+        return 0
+    if edge > t[_TOP]:
+        return 1 << _MASS
+    return _mass((edge << t[_BITS]) - (1 << (t[_BITS] - 1)), mean, inverse, t)
+
+
+@compiled
+def _slots(edge: int, lo: int, hi: int, weights: Any, i: int, c: Any, to: int, t: Any) -> int:
+    """Return the number of slots below the value `edge` of lo..hi + 1; the components' masses go to c[to]."""
+    total, n = 0, hi + 1 - lo
+    if n > t[_TOP]:
+        if edge <= 0 or edge > t[_TOP]:
+            for m in range(t[_COMPONENTS]):
+                c[to, m] = 0 if edge <= 0 else 1 << _MASS
+            return 0 if edge <= 0 else 1 << _SLOTS
+        middle = (edge << t[_BITS]) - (1 << (t[_BITS] - 1))
+        for m in range(t[_COMPONENTS]):
+            part = _mass(middle, c[_MEANS, m], c[_INV, m], t)
+            c[to, m] = part
+            total += weights[i, m] * part
+    else:
+        for m in range(t[_COMPONENTS]):
+            if c[_INSIDE, m] > 0:
+                part = _edge(edge, c[_MEANS, m], c[_INV, m], t) - c[_UNDER, m]
+                part = (part << _MASS) // c[_INSIDE, m]
+            else:  # in the far tail, without mass in the tables: uniform
+                part = ((edge - lo) << _MASS) // n
+            c[to, m] = part
+            total += weights[i, m] * part
+    return (((total >> _WEIGHT) * ((1 << _SLOTS) - n)) >> _MASS) + edge - lo
+
+
+@compiled
+def _components(
+    rows: Any, i: int, at: int, channel: int, prediction: Any, values: Any, lo: int, hi: int, means: Any,
+    c: Any, t: Any,
+) -> None:  # fmt: skip
+    """Compute means, inverse scales and, where not all values are possible, masses below lo and of lo..hi.
+
+    means (n, C, M): before coefficients act; those of the channel are filled in.
+    """
+    n, channels, residual = t[_COMPONENTS], t[_CHANNELS], t[_RESIDUAL]
+    at_mean, at_scale = at + (1 + channel) * n, at + (1 + channels + channel) * n
+    at_pair = at + (1 + 2 * channels + channel * (channel - 1) // 2) * n
+    for m in range(n):
+        mean = prediction[i, channel] + ((rows[i, at_mean + m] * t[_STEP] + (1 << (_REACH - 1))) >> _REACH)
+        means[i, channel, m] = mean
+        for j in range(channel):
+            coefficient = t[_COEFFICIENTS + 255 + rows[i, at_pair + j * n + m]]
+            centre = means[i, j, m] if residual else t[_TOP] << (t[_BITS] - 1)
+            known = (values[i, j] << t[_BITS]) - centre
+            mean += (coefficient * known + (1 << (_COEFFICIENT - 1))) >> _COEFFICIENT
+        c[_MEANS, m] = min(max(mean, -_FARTHEST), _FARTHEST)
+        c[_INV, m] = t[_INVERSES + 255 + rows[i, at_scale + m]]
+        if hi - lo < t[_TOP]:
+            c[_UNDER, m] = _edge(lo, c[_MEANS, m], c[_INV, m], t)
+            c[_INSIDE, m] = _edge(hi + 1, c[_MEANS, m], c[_INV, m], t) - c[_UNDER, m]
+
+
+@compiled
+def _share(weights: Any, i: int, total: int) -> None:
+    """Scale the weights of a position, which add to `total` < 2^47, such that they add to 2^16."""
+    shift = 16 if total >> 30 else 0
+    factor = (1 << 46) // ((total >> shift) + 1)
+    left, most = 1 << _WEIGHT, 0
+    for m in range(weights.shape[1]):
+        weights[i, m] = ((weights[i, m] >> shift) * factor) >> 30
+        left -= weights[i, m]
+        if weights[i, m] > weights[i, most]:
+            most = m
+    weights[i, most] += left
+
+
+@compiled
+def _start(rows: Any, at: int, weights: Any, t: Any) -> None:
+    """Compute the components' weights before any channel is known: (n, M)."""
+    n = t[_COMPONENTS]
+    for i in range(len(rows)):
+        most = rows[i, at]
+        for m in range(n):
+            most = max(most, rows[i, at + m])
+        total = 0
+        for m in range(n):
+            weights[i, m] = t[_WEIGHTS + min(most - rows[i, at + m], 255)]
+            total += weights[i, m]
+        _share(weights, i, total)
+
+
+@compiled
+def _observe(weights: Any, i: int, c: Any) -> None:
+    """Update the weights of a position by Bayes' rule, unless all masses of the value are 0."""
+    total = 0
+    for m in range(weights.shape[1]):
+        c[_OLD, m] = weights[i, m] * (c[_ABOVE, m] - c[_BELOW, m])
+        total += c[_OLD, m]
+    if total > 0:
+        for m in range(weights.shape[1]):
+            weights[i, m] = c[_OLD, m]
+        _share(weights, i, total)
+
+
+@compiled
+def _find(
+    rows: Any, at: int, channel: int, prediction: Any, values: Any, coded: Any, lo: Any, hi: Any,
+    means: Any, weights: Any, t: Any, slots: Any,
+) -> int:  # fmt: skip
+    """Find the slots of one channel's values: first and number, into slots (n, 2); return how many."""
+    c, found = np.zeros((8, t[_COMPONENTS]), np.int64), 0
+    for i in range(len(rows)):
+        a, b = lo[i], hi[i]
+        _components(rows, i, at, channel, prediction, values, a, b, means, c, t)
+        if not coded[i] or a == b:
+            continue
+        value = values[i, channel]
+        first = _slots(value, a, b, weights, i, c, _BELOW, t)
+        slots[found, 0] = first
+        slots[found, 1] = _slots(value + 1, a, b, weights, i, c, _ABOVE, t) - first
+        found += 1
+        if channel + 1 < t[_CHANNELS]:
+            _observe(weights, i, c)
+    return found
+
+
+@compiled
+def _guess(slot: int, weights: Any, i: int, c: Any, lo: int, hi: int, t: Any) -> int:
+    """Return a value near which that slot probably lies: of the heaviest component's distribution."""
+    best = 0
+    for m in range(weights.shape[1]):
+        if weights[i, m] > weights[i, best]:
+            best = m
+    distance = (t[_LOGIT + (slot >> (_SLOTS - 10))] << (t[_BITS] + _INVERSE - _ARGUMENT)) // c[_INV, best]
+    return min(max((c[_MEANS, best] + distance + (1 << (t[_BITS] - 1))) >> t[_BITS], lo), hi)
+
+
+@compiled
+def _keep(c: Any, source: int, to: int) -> None:
+    for m in range(c.shape[1]):
+        c[to, m] = c[source, m]
+
+
+@compiled
+def _decode(
+    rows: Any, at: int, channel: int, prediction: Any, values: Any, coded: Any, lo: Any, hi: Any,
+    means: Any, weights: Any, t: Any, words: Any, state: Any,
+) -> bool:  # fmt: skip
+    """Decode one channel's values; state: the coder's state and the next word. Return whether words last."""
+    c = np.zeros((8, t[_COMPONENTS]), np.int64)
+    x, at_word = state[0], state[1]
+    for i in range(len(rows)):
+        a, b = lo[i], hi[i]
+        _components(rows, i, at, channel, prediction, values, a, b, means, c, t)
+        if not coded[i]:
+            continue
+        if a == b:
+            values[i, channel] = a
+            continue
+        slot = x & ((1 << _SLOTS) - 1)
+        # find the value with first <= slot < end: in growing steps from a guess, then by halving
+        value, step = _guess(slot, weights, i, c, a, b, t), 1
+        first = _slots(value, a, b, weights, i, c, _BELOW, t)
+        beyond, end = value, first
+        if first <= slot:
+            beyond = value + 1
+            end = _slots(beyond, a, b, weights, i, c, _ABOVE, t)
+            while end <= slot:
+                value, first = beyond, end
+                _keep(c, _ABOVE, _BELOW)
+                beyond, step = min(beyond + step, b + 1), 2 * step
+                end = _slots(beyond, a, b, weights, i, c, _ABOVE, t)
+        while first > slot:
+            beyond, end = value, first
+            _keep(c, _BELOW, _ABOVE)
+            value, step = max(value - step, a), 2 * step
+            first = _slots(value, a, b, weights, i, c, _BELOW, t)
+        while beyond - value > 1:
+            middle = (value + beyond) >> 1
+            edge = _slots(middle, a, b, weights, i, c, _PARTS, t)
+            if edge <= slot:
+                value, first = middle, edge
+                _keep(c, _PARTS, _BELOW)
+            else:
+                beyond, end = middle, edge
+                _keep(c, _PARTS, _ABOVE)
+        values[i, channel] = value
+        x = (end - first) * (x >> _SLOTS) + slot - first
+        if x < _LOWEST:
+            if at_word >= len(words):
+                return False
+            x = (x << 32) | words[at_word]
+            at_word += 1
+        if channel + 1 < t[_CHANNELS]:
+            _observe(weights, i, c)
+    state[0], state[1] = x, at_word
+    return True
+
+
+@compiled
+def _push(slots: Any, state: int, words: Any) -> tuple[int, int]:
+    """Code slots (n, 2), last to first; return the state, and how many words were filled in from the end."""
+    x, used = state, 0
+    for k in range(len(slots)):
+        i = len(slots) - 1 - k
+        first, number = slots[i, 0], slots[i, 1]
+        if x >= number << (63 - _SLOTS):
+            used += 1
+            words[len(words) - used] = x & 0xFFFFFFFF
+            x >>= 32
+        x = ((x // number) << _SLOTS) + x % number + first
+    return x, used
+
+
+class SlotEncoder:
+    """Collects the slots of values in the order in which they will be decoded."""
+
+    def __init__(self) -> None:
+        self._slots: list[Ints] = []
+
+    def code(self, mixture: Mixture, channel: int, lo: Ints, hi: Ints, coded: Bools) -> None:
+        """Add one channel's values, `mixture.values[:, channel]` where `coded` is true."""
+        m = mixture
+        slots = np.empty((len(m.rows), 2), np.int64)
+        found = _find(
+            m.rows, m.at, channel, m.prediction, m.values, coded, lo, hi, m.means, m.weights,
+            m.tables.array, slots,
+        )  # fmt: skip
+        self._slots.append(slots[:found])
+
+    def finish(self, checksum: int) -> bytes:
+        """Return the stream; the decoder finds the checksum, below 2^31, at its end."""
+        slots = np.concatenate([np.empty((0, 2), np.int64), *self._slots])
+        words = np.empty(len(slots), np.uint32)
+        state, used = _push(slots, _LOWEST + checksum, words)
+        return int(state).to_bytes(8, "little") + words[len(words) - used :].astype("<u4").tobytes()
+
+
+class SlotDecoder:
+    """Decodes values from a stream.
+
+    Args:
+        data: What `SlotEncoder.finish` returned.
+
+    Raises:
+        CodecError: The data are no stream.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        state = int.from_bytes(data[:8], "little")
+        if len(data) < 8 or len(data) % 4 or not _LOWEST <= state < 1 << 63:
+            raise CodecError("the file is damaged: a stream of it is no output of a coder")
+        self._words = np.frombuffer(data, "<u4", offset=8).astype(np.uint32)
+        self._state = np.array([state, 0], np.int64)
+
+    def code(self, mixture: Mixture, channel: int, lo: Ints, hi: Ints, coded: Bools) -> None:
+        """Decode one channel's values into `mixture.values[:, channel]` where `coded` is true.
+
+        Raises:
+            CodecError: The stream ends too early.
+        """
+        m = mixture
+        if not _decode(
+            m.rows, m.at, channel, m.prediction, m.values, coded, lo, hi, m.means, m.weights,
+            m.tables.array, self._words, self._state,
+        ):  # fmt: skip
+            raise CodecError("the file is damaged: a stream of it ends too early")
+
+    def finish(self, checksum: int) -> None:
+        """Check that the stream ends here, with that checksum.
+
+        Raises:
+            CodecError: It does not.
+        """
+        if int(self._state[1]) != len(self._words) or int(self._state[0]) != _LOWEST + checksum:
+            raise CodecError(container.CHANGED)
+
+
+class Mixture:
+    """One group of a mixture at n positions, channel by channel as values become known.
+
+    Args:
+        rows: Outputs of the network, in steps of their grids: int16 (n, P).
+        at: Where those of the group begin.
+        prediction: Estimates of the values in steps of the means: int32 (n, C).
+        values: int16 (n, C): the known values, or where to put decoded ones.
+        tables: Of the mixture.
+    """
+
+    def __init__(self, rows: Params, at: int, prediction: Ints, values: Params, tables: Tables) -> None:
+        self.rows, self.at, self.prediction, self.values, self.tables = rows, at, prediction, values, tables
+        n = len(rows)
+        self.means = np.zeros((n, tables.channels, tables.components), np.int64)
+        self.weights = np.zeros((n, tables.components), np.int64)
+        _start(rows, at, self.weights, tables.array)

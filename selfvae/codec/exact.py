@@ -109,18 +109,24 @@ class ExactNetwork:
 
     Args:
         decoder: Of an integer model, frozen.
+
+    Attributes:
+        params: Number of its outputs per position.
+        reach: Number of positions on every side that an output depends on.
+        device: Where it computes.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
         assert isinstance(decoder, Decoder | Shared | Constant)
         self._decoder, self.reach = decoder, 0
+        self.device = next(decoder.parameters()).device
         inner = decoder.decoder if isinstance(decoder, Shared) else decoder
         if isinstance(inner, Constant):
             assert inner.scale is not None
-            self._scale = inner.scale.view(-1, 1, 1)
+            self._scale, self.params = inner.scale.view(-1, 1, 1), len(inner.params)
             return
         head: Any = inner.head
-        self._scale = head.scale
+        self._scale, self.params = head.scale, len(head.bias)
         self._limits = (head.limit * head.scale).view(-1).cpu().numpy()
         stem, first, block, last = cast("Any", inner.joint)
         acts = [_Activation(layer[0]) for layer in block.layers] + [_Activation(last)]

@@ -63,6 +63,11 @@ class Tables(NamedTuple):
     channels: int
     components: int
 
+    def weight(self, outputs: Params, x: Ints) -> Ints:
+        """Return x times the coefficients that a network's outputs stand for, rounded; all of one shape."""
+        coefficient = self.array[outputs.astype(np.int64) + (_COEFFICIENTS + 255)]
+        return (coefficient * x + (1 << (_COEFFICIENT - 1))) >> _COEFFICIENT
+
 
 def _softplus(x: Decimal) -> Decimal:
     return (1 + x.exp()).ln()

@@ -1,0 +1,484 @@
+"""Coding with integer networks: the levels of a chain as independent streams, on several processor cores.
+
+A level's pixels are coded in bands of rows, each in a stream of its own, given the image above. The network
+sees the whole image, in strips that overlap: where a strip ends changes no result. The coarsest levels have
+few pixels; they share one stream.
+
+The encoder knows all images, and codes all bands of all levels side by side. The decoder goes from level to
+level and decodes the bands of each side by side.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selfvae.codec.container import CodecError, Reader, varint
+from selfvae.codec.exact import ExactNetwork, Steps
+from selfvae.codec.symbols import Ints, Mixture, SlotDecoder, SlotEncoder, Tables, tables
+from selfvae.distributions.pixels import param_count
+from selfvae.level import Level
+from selfvae.model import SelfVAE
+from selfvae.nn.integer import check_exact
+from selfvae.operations import infer
+from selfvae.progress import Track, no_progress
+from selfvae.transforms import Support
+from selfvae.transforms.base import round_up
+
+__all__ = ["ChainCodec"]
+
+_BAND = 1 << 14  # positions in a band; part of the format
+_JOINED = 1 << 12  # positions in the coarsest levels that share a stream; part of the format
+_STRIP = 1 << 16  # positions that a network sees at once
+_BEYOND = 2  # rows of blocks beyond a strip that a transform's estimate depends on
+
+Coder = SlotEncoder | SlotDecoder
+Size = tuple[int, int]
+T = TypeVar("T")
+
+
+class _Grid(NamedTuple):
+    """The blocks of a level's image: how many rows and columns of blocks, and their size in pixels."""
+
+    rows: int
+    cols: int
+    block: Size
+    above: Size  # pixels of the image above in a block
+
+    def bands(self) -> list[slice]:
+        """Divide the rows of blocks into bands of about equal height."""
+        n = max(1, min(self.rows, -(-self.rows * self.cols // _BAND)))
+        return [slice(i * self.rows // n, (i + 1) * self.rows // n) for i in range(n)]
+
+    def strips(self, threads: int) -> list[list[slice]]:
+        """Collect neighbouring bands to strips, at least one for each thread if there are enough bands."""
+        bands = self.bands()
+        n = min(len(bands), max(threads, -(-self.rows * self.cols // _STRIP)))
+        return [bands[i * len(bands) // n : (i + 1) * len(bands) // n] for i in range(n)]
+
+
+def _rows(x: Tensor, rows: slice, height: int) -> Tensor:
+    """Return the pixels of some rows of blocks; a block has that height."""
+    return x[:, :, rows.start * height : rows.stop * height]
+
+
+def _checksum(*images: Tensor) -> int:
+    """Return a checksum of 31 bits."""
+    crc = 0
+    for image in images:
+        crc = zlib.crc32(np.ascontiguousarray(image.numpy()), crc)
+    return crc & 0x7FFFFFFF
+
+
+class _Outputs(NamedTuple):
+    """What a network and a transform say of some rows of blocks.
+
+    Attributes:
+        rows: The rows of blocks.
+        steps: The network's outputs, int16 (B, h, w, P).
+        guess: The transform's estimate, float32 (B, C, H, W); None for a level without one.
+        above: The image above, uint8.
+    """
+
+    rows: slice
+    steps: Steps
+    guess: Tensor | None
+    above: Tensor
+
+    def part(self, rows: slice, grid: _Grid) -> _Outputs:
+        """Return the outputs of some of the rows."""
+        here = slice(rows.start - self.rows.start, rows.stop - self.rows.start)
+        n = self.steps.shape[1] // (self.rows.stop - self.rows.start)
+        guess = None if self.guess is None else _rows(self.guess, here, grid.block[0])
+        steps = self.steps[:, here.start * n : here.stop * n]
+        return _Outputs(rows, steps, guess, _rows(self.above, here, grid.above[0]))
+
+
+class _LevelCoder:
+    """Codes the images of one level.
+
+    Args:
+        level: Of an integer model, frozen.
+    """
+
+    def __init__(self, level: Level) -> None:
+        self.level, self.network = level, ExactNetwork(level.decoder)
+        spec, params = level.spec, self.network.params
+        self.weights = level.keeps.weights(spec) if level.keeps and level.residual_mean else 0
+        groups = math.prod(level.transform.block) - len(level.keeps.kept) if level.keeps else 1
+        self.own = (params - self.weights) // groups  # outputs per group
+        self.tables = tables(
+            spec.num_values, spec.channels, self.own // param_count(spec.channels, 1), level.residual_mean,
+            level.coefficients == "residual",
+        )  # fmt: skip
+
+    def grid(self, above: Size) -> _Grid:
+        """Return the grid of blocks, given the size of the image above."""
+        t = self.level.transform
+        up = t.block[0] // t.scale[0], t.block[1] // t.scale[1]
+        return _Grid(above[0] // up[0], above[1] // up[1], t.block, up)
+
+    def outputs(self, above: Tensor, rows: slice, grid: _Grid) -> _Outputs:
+        """Evaluate the network for some rows of blocks.
+
+        Args:
+            above: The whole image above, uint8 (B, c, h, w).
+            rows: The rows.
+            grid: Of the level's image.
+        """
+        level, each = self.level, 1 if self.level.keeps else grid.block[0]
+        margin = -(-self.network.reach // each) + _BEYOND
+        wide = slice(max(0, rows.start - margin), min(grid.rows, rows.stop + margin))
+        y = _rows(above, wide, grid.above[0])
+        steps = self.network(level.context(y.to(self.network.device)))
+        guess = level.transform.estimate(y.float(), level.spec) if level.residual_mean else None
+        return _Outputs(wide, steps, guess, y).part(rows, grid)
+
+    def code(self, outputs: _Outputs, coder: Coder, y: Tensor | None, coded: Tensor | None) -> Tensor:
+        """Code the pixels of some rows of blocks.
+
+        Args:
+            outputs: For these rows.
+            coder: Encodes or decodes.
+            y: The pixels, uint8 (B, C, H, W); None: decode them.
+            coded: Whether each pixel is coded, bool of y's shape; None: all are.
+
+        Returns:
+            The pixels, uint8 (B, C, H, W).
+        """
+        level, spec, steps = self.level, self.level.spec, outputs.steps
+        b, h, w, _ = steps.shape
+        if level.keeps:
+            support = level.keeps.support(outputs.above, spec)
+            rows = steps.reshape(-1, steps.shape[3])
+            groups = [(rows, g * self.own) for g in range(support.groups)]
+        else:
+            support = (level.transform.support if level.consistent else Support)(outputs.above, spec)
+            every = support.space_to_depth(torch.from_numpy(steps).permute(0, 3, 1, 2))
+            h, w = every.shape[3:]
+            per_group = every.permute(1, 0, 3, 4, 2).reshape(support.groups, -1, self.own)
+            groups = [(rows, 0) for rows in per_group.contiguous().numpy()]
+        t = self.tables
+        guess = None
+        if outputs.guess is not None:
+            guess = torch.round(support.split(outputs.guess) * (1 << t.bits)).long()
+        mask = None if coded is None else support.split(coded)
+        v = self._begin(support, (b, len(groups), spec.channels, h, w), y, mask)
+        n, everything = b * h * w, np.ones(b * h * w, np.bool_)
+        bounds = np.zeros(n, np.int64), np.full(n, spec.max_value)
+        for g, (rows, at) in enumerate(groups):
+            prediction = self._prediction(g, guess, v, steps, t)
+            values = np.ascontiguousarray(v[:, g].permute(0, 2, 3, 1).numpy()).reshape(n, -1)
+            mixture = Mixture(rows, at, prediction, values, t)
+            for c in range(spec.channels):
+                here = everything if mask is None else mask[:, g, c].reshape(-1).numpy()
+                if support.truncates:
+                    lo, hi = support.step_bounds(v, g, c)
+                    bounds = lo.reshape(-1).numpy(), hi.reshape(-1).numpy()
+                coder.code(mixture, c, *bounds, here)
+                if y is None and support.truncates:
+                    v[:, g, c] = torch.from_numpy(values[:, c]).view(b, h, w)
+            v[:, g] = torch.from_numpy(values).view(b, h, w, -1).permute(0, 3, 1, 2)
+        return support.merge(v).to(torch.uint8)
+
+    def _begin(
+        self, support: Support, shape: tuple[int, ...], y: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """Return the entries, int64: known, or where they are not coded near pixels, or 0."""
+        if y is not None:
+            return support.split(y).long()
+        if mask is None:
+            return torch.zeros(shape, dtype=torch.long)
+        return torch.where(mask, 0, support.nearest().long())
+
+    def _prediction(self, g: int, guess: Tensor | None, v: Tensor, steps: Steps, t: Tables) -> Ints:
+        """Return the estimates of a group's entries, in steps of the means: (n, C); see `Support.refine`."""
+        b, _, channels, h, w = v.shape
+        if guess is None:
+            return np.full((b * h * w, channels), t.top << (t.bits - 1), np.int64)
+        found = guess[:, g].permute(0, 2, 3, 1).numpy()
+        if g and self.weights:
+            misses = F.pad((v[:, 0] << t.bits) - guess[:, 0], (1, 0, 0, 1)).permute(0, 2, 3, 1).numpy()
+            weights = steps[..., steps.shape[3] - self.weights :].reshape(b, h, w, 4, channels)
+            found = found.copy()
+            for i in range(4):
+                near = misses[:, i // 2 : i // 2 + h, i % 2 : i % 2 + w]
+                found += t.weight(weights[:, :, :, i], near)
+        return np.ascontiguousarray(found).reshape(-1, channels)
+
+
+class ChainCodec:
+    """Lossless compression of pictures with an integer model.
+
+    Args:
+        model: An integer model, frozen, in float32.
+
+    Raises:
+        ValueError: A network may exceed what float32 computes exactly.
+    """
+
+    def __init__(self, model: SelfVAE) -> None:
+        self.model = model
+        for k, level in enumerate(model.levels):
+            try:
+                check_exact(level.decoder)
+            except ValueError as error:
+                raise ValueError(f"the network of y{k} cannot be used for files: {error}") from None
+        self._levels = [_LevelCoder(level) for level in model.levels]
+
+    def size(self, k: int, size: Size) -> Size:
+        """Return the padded height and width of y[k], in pixels, for a picture of a size."""
+        padded, scale = round_up(size, self.model.multiples[0]), self.model.scale(k)
+        return padded[0] // scale[0], padded[1] // scale[1]
+
+    def _grid(self, k: int, size: Size) -> _Grid:
+        last = len(self._levels) - 1
+        return self._levels[k].grid(self.size(min(k + 1, last), size))
+
+    def joined(self, size: Size) -> int:
+        """Return the finest of the coarsest levels, which share a stream."""
+        k = last = len(self._levels) - 1
+        total = math.prod(self._grid(last, size)[:2])
+        while k and (total := total + math.prod(self._grid(k - 1, size)[:2])) <= _JOINED:
+            k -= 1
+        return k
+
+    @torch.no_grad()
+    def encode(
+        self, x: Tensor, *, verify: bool = True, track: Track = no_progress
+    ) -> list[tuple[int, bytes]]:
+        """Encode a picture.
+
+        Args:
+            x: uint8 (1, C, H, W), of any size and of the model's channels.
+            verify: Decode every stream and compare.
+            track: Receives the parts of the work and its name, and yields them, to show progress.
+
+        Returns:
+            The number k of a level and the bytes that complete y[k], coarsest first.
+
+        Raises:
+            CodecError: The pixels do not come back.
+        """
+        size = x.shape[2], x.shape[3]
+        images = self._images(x, size)
+        joined, threads = self.joined(size), torch.get_num_threads()
+        jobs: list[tuple[int, Callable[[], list[bytes]]]] = [
+            (k, partial(self._encode, k, strip, images, size, verify))
+            for k in range(joined)
+            for strip in self._grid(k, size).strips(threads)
+        ]
+        jobs.append((joined, lambda: [self.encode_together(images[joined:], size, verify)]))
+        streams: dict[int, list[bytes]] = {k: [] for k in range(joined + 1)}
+        with _side_by_side(threads) as run:
+            for (k, _), found in zip(jobs, run([job for _, job in jobs], track, "pixels"), strict=True):
+                streams[k] += found
+        return [(k, _join(streams[k])) for k in reversed(range(joined + 1))]
+
+    def _images(self, x: Tensor, size: Size) -> list[Tensor]:
+        """Return all y[k], padded as the decoder will find them."""
+        found = infer(self.model, x, [f"y{k}" for k in range(len(self._levels))])
+        images = [found[f"y{k}"].cpu() for k in range(len(self._levels))]
+        for k in reversed(range(len(self._levels) - 1)):
+            inside = self._inside(k, size)
+            if inside is not None:
+                level = self.model.levels[k]
+                support = level.transform.support(images[k + 1], level.spec)
+                entries = torch.where(
+                    support.split(inside), support.split(images[k]), support.nearest()
+                )
+                images[k] = support.merge(entries)
+        return images
+
+    def _inside(self, k: int, size: Size, rows: slice | None = None) -> Tensor | None:
+        """Return whether pixels of y[k] lie within the picture, bool; None if all are coded.
+
+        Beyond the picture, a level that models dropped pixels codes nothing: any values would do.
+        """
+        padded, scale = self.size(k, size), self.model.scale(k)
+        if size == round_up(size, self.model.multiples[0]):
+            return None
+        if not all(level.keeps for level in self.model.levels[: k + 1]):
+            return None
+        own = -(-size[0] // scale[0]), -(-size[1] // scale[1])
+        rows = rows or slice(0, padded[0])
+        if rows.stop <= own[0] and own[1] == padded[1]:
+            return None
+        mask = torch.zeros(1, self.model.spec.channels, rows.stop - rows.start, padded[1], dtype=torch.bool)
+        mask[:, :, : max(0, own[0] - rows.start), : own[1]] = True
+        return mask
+
+    def _above(self, k: int, images: Sequence[Tensor | None]) -> Tensor:
+        """Return the image above level k, which is the last of those images or comes after it."""
+        up = images[k + 1] if k + 1 < len(self._levels) else None
+        if up is not None:
+            return up
+        own = images[k]
+        assert own is not None
+        return own[:, :0]
+
+    def _encode(
+        self, k: int, strip: list[slice], images: list[Tensor], size: Size, verify: bool
+    ) -> list[bytes]:
+        """Return the streams of some neighbouring bands of y[k]."""
+        coder, grid, above = self._levels[k], self._grid(k, size), self._above(k, images)
+        outputs = coder.outputs(above, slice(strip[0].start, strip[-1].stop), grid)
+        streams = []
+        for rows in strip:
+            part = outputs.part(rows, grid)
+            y = _rows(images[k], rows, grid.block[0])
+            mask = self._inside(k, size, slice(rows.start * grid.block[0], rows.stop * grid.block[0]))
+            encoder = SlotEncoder()
+            coder.code(part, encoder, y, mask)
+            streams.append(encoder.finish(_checksum(y)))
+            if verify:
+                decoder = SlotDecoder(streams[-1])
+                again = coder.code(part, decoder, None, mask)
+                decoder.finish(_checksum(again))
+                _check_equal(again, y)
+        return streams
+
+    def _decode(
+        self, k: int, strip: list[slice], streams: list[bytes], above: Tensor, y: Tensor, size: Size
+    ) -> None:
+        """Decode some neighbouring bands of y[k] into y."""
+        coder, grid = self._levels[k], self._grid(k, size)
+        outputs = coder.outputs(above, slice(strip[0].start, strip[-1].stop), grid)
+        for rows, stream in zip(strip, streams, strict=True):
+            mask = self._inside(k, size, slice(rows.start * grid.block[0], rows.stop * grid.block[0]))
+            decoder = SlotDecoder(stream)
+            part = coder.code(outputs.part(rows, grid), decoder, None, mask)
+            decoder.finish(_checksum(part))
+            _rows(y, rows, grid.block[0])[:] = part
+
+    def encode_together(self, images: list[Tensor], size: Size, verify: bool = True) -> bytes:
+        """Encode the coarsest levels of pictures of one size in one stream.
+
+        Args:
+            images: The coarsest y[k], uint8 (B, C, h, w) each, finest first.
+            size: Height and width of the pictures x, in pixels.
+            verify: Decode the stream and compare.
+
+        Raises:
+            CodecError: The pixels do not come back.
+        """
+        encoder, first = SlotEncoder(), len(self._levels) - len(images)
+        known: list[Tensor | None] = [*[None] * first, *images]
+        for k in reversed(range(first, len(self._levels))):
+            self._together(k, known, size, encoder, images[k - first])
+        stream = encoder.finish(_checksum(*images))
+        if verify:
+            for again, y in zip(self.decode_together(stream, first, len(images[0]), size), images, strict=True):
+                _check_equal(again, y)
+        return stream
+
+    def decode_together(self, stream: bytes, first: int, n: int, size: Size, upto: int = 0) -> list[Tensor]:
+        """Decode what `encode_together` returned, for n pictures and levels from `first` on.
+
+        Returns:
+            The coarsest y[k], uint8 (n, C, h, w) each, finest first; not those finer than `upto`.
+
+        Raises:
+            CodecError: The stream is damaged.
+        """
+        decoder, upto = SlotDecoder(stream), max(upto, first)
+        known: list[Tensor | None] = [None] * len(self._levels)
+        last = len(self._levels) - 1
+        known[last] = torch.empty(n, 0, *self.size(last, size), dtype=torch.uint8)
+        for k in reversed(range(upto, len(self._levels))):
+            known[k] = self._together(k, known, size, decoder, None)
+        found = [y for y in known if y is not None]
+        if upto == first:
+            decoder.finish(_checksum(*found))
+        return found
+
+    def _together(
+        self, k: int, known: list[Tensor | None], size: Size, coder: Coder, y: Tensor | None
+    ) -> Tensor:
+        above, grid = self._above(k, known), self._grid(k, size)
+        outputs = self._levels[k].outputs(above, slice(0, grid.rows), grid)
+        mask = self._inside(k, size)
+        if mask is not None:
+            mask = mask.expand(len(above), -1, -1, -1)
+        return self._levels[k].code(outputs, coder, y, mask)
+
+    @torch.no_grad()
+    def decode(
+        self, parts: Sequence[bytes], size: Size, upto: int = 0, track: Track = no_progress
+    ) -> dict[int, Tensor]:
+        """Decode a picture.
+
+        Args:
+            parts: What `encode` returned, or the first ones of it.
+            size: Height and width of the picture, in pixels.
+            upto: The number k of the finest image wanted.
+            track: As for `encode`.
+
+        Returns:
+            uint8 (1, C, h, w) by level, padded; not those finer than `upto` or than the parts tell.
+
+        Raises:
+            CodecError: A part is damaged.
+        """
+        joined, threads = self.joined(size), torch.get_num_threads()
+        coarse = self.decode_together(parts[0], joined, 1, size, upto)
+        images = dict(enumerate(coarse, len(self._levels) - len(coarse)))
+        with _side_by_side(threads) as run:
+            for k, data in zip(reversed(range(upto, joined)), parts[1:], strict=False):
+                grid, spec = self._grid(k, size), self.model.levels[k].spec
+                streams, bands = _split(data, len(grid.bands())), grid.bands()
+                y = torch.empty(1, spec.channels, *self.size(k, size), dtype=torch.uint8)
+                jobs = []
+                for strip in grid.strips(threads):
+                    own = [streams[bands.index(rows)] for rows in strip]
+                    jobs.append(partial(self._decode, k, strip, own, images[k + 1], y, size))
+                for _ in run(jobs, track, f"y{k}"):
+                    pass
+                images[k] = y
+        return images
+
+
+def _check_equal(again: Tensor, y: Tensor) -> None:
+    if not torch.equal(again, y):
+        raise CodecError("the picture came back changed: please report this, with the picture")
+
+
+def _join(streams: list[bytes]) -> bytes:
+    """Put streams together; the lengths of all but the last come first."""
+    return b"".join([*(varint(len(stream)) for stream in streams[:-1]), *streams])
+
+
+def _split(data: bytes, n: int) -> list[bytes]:
+    """Invert `_join`, for n streams."""
+    reader = Reader(data, "a part of it")
+    lengths = [reader.varint() for _ in range(n - 1)]
+    streams = [reader.take(length) for length in lengths]
+    return [*streams, data[reader.at :]]
+
+
+@contextmanager
+def _side_by_side(threads: int) -> Iterator[Callable[[Sequence[Callable[[], T]], Track, str], Iterator[T]]]:
+    """Yield a function that does jobs in threads and yields their results in order, showing progress."""
+    if threads < 2:
+        yield lambda jobs, track, text: (job() for job in track(jobs, text))
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+
+        def run(jobs: Sequence[Callable[[], T]], track: Track, text: str) -> Iterator[T]:
+            return (job.result() for job in track([pool.submit(job) for job in jobs], text))
+
+        try:
+            yield run
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)

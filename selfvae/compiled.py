@@ -1,0 +1,89 @@
+"""Loops that are compiled by numba where it is installed, and run as plain Python where it is not.
+
+    @compiled
+    def total(values):
+        ...
+
+A function that is marked so must give the same integers both ways. Python's integers and NumPy's scalars
+do not overflow alike, so all arithmetic stays below 2^63, or is on uint64 arrays and scalars throughout.
+
+Marked functions may call one another by name, within one file: numba keeps compiled code beside the file,
+or in the user's cache where that cannot be written, and notices changes of that file only.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+__all__ = ["compiled"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PLAIN = False  # whether to run everything as plain Python; numba's own switch is NUMBA_DISABLE_JIT=1
+_log = logging.getLogger("selfvae")
+
+
+@functools.cache
+def _njit() -> Callable[..., Any] | None:
+    """Return numba's decorator, or None where numba is missing; imports numba, which takes a second."""
+    try:
+        import numba
+    except ImportError as error:
+        warnings.warn(
+            f"numba cannot be imported ({error}): loops of the codec run as plain Python, about a hundred "
+            "times slower, with the same results; pip install numba",
+            stacklevel=4,
+        )
+        return None
+    return numba.njit
+
+
+class _Compiled:
+    """A function that is compiled when it is first called, not when its file is imported."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args) if PLAIN else self.fast(*args)
+
+    @functools.cached_property
+    def fast(self) -> Callable[..., Any]:
+        """The compiled function; the plain one where numba is missing."""
+        njit = _njit()
+        if njit is None:
+            return self.function
+        _log.info("compiling %s with numba, unless it is kept from an earlier run", self.function.__name__)
+        # numba must find its own objects under the names of other marked functions
+        names = dict(self.function.__globals__)
+        for name in self.function.__code__.co_names:
+            if isinstance(names.get(name), _Compiled):
+                names[name] = names[name].fast
+        own = types.FunctionType(self.function.__code__, names, self.function.__name__)
+        own.__qualname__ = self.function.__qualname__
+        try:
+            return njit(cache=True, nogil=True)(own)
+        except RuntimeError:  # no folder in which compiled code could be kept
+            return njit(nogil=True)(own)
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Mark a function of integers and NumPy arrays to be compiled when it is first called.
+
+    It takes positional arguments only, and releases Python's global lock while it runs. Arrays of another
+    type or layout, or that are read-only, cost a compilation of their own.
+
+    >>> @compiled
+    ... def double(n: int) -> int:
+    ...     return 2 * n
+    >>> double(21)
+    42
+    """
+    return _Compiled(function)

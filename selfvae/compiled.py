@@ -18,7 +18,7 @@ import logging
 import types
 import warnings
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 __all__ = ["compiled"]
 
@@ -86,4 +86,4 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     >>> double(21)
     42
     """
-    return _Compiled(function)
+    return cast("Callable[P, R]", _Compiled(function))

@@ -1,7 +1,4 @@
-"""The entropy coder: asymmetric numeral systems (ANS) for values with quantized distributions.
-
-A value is coded as a sequence of binary decisions, its highest bit first. Each decision needs one more
-value of every component's distribution function; its probability is a multiple of 2^-24.
+"""The entropy coder: a stack of binary decisions and uniform numbers, by asymmetric numeral systems (ANS).
 
 The stack is 32-bit words below a state of 64 bits, as in the AnsCoder of the package constriction, which
 wrote the first files. A False of probability q takes 1 + floor(q (2^24 - 2)) of 2^24 numbers, a True the
@@ -16,18 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from selfvae.codec.container import CodecError
-from selfvae.codec.tables import ONE, Bools, Channel, Ints, Words, cumulative
+from selfvae.codec.tables import Bools, Ints, Words
 from selfvae.compiled import compiled
 
-__all__ = ["MAX_COMPONENTS", "ANSCoder", "code"]
+__all__ = ["PRECISION", "ANSCoder"]
 
-_PRECISION = 24  # bits of a decision's probability
-_ONE = 1 << _PRECISION
+PRECISION = 24  # bits of a decision's probability
+_ONE = 1 << PRECISION
 _HALF = (1 << 32) - 1  # the lower half of the coder's state
-_WEIGHT = 20  # bits of a component's weight
-_INSIDE = 26  # bits of a probability within an interval
-_CHUNK = 1 << 14  # positions coded at once, to fit the processor's cache; part of the format
-MAX_COMPONENTS = 64  # so that sums over components stay below 2^63
 
 Steps = npt.NDArray[np.int32]
 
@@ -57,18 +50,18 @@ def _push(words: Words, state: Ints, uniform: bool, parameters: Steps, values: S
                 width = _ONE - start
         else:
             start = np.int64(0)
-            width = 1 + ((_ONE - parameter) * (_ONE - 2) >> _PRECISION)
+            width = 1 + ((_ONE - parameter) * (_ONE - 2) >> PRECISION)
             if value:
                 start, width = width, _ONE - width
-        if high >> 32 - _PRECISION >= width:
+        if high >> 32 - PRECISION >= width:
             words[used] = low
             used += 1
             high, low = np.int64(0), high
         upper, rest = high // width, high % width
         rest = rest << 32 | low
         lower, rest = rest // width, rest % width
-        high = upper << _PRECISION | lower >> 32 - _PRECISION
-        low = (lower << _PRECISION & _HALF) | (start + rest)
+        high = upper << PRECISION | lower >> 32 - PRECISION
+        low = (lower << PRECISION & _HALF) | (start + rest)
     state[0], state[1], state[2] = used, high, low
 
 
@@ -86,12 +79,12 @@ def _pop(words: Words, state: Ints, uniform: bool, parameters: Steps, values: St
                 width = _ONE - start
         else:
             value = start = np.int64(0)
-            width = 1 + ((_ONE - parameter) * (_ONE - 2) >> _PRECISION)
+            width = 1 + ((_ONE - parameter) * (_ONE - 2) >> PRECISION)
             if at >= width:
                 value, start, width = np.int64(1), width, _ONE - width
         values[i] = value
-        lower = (high << 32 - _PRECISION & _HALF | low >> _PRECISION) * width + at - start
-        high, low = (high >> _PRECISION) * width + (lower >> 32), lower & _HALF
+        lower = (high << 32 - PRECISION & _HALF | low >> PRECISION) * width + at - start
+        high, low = (high >> PRECISION) * width + (lower >> 32), lower & _HALF
         if high == 0 and used:
             used -= 1
             high, low = low, np.int64(words[used])
@@ -188,114 +181,3 @@ class ANSCoder:
         used, high, low = self._state.tolist()
         top = [low, high] if high else [low] if low else []
         return np.append(self._words[:used], np.array(top, np.uint32))
-
-
-def _length(n: Ints) -> Ints:
-    """Return the bit lengths of integers 0 <= n < 2^63."""
-    out = np.zeros_like(n)
-    for step in (32, 16, 8, 4, 2, 1):
-        large = n >= np.int64(1) << step
-        out += np.where(large, step, 0)
-        n = np.where(large, n >> step, n)
-    return out + n
-
-
-def _probability(true: Ints, false: Ints) -> Ints:
-    """Return 2^24 true / (true + false), never 0 or 2^24; half of it where both are 0."""
-    both = true + false
-    shift = np.maximum(_length(both) - 38, 0)
-    ratio = ((true >> shift) << _PRECISION) // np.maximum(both >> shift, 1)
-    ratio = np.where(both == 0, 1 << _PRECISION - 1, ratio)
-    return np.clip(ratio, 1, (1 << _PRECISION) - 1)
-
-
-class _Cumulative:
-    """The components' distribution functions, truncated to an interval if one is given."""
-
-    def __init__(self, channel: Channel, num_values: int, lo: Ints, hi: Ints | None) -> None:
-        self.channel, self.num_values = channel, num_values
-        self.low, self.high = lo, np.full_like(lo, num_values) if hi is None else hi + 1
-        self.truncated = hi is not None
-        if self.truncated:
-            self.start = self._whole(self.low)
-            self.mass = self._whole(self.high) - self.start
-
-    def _whole(self, edge: Ints) -> Ints:
-        bits = self.channel.bits
-        inside = cumulative((edge << bits) - (1 << bits - 1), self.channel)
-        return np.where(edge >= self.num_values, 1 << ONE, np.where(edge <= 0, 0, inside))
-
-    def __call__(self, edge: Ints) -> Ints:
-        if not self.truncated:
-            return self._whole(edge)
-        part = ((self._whole(edge) - self.start) << _INSIDE) // np.maximum(self.mass, 1)
-        # an interval in the far tail, without mass in the tables: uniform
-        even = ((edge - self.low) << _INSIDE) // np.maximum(self.high - self.low, 1)
-        return np.where(self.mass > 0, part, even)
-
-
-def code(
-    stack: ANSCoder,
-    weights: Ints,
-    channel: Channel,
-    num_values: int,
-    bounds: tuple[Ints, Ints] | None,
-    known: Ints | None,
-) -> tuple[Ints, Ints]:
-    """Code one channel at n positions.
-
-    Args:
-        stack: Where to queue known values or pop unknown ones.
-        weights: Of the M components, integers up to 2^20: (M, n).
-        channel: The components' distributions.
-        num_values: Values lie in 0..num_values-1.
-        bounds: The smallest and the largest possible value at each position, (n,); None: all are possible.
-        known: The values, (n,), to be queued; None: pop them.
-
-    Returns:
-        The values, (n,), and the components' weights given these, (M, n).
-    """
-    if not weights.shape[1]:
-        return np.zeros(0, np.int64), weights
-    found, after = [], []
-    for start in range(0, weights.shape[1], _CHUNK):
-        at = slice(start, start + _CHUNK)
-        v, w = _chunk(
-            stack, weights[:, at], channel.part(at), num_values,
-            None if bounds is None else (bounds[0][at], bounds[1][at]),
-            None if known is None else known[at],
-        )  # fmt: skip
-        found.append(v)
-        after.append(w)
-    return np.concatenate(found), np.concatenate(after, 1)
-
-
-def _chunk(
-    stack: ANSCoder,
-    weights: Ints,
-    channel: Channel,
-    num_values: int,
-    bounds: tuple[Ints, Ints] | None,
-    known: Ints | None,
-) -> tuple[Ints, Ints]:
-    n = weights.shape[1]
-    lo, hi = bounds or (np.zeros(n, np.int64), None)
-    function = _Cumulative(channel, num_values, lo, hi)
-    a, b = function.low, function.high  # the value lies in a..b-1
-    below, above = function(a), function(b)
-    node = np.zeros(n, np.int64)  # the value's high bits
-    for bit in reversed(range((num_values - 1).bit_length())):
-        middle = np.clip(node + (1 << bit), a, b)
-        at_middle = function(middle)
-        p = _probability((weights * (above - at_middle)).sum(0), (weights * (at_middle - below)).sum(0))
-        right = middle <= a
-        open_ = (a < middle) & (middle < b)  # elsewhere the interval leaves no choice
-        right[open_] = stack.bits(p[open_], None if known is None else known[open_] >= middle[open_])
-        a, b = np.where(right, middle, a), np.where(right, b, middle)
-        below, above = np.where(right, at_middle, below), np.where(right, above, at_middle)
-        node = np.where(right, node + (1 << bit), node)
-    posterior = weights * (above - below)
-    most = posterior.max(0)
-    shift = _length(most) - _WEIGHT
-    posterior = np.where(shift > 0, posterior >> np.maximum(shift, 0), posterior << np.maximum(-shift, 0))
-    return node, np.where(most > 0, posterior, weights)

@@ -36,9 +36,9 @@ def _njit() -> Callable[..., Any] | None:
         import numba
     except ImportError as error:
         warnings.warn(
-            f"numba cannot be imported ({error}): loops of the codec run as plain Python, about a hundred "
+            f"numba cannot be imported ({error}): loops of the codec run as plain Python, hundreds of "
             "times slower, with the same results; pip install numba",
-            stacklevel=4,
+            stacklevel=5,
         )
         return None
     return numba.njit

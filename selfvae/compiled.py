@@ -18,7 +18,7 @@ import logging
 import types
 import warnings
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 __all__ = ["compiled", "is_fast"]
 
@@ -36,9 +36,9 @@ def _njit() -> Callable[..., Any] | None:
         import numba
     except ImportError as error:
         warnings.warn(
-            f"numba cannot be imported ({error}): loops of the codec run as plain Python, about a hundred "
+            f"numba cannot be imported ({error}): loops of the codec run as plain Python, hundreds of "
             "times slower, with the same results; pip install numba",
-            stacklevel=4,
+            stacklevel=5,
         )
         return None
     return numba.njit
@@ -91,4 +91,4 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     >>> double(21)
     42
     """
-    return _Compiled(function)
+    return cast("Callable[P, R]", _Compiled(function))

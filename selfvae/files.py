@@ -1,4 +1,4 @@
-"""Atomic writing of files, and search for files."""
+"""Atomic writing of files, search for files, and the folder of what is kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["atomic_path", "below", "write_atomic", "write_tensors"]
+__all__ = ["atomic_path", "below", "cache_folder", "write_atomic", "write_tensors"]
 
 
 @contextmanager
@@ -58,3 +58,8 @@ def write_tensors(
 def below(folder: Path, endings: Collection[str]) -> list[Path]:
     """Return all files below a folder whose suffix, in lower case, is one of these, sorted."""
     return sorted(f for f in folder.rglob("*") if f.suffix.lower() in endings and f.is_file())
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be computed again: $SELFVAE_CACHE, by default ~/.cache/selfvae."""
+    return Path(os.environ.get("SELFVAE_CACHE") or Path.home() / ".cache" / "selfvae")

@@ -8,11 +8,13 @@ weights to float16 (`half`) makes another model: it cannot read the files of the
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
+import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from selfvae.files import write_atomic, write_tensors
+from selfvae.files import cache_folder, write_atomic, write_tensors
 from selfvae.level import Level
 from selfvae.model import SelfVAE
 from selfvae.nn.integer import freeze
 from selfvae.presets import FORMAT, FORMER_FIELDS, ModelConfig, from_config
 
 __all__ = [
+    "about_rounding",
     "bundled",
     "card",
     "check_plain",
     "find",
+    "find_writer",
     "fingerprint",
     "from_pretrained",
     "load",
@@ -43,6 +47,8 @@ __all__ = [
 
 _FILES = ("config.json", "model.safetensors")
 _BUNDLED = Path(__file__).parent / "models"
+_USUAL = "photos-v0"  # the bundled model that compresses photographs
+_MODELS = "SELFVAE_MODELS"  # the environment variable
 # options that came later, as they were before: they leave the fingerprints of older models alone
 _PLAIN: dict[str, Any] = {
     "posterior": "normal",
@@ -152,6 +158,21 @@ def _is_half(value: Tensor, model: SelfVAE) -> bool:
     return model.config.integer and bool((value.half() == value).all())
 
 
+def about_rounding(model: SelfVAE) -> str:
+    """A sentence or two on what rounding a model's weights to float16 does to its compressed files."""
+    rounded = copy.deepcopy(model)
+    for value in unique_state_dict(rounded).values():
+        if value.is_floating_point():
+            value.data.copy_(value.half())
+    own, new = fingerprint(model).hex(), fingerprint(rounded).hex()
+    if own == new:
+        return f"Rounding to float16 changes no weight; the fingerprint stays {own}."
+    return (
+        f"Rounded to float16; the fingerprint is {new}. Files that were compressed before rounding "
+        f"need the model of fingerprint {own}."
+    )
+
+
 def find(path: str | Path) -> Path:
     """The folder of a model.
 
@@ -199,6 +220,69 @@ def load(path: str | Path) -> SelfVAE:
             f"{folder}/model.safetensors is damaged or not of the model in config.json: {error}"
         ) from None
     return model.eval()
+
+
+# --- the model that a compressed file needs -----------------------------------------------------------
+
+
+def find_writer(wanted: bytes) -> Path:
+    """Find a model by the fingerprint that its files carry.
+
+    It is looked for among the bundled models, the codec's usual one first, then in the folders inside the
+    one that the environment variable SELFVAE_MODELS names. A model is loaded at most once for this: its
+    fingerprint is kept in the cache until its files change.
+
+    Args:
+        wanted: 8 bytes.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        FileNotFoundError: No model has it; the message says which were looked at.
+    """
+    looked = []
+    for name, folder in _searched():
+        try:
+            if _kept_fingerprint(folder) == wanted:
+                return folder
+        except (ValueError, OSError) as error:
+            name += f" (unreadable: {_first_line(error)})"
+        looked.append(name)
+    own = os.environ.get(_MODELS)
+    add = "" if own else f", or put it into a folder that the environment variable {_MODELS} names"
+    raise FileNotFoundError(
+        f"the file needs the model with the fingerprint {wanted.hex()}, which is none of "
+        f"{', '.join(looked)}: name that model's folder (--model on the command line){add}"
+    )
+
+
+def _searched() -> Iterator[tuple[str, Path]]:
+    """Yield name and folder of the models that files may need, the likeliest first."""
+    own = bundled()
+    yield from sorted(own.items(), key=lambda item: item[0] != _USUAL)  # stable: the others stay in order
+    if others := os.environ.get(_MODELS):
+        if not Path(others).is_dir():
+            raise FileNotFoundError(f"{_MODELS} must name a folder of models; {others} is none")
+        yield from ((str(file.parent), file.parent) for file in sorted(Path(others).glob("*/config.json")))
+
+
+def _kept_fingerprint(folder: Path) -> bytes:
+    """Return the fingerprint of the model in a folder: as kept in the cache, or computed and kept."""
+    state = [[s.st_mtime_ns, s.st_size] for s in ((folder / name).stat() for name in _FILES)]
+    kept, key = cache_folder() / "fingerprints.json", str(folder.resolve())
+    known: dict[str, Any] = {}
+    try:
+        known = dict(json.loads(kept.read_text()))
+        then, found = known[key]
+        if then == state:
+            return bytes.fromhex(found)
+    except (OSError, KeyError, TypeError, ValueError):  # not there, or damaged: written anew
+        pass
+    mark = fingerprint(load(folder))
+    with contextlib.suppress(OSError):  # nothing can be kept here
+        write_atomic(kept, (json.dumps({**known, key: [state, mark.hex()]}, indent=0) + "\n").encode())
+    return mark
 
 
 # --- the hub ------------------------------------------------------------------------------------------
@@ -251,12 +335,7 @@ def _save_with_card(
 ) -> None:
     save(model, folder, half=half)
     if half:
-        rounded, own = fingerprint(load(folder)).hex(), fingerprint(model).hex()
-        text = (
-            f"Rounded to float16; the fingerprint is {rounded}. Files that were compressed before rounding "
-            f"need the model of fingerprint {own}."
-        )
-        sections = {**(sections or {}), "Weights": text}
+        sections = {**(sections or {}), "Weights": about_rounding(model)}
     write_atomic(folder / "README.md", card(model, name, sections).encode())
 
 

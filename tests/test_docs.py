@@ -173,37 +173,33 @@ def tree() -> list[str]:
     found = re.search(r"^selfvae/\n(.*?)```", text, re.DOTALL | re.MULTILINE)
     assert found
     order: list[str] = []
-    folder = ""
+    folders: list[str] = []  # those that the line is in
     for line in found[1].splitlines():
-        entry = re.match(r"(  |    )(\w+)(/|\.py) ", line)
+        entry = re.match(r"((?:  )+)(\w+)(/|\.py) ", line)
         assert entry, f"docs/architecture.md: not an entry of the tree: {line!r}"
         indent, name, kind = entry.groups()
+        depth = len(indent) // 2 - 1
+        assert depth <= len(folders), line
+        del folders[depth:]
+        if folders and order[-1] == ".".join(folders):  # its files are listed
+            order.pop()
+        order.append(".".join([*folders, name]))
         if kind == "/":
-            assert indent == "  ", line
-            folder = name
-            order.append(name)
-        elif indent == "  ":
-            folder = ""
-            order.append(name)
-        else:
-            assert folder, line
-            if order[-1] == folder:
-                order.pop()
-            order.append(f"{folder}.{name}")
+            folders.append(name)
     assert len(order) == len(set(order)), "docs/architecture.md names a module twice"
     return order
 
 
 def place(module: str, order: list[str]) -> int:
     """Where a module stands; a folder, or a folder's own `__init__`, stands where its last file does."""
-    folder = module.split(".")[0]
     if module in order:
         return order.index(module)
-    if folder in order and (ROOT / "selfvae" / folder).is_dir():
-        return order.index(folder)
-    inside = [i for i, name in enumerate(order) if name.startswith(f"{folder}.")]
-    if module == folder and inside:
+    inside = [i for i, name in enumerate(order) if name.startswith(f"{module}.")]
+    if inside:
         return inside[-1]
+    folder = module.rpartition(".")[0]
+    if folder in order and (ROOT / "selfvae" / folder.replace(".", "/")).is_dir():
+        return order.index(folder)
     raise AssertionError(f"the tree in docs/architecture.md lacks selfvae.{module}")
 
 

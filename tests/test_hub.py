@@ -179,7 +179,19 @@ def test_the_command(server: tuple[str, type[Hub]], tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "pushed" / name).write_bytes(kind.files["me/cats"][name])
     # so that it reads the files of the local one
-    assert hub.fingerprint(hub.load(tmp_path / "pushed")) == hub.fingerprint(hub.load(tmp_path / "run"))
+    own = hub.fingerprint(hub.load(tmp_path / "run"))
+    assert hub.fingerprint(hub.load(tmp_path / "pushed")) == own and "ounded" not in text + done.stderr
+    # rounded only when asked, and not without a word
+    done = run(code.replace("'me/cats'", "'me/cats', '--half'"), address, tmp_path)
+    assert done.returncode == 0, done.stderr
+    weights = kind.files["me/cats"]["model.safetensors"]
+    (tmp_path / "pushed/model.safetensors").write_bytes(weights)
+    rounded = hub.fingerprint(hub.load(tmp_path / "pushed"))
+    assert rounded != own
+    for told in (done.stderr, kind.files["me/cats"]["README.md"].decode()):
+        assert f"Rounded to float16; the fingerprint is {rounded.hex()}" in told
+        assert f"need the model of fingerprint {own.hex()}" in told
+    assert "changes no weight" in hub.about_rounding(hub.load(tmp_path / "pushed"))
 
 
 def test_folders_and_shipped_models_need_no_hub(tmp_path: Path) -> None:
@@ -254,6 +266,53 @@ def test_options_that_mean_nothing_leave_the_fingerprint_alone() -> None:
     residual = mark(backbone="residual")
     assert mark(backbone="residual", inner_elu=False, prior_components=7) == residual
     assert mark(inner_elu=True) != mark()
+
+
+def test_the_writer_of_a_file_is_found_by_its_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SELFVAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("SELFVAE_MODELS", raising=False)
+    loaded: list[str] = []
+
+    def load(folder: Path) -> selfvae.SelfVAE:
+        loaded.append(folder.name)
+        return whole(folder)
+
+    whole = hub.load
+    monkeypatch.setattr(hub, "load", load)
+    marks = {name: hub.fingerprint(whole(name)) for name in ("photos-v0", "cifar10-2m")}
+    for _ in range(2):  # the codec's usual model first, each once
+        assert hub.find_writer(marks["photos-v0"]) == hub.bundled()["photos-v0"]
+    assert loaded == ["photos-v0"]
+    assert hub.find_writer(marks["cifar10-2m"]) == hub.bundled()["cifar10-2m"]
+    assert loaded == ["photos-v0", "cifar10-2m"]
+
+    model = selfvae.build("selfvae-halve", "tiny", (3, 8, 8), width=0.05)
+    mark = hub.fingerprint(model)
+    message = f"fingerprint {mark.hex()}, which is none of photos-v0, cifar10-2m, .*SELFVAE_MODELS names"
+    with pytest.raises(FileNotFoundError, match=message):
+        hub.find_writer(mark)
+    monkeypatch.setenv("SELFVAE_MODELS", str(tmp_path / "models"))
+    with pytest.raises(FileNotFoundError, match="SELFVAE_MODELS must name a folder of models"):
+        hub.find_writer(mark)
+    for name in ("broken", "mine"):
+        hub.save(model, tmp_path / "models" / name)
+    (tmp_path / "models/broken/config.json").write_text("{")
+    loaded.clear()
+    for _ in range(2):
+        assert hub.find_writer(mark) == tmp_path / "models/mine"
+    assert loaded == ["broken", "mine", "broken"]
+    with pytest.raises(FileNotFoundError, match=r"models/broken \(unreadable: .*is no JSON"):
+        hub.find_writer(b"12345678")
+    # weights that have changed are looked at again, and so is everything without the cache
+    hub.save(selfvae.build("selfvae-halve", "tiny", (3, 8, 8), width=0.06), tmp_path / "models/mine")
+    (tmp_path / "models/broken/config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="is none of"):
+        hub.find_writer(mark)
+    (tmp_path / "cache/fingerprints.json").write_text("[")
+    loaded.clear()
+    assert hub.find_writer(marks["photos-v0"]) and loaded == ["photos-v0"]
 
 
 def test_rounding_makes_another_model_and_says_so(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from selfvae.codec import Codec
+    from selfvae.model import SelfVAE
 
 PHOTOS = Path("photos-v0")  # the bundled model that compresses photographs
 _ENDING, _ARCHIVE = ".svae", ".svaes"
@@ -25,12 +26,42 @@ _LOSSLESS = (".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def _codec(model: Path, devices: int = 1) -> Codec:
-    net = load_model(model, devices)
+    return _codec_of(load_model(model, devices))
+
+
+def _codec_of(net: SelfVAE) -> Codec:
     from selfvae.codec import Codec
 
     if net.spec.num_values != 256:
         raise ValueError(f"picture files have 256 values per channel; this model has {net.spec.num_values}")
     return Codec(net)
+
+
+class _Readers:
+    """Codecs of the models that files need: of the one that is named, or found by their fingerprints.
+
+    Args:
+        model: folder or bundled model; None: find it.
+        devices: number of GPUs or processes to start.
+    """
+
+    def __init__(self, model: Path | None, devices: int) -> None:
+        from selfvae import distributed
+
+        self._named = None if model is None else _codec(model, devices)
+        self._found: dict[bytes, Codec] = {}
+        if model is None:
+            self._device = distributed.launch(devices)
+
+    def of(self, mark: bytes) -> Codec:
+        """The codec for a file that carries this fingerprint; FileNotFoundError if no model has it."""
+        if self._named:
+            return self._named  # which refuses the files of other models
+        if mark not in self._found:
+            from selfvae import hub
+
+            self._found[mark] = _codec_of(hub.load(hub.find_writer(mark)).to(self._device))
+        return self._found[mark]
 
 
 def _pixels(file: Path, convert: bool) -> Tensor:
@@ -51,8 +82,9 @@ def compress(
     """Compress a picture losslessly, or every picture in a folder.
 
     Only pixels are stored: palettes, EXIF data and colour profiles are not. EXIF orientation is applied.
-    Only the model that wrote a file can read it. Prints for each file its bytes before and after, their
-    ratio, and the speed in MB/s (10^6 bytes of raw pixels per second).
+    Only the model that wrote a file can read it; decompress finds it by its fingerprint.
+    Prints for each file its bytes before and after, their ratio, and the speed in MB/s (10^6 bytes of raw
+    pixels per second).
 
     Args:
         source: picture file, or a folder.
@@ -97,40 +129,45 @@ def _summary(file: Path, target: Path, raw: int, seconds: float) -> str:
 
 
 def decompress(
-    source: In, out: Out, model: Path = PHOTOS, upto: str = "y0", partial: bool = False, devices: int = 1
+    source: In,
+    out: Out,
+    model: Path | None = None,
+    upto: str = "y0",
+    partial: bool = False,
+    devices: int = 1,
 ) -> int:
     """Restore the picture in a compressed file, or the pictures in all files of a folder.
 
     Args:
         source: .svae file, or a folder.
         out: picture file (.png and .webp are lossless), or a folder for them.
-        model: the model that compressed the files.
+        model: the model that compressed the files. By default it is found by its fingerprint, among the
+            bundled models and those in the folder that the environment variable SELFVAE_MODELS names.
         upto: stop at this level: y1, y2, ... is the exact smaller or greyer version of the picture, from
             the first bytes of the file; y0 is the picture itself.
         partial: accept a truncated file and fill in what is missing with the most likely values.
         devices: number of GPUs or processes that share a folder's files.
     """
     check_exists(source)
-    packer = _codec(model, devices)
+    readers = _Readers(model, devices)
     from selfvae.codec import read_header
     from selfvae.data import pictures
     from selfvae.web.work import shares
-
-    parts = shares(packer.model)
 
     def work(file: Path, target: Path) -> str:
         pictures.check_ending(target)
         data, began = file.read_bytes(), time.perf_counter()
         header = read_header(data)
-        with FileProgress(("decompressing",), file.name, header.height * header.width, parts) as bar:
+        packer = readers.of(header.fingerprint)
+        size, parts = header.height * header.width, shares(packer.model)
+        with FileProgress(("decompressing",), file.name, size, parts) as bar:
             try:
                 x = packer.decompress(data, upto, partial=partial, track=bar.track)
             except ValueError as error:
                 raise ValueError(str(error).replace("partial=True", "--partial")) from None
         seconds = time.perf_counter() - began
         pictures.write(pictures.show(x[0], packer.model.levels[int(upto[1:])].spec), target)
-        size = f"{x.shape[3]} x {x.shape[2]} pixels"
-        return f"{target}: {size}, {x.numel() / 1e6 / seconds:.3g} MB/s"
+        return f"{target}: {x.shape[3]} x {x.shape[2]} pixels, {x.numel() / 1e6 / seconds:.3g} MB/s"
 
     return each(source, out, work, (_ENDING,))
 
@@ -186,25 +223,29 @@ def _pictures_in(folder: Path) -> list[Path]:
     return files
 
 
-def unpack(source: In, out: Out, model: Path = PHOTOS, only: str | None = None, devices: int = 1) -> None:
+def unpack(
+    source: In, out: Out, model: Path | None = None, only: str | None = None, devices: int = 1
+) -> None:
     """Extract the pictures of an archive as PNG files, or in the lossless format that their names end in.
 
     Args:
         source: .svaes file.
         out: folder for the pictures.
-        model: the model that packed the archive.
+        model: the model that packed the archive. By default it is found by its fingerprint, among the
+            bundled models and those in the folder that the environment variable SELFVAE_MODELS names.
         only: name of a single picture to extract; by default all are.
         devices: number of GPUs or processes that share the blocks.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; expected a folder")
     check_exists(source)
-    packer = _codec(model, devices)
+    readers = _Readers(model, devices)
     from selfvae import distributed
-    from selfvae.codec import Archive
+    from selfvae.codec.archive import Archive, read_fingerprint
     from selfvae.data import pictures
 
-    archive = Archive(packer, source.read_bytes())
+    data = source.read_bytes()
+    archive = Archive(readers.of(read_fingerprint(data)), data)
     names = [entry.name for entry in archive.entries]
     if only is not None and only not in names:
         raise ValueError(f"{source} holds no picture {only!r}; it holds {', '.join(names[:5])}, ...")

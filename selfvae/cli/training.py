@@ -173,8 +173,9 @@ def push(
     Args:
         model: folder that selfvae train wrote; its settings become part of the card.
         name: name on the hub, which selfvae.from_pretrained then takes.
-        half: round the weights to float16, for half the bytes; this makes another model, which cannot read
-            files that the original compressed.
+        half: round the weights to float16, for half the bytes; by default they stay as they are. Rounding
+            makes another model, with another fingerprint, which cannot read files that the original
+            compressed.
         private: make the repository private.
     """
     check_model(model)
@@ -187,7 +188,10 @@ def push(
         saved = yaml.safe_load((model / settings.SAVED).read_text())
         saved["data"] = Path(saved["data"]).name  # the path is nobody's concern
         sections["Recipe"] = f"```\n{yaml.safe_dump(saved, sort_keys=False)}```"
-    print(hub.push_to_hub(hub.load(model), name, sections, half=half, private=private))
+    net = hub.load(model)
+    if half:
+        note(hub.about_rounding(net))
+    print(hub.push_to_hub(net, name, sections, half=half, private=private))
 
 
 def export(

@@ -34,7 +34,7 @@ from selfvae.codec.progressive import Codec
 from selfvae.distributed import distributed_map
 from selfvae.progress import Track, no_progress
 
-__all__ = ["Archive", "Entry", "pack"]
+__all__ = ["Archive", "Entry", "pack", "read_fingerprint"]
 
 MAGIC, VERSION = b"SVAS", 2
 _TOGETHER = 1 << 18  # pixels that are computed at once; part of the format
@@ -265,6 +265,18 @@ class Archive:
                 if zlib.crc32(picture.numpy().tobytes()) != entries[i].crc:
                     raise CodecError(f"{entries[i].name} {CHANGED}")
                 yield entries[i].name, picture
+
+
+def read_fingerprint(data: bytes) -> bytes:
+    """Read the fingerprint of the model that wrote an archive; the data may end anywhere after it.
+
+    Raises:
+        CodecError: The file is cut short, or of another kind.
+    """
+    check_start(data, MAGIC, VERSION, ".svaes archive")
+    if len(data) < 13:
+        raise CodecError(f"the file ends inside its header: {len(data)} bytes are there")
+    return data[5:13]
 
 
 def _read_index(codec: Codec, data: bytes) -> tuple[list[Entry], list[_Block], int, int]:

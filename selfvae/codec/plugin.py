@@ -8,6 +8,7 @@ Image.open("photo.svae")
 
 from __future__ import annotations
 
+import functools
 from typing import IO, Any
 
 from PIL import Image, ImageFile
@@ -15,6 +16,7 @@ from PIL import Image, ImageFile
 from selfvae.codec.container import MAGIC, CodecError, read_header
 from selfvae.codec.progressive import Codec
 from selfvae.data.pictures import from_image, to_image
+from selfvae.hub import find_writer, load
 from selfvae.model import SelfVAE
 
 __all__ = ["use"]
@@ -26,8 +28,8 @@ _codecs: dict[bytes, Codec] = {}  # by fingerprint; the last one saves
 def use(model: SelfVAE) -> Codec:
     """Teach Pillow to open .svae files of a model, and to save pictures with it.
 
-    The last model given saves; files of all models given can be opened. Nothing is registered with Pillow
-    before the first call.
+    The last model given saves. Files of all models given can be opened, and of all models that
+    `hub.find_writer` finds. Nothing is registered with Pillow before the first call.
 
     Returns:
         The codec of that model.
@@ -41,6 +43,15 @@ def use(model: SelfVAE) -> Codec:
     _codecs.pop(codec.fingerprint, None)
     _codecs[codec.fingerprint] = codec
     return codec
+
+
+@functools.lru_cache(maxsize=4)
+def _found(mark: bytes) -> Codec:
+    """Return the codec of a model that was not given but can be found, see `hub.find_writer`."""
+    try:
+        return Codec(load(find_writer(mark)))
+    except FileNotFoundError as error:
+        raise CodecError(f"{error}; or load the model and call selfvae.codec.use(model)") from None
 
 
 class SvaeImageFile(ImageFile.ImageFile):
@@ -64,12 +75,7 @@ class SvaeImageFile(ImageFile.ImageFile):
 
     def load(self) -> Any:
         if self._data:
-            if self._fingerprint not in _codecs:
-                raise CodecError(
-                    f"the file needs the model {self._fingerprint.hex()}: load it and call "
-                    "selfvae.codec.use(model)"
-                )
-            codec = _codecs[self._fingerprint]
+            codec = _codecs.get(self._fingerprint) or _found(self._fingerprint)
             x = codec.decompress(self._data, partial=ImageFile.LOAD_TRUNCATED_IMAGES)
             self._data = b""
             self.im = to_image(x[0]).im

@@ -9,7 +9,6 @@ and the others wait.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from PIL import Image
 from selfvae.data.batches import Bytes, Dataset, create_array, hold_out, open_arrays, shuffled
 from selfvae.data.crops import write_sample_photos
 from selfvae.data.pictures import ENDINGS, open_picture
-from selfvae.files import atomic_path, below
+from selfvae.files import atomic_path, below, cache_folder
 
 __all__ = ["HUB", "SOURCES", "HubSource", "load", "square"]
 
@@ -184,13 +183,9 @@ HUB: dict[str, HubSource] = {
 SOURCES = ("photos", *HUB)
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("SELFVAE_CACHE") or Path.home() / ".cache" / "selfvae")
-
-
 def _prepare(name: str, key: str, write: Callable[[Path], None]) -> Dataset:
     """Open arrays in the cache; if they are not there, `write` them into a folder, whole or not at all."""
-    folder = _cache() / key
+    folder = cache_folder() / key
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{key}.lock")):  # the others wait for the first one

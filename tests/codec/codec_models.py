@@ -18,7 +18,7 @@ from selfvae.codec import (
     tables,
 )
 from selfvae.codec.ans import ANSCoder
-from selfvae.codec.float64 import SideInformation
+from selfvae.codec.float64.quantization import SideInformation
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -28,10 +28,10 @@ from selfvae.codec import (
     Archive,
     Codec,
     CodecError,
-    float64,
     pack,
     read_header,
 )
+from selfvae.codec.float64 import quantization
 from selfvae.nn.flows import Coupling
 
 
@@ -64,16 +64,16 @@ _PLAIN_CPU = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRU
 STEPS = 127.5 * 32
 
 
-@pytest.mark.parametrize("margin", [float64.MARGIN, 0.01])
+@pytest.mark.parametrize("margin", [quantization.MARGIN, 0.01])
 def test_noise_below_the_margin_changes_nothing(
     picture: Tensor, margin: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the true margin, and with one so wide that the side information covers hundreds of values."""
-    monkeypatch.setattr(float64, "MARGIN", margin)
+    monkeypatch.setattr(quantization, "MARGIN", margin)
     codec = Codec(fixed())
     data = codec.compress(picture)
     noted = sum(part.side for part in read_header(data).parts)
-    assert noted > 500 or margin == float64.MARGIN
+    assert noted > 500 or margin == quantization.MARGIN
     for seed in range(3):
         torch.manual_seed(seed)
         with Noisy(codec, 0.9 * margin / STEPS):
@@ -82,11 +82,11 @@ def test_noise_below_the_margin_changes_nothing(
         codec.decompress(data)
 
 
-@pytest.mark.parametrize("margin", [float64.MARGIN, 0.01])
+@pytest.mark.parametrize("margin", [quantization.MARGIN, 0.01])
 def test_noise_in_the_networks_of_latents(
     picture: Tensor, margin: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(float64, "MARGIN", margin)
+    monkeypatch.setattr(quantization, "MARGIN", margin)
     for model in (
         gaussian(),
         gaussian("selfvae-mean-3lvl", "mog-local"),
@@ -153,7 +153,7 @@ def test_the_margin_is_a_thousand_times_what_computers_differ_by(
     others.append(np.load(file)[latents])
     differences = [np.abs(one - other).max() for other in others]
     assert differences[-1] > 0  # else the process computed exactly the same and nothing was tested
-    assert 1000 * max(differences) < float64.MARGIN
+    assert 1000 * max(differences) < quantization.MARGIN
 
 
 @pytest.mark.cuda

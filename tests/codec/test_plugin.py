@@ -43,8 +43,44 @@ def test_pillow(codec: Codec, picture: Tensor, tmp_path: Path, monkeypatch: pyte
     assert Image.open(io.BytesIO(data[:-9])).size == image.size
     Image.open(io.BytesIO(data[:-9])).load()
     plugin._codecs.clear()
-    with pytest.raises(CodecError, match="needs the model"):
+    with pytest.raises(CodecError, match=r"needs the model .* call selfvae\.codec\.use\(model\)"):
         Image.open(tmp_path / "x.svae").load()
+
+
+def test_the_model_is_found_when_it_is_not_named(
+    picture: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files of several models in one folder, an archive, and Pillow."""
+    monkeypatch.setattr(plugin, "_codecs", {})
+    plugin._found.cache_clear()
+    selfvae.save(fixed(), tmp_path / "models/mine")
+    own, pictures = ["--model", str(tmp_path / "models/mine")], tmp_path / "in"
+    pictures.mkdir()
+    Image.fromarray(picture[0].permute(1, 2, 0).numpy()).save(pictures / "a.png")
+    packed, album = tmp_path / "packed", str(tmp_path / "all.svaes")
+    packed.mkdir()
+    assert main(["compress", str(pictures / "a.png"), str(packed / "mine.svae"), *own]) == 0
+    assert main(["compress", str(pictures / "a.png"), str(packed / "usual.svae")]) == 0
+    assert main(["pack", str(pictures), album, *own]) == 0
+    capsys.readouterr()
+    monkeypatch.delenv("SELFVAE_MODELS", raising=False)
+    assert main(["decompress", str(packed), str(tmp_path / "some")]) == 1
+    told = capsys.readouterr().err
+    assert "mine.svae: the file needs the model with the fingerprint " in told
+    assert "none of photos-v0," in told and "--model" in told and "SELFVAE_MODELS" in told
+    assert main(["unpack", album, str(tmp_path / "out")]) == 2
+    assert "the file needs the model" in capsys.readouterr().err
+    monkeypatch.setenv("SELFVAE_MODELS", str(tmp_path / "models"))
+    assert main(["decompress", str(packed), str(tmp_path / "back")]) == 0
+    assert main(["unpack", album, str(tmp_path / "out")]) == 0
+    for file in (tmp_path / "back/mine.png", tmp_path / "back/usual.png", tmp_path / "out/a.png"):
+        assert np.array_equal(np.asarray(Image.open(file)), np.asarray(Image.open(pictures / "a.png")))
+    assert main(["decompress", str(packed / "usual.svae"), str(tmp_path / "x.png"), *own]) == 2
+    assert "another model" in capsys.readouterr().err
+    use(fixed(width=0.05))  # saves; the others are found
+    for name in ("mine", "usual"):
+        assert Image.open(packed / f"{name}.svae").tobytes() == Image.open(pictures / "a.png").tobytes()
+    assert len(plugin._codecs) == 1
 
 
 def test_commands(picture: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

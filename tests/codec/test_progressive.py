@@ -58,8 +58,8 @@ def test_every_transform(options: dict[str, Any], picture: Tensor, monkeypatch: 
         rows, cols = model.scale(k)
         y = selfvae.infer(model, x, f"y{k}")[f"y{k}"][:, :, : -(-9 // rows), : -(-13 // cols)]
         assert torch.equal(codec.decompress(data, f"y{k}"), y)
-    monkeypatch.setattr("selfvae.codec.progressive._TILE", 4)
-    monkeypatch.setattr("selfvae.codec.progressive._MARGIN", 3)
+    monkeypatch.setattr("selfvae.codec.float64.pictures._TILE", 4)
+    monkeypatch.setattr("selfvae.codec.float64.pictures._MARGIN", 3)
     assert torch.equal(codec.decompress(codec.compress(x, verify=False)), x)
 
 
@@ -92,7 +92,7 @@ def test_any_size_and_content(height: int, width: int, channels: int, kind: str,
 def test_tiles_do_not_matter_much(codec: Codec, picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another tile is another format, but the length stays: the margin covers the networks' reach."""
     whole = codec.compress(picture)
-    monkeypatch.setattr("selfvae.codec.progressive._TILE", 5)
+    monkeypatch.setattr("selfvae.codec.float64.pictures._TILE", 5)
     seen: dict[str, int] = {}
 
     def track(tiles: Any, name: str) -> Any:

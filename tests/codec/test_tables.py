@@ -8,10 +8,10 @@ import torch
 from codec_models import GOLDEN, golden_tables
 
 from selfvae.codec import (
-    float64,
     tables,
 )
-from selfvae.codec.float64 import SideInformation
+from selfvae.codec.float64 import quantization
+from selfvae.codec.float64.quantization import SideInformation
 from selfvae.codec.tables import ONE, Channel, cumulative
 
 
@@ -38,7 +38,7 @@ def test_the_normal_s_table() -> None:
 
 def test_the_ratios_table() -> None:
     nats = np.linspace(-5, 5, 1001)
-    found = float64.ratios(nats, SideInformation(), 0) / 2.0**tables.SHARES
+    found = quantization.ratios(nats, SideInformation(), 0) / 2.0**tables.SHARES
     assert np.abs(np.log(found) - nats.clip(-4, 4)).max() < 1 / 128
     assert tables.ratio_table().min() >= 2 and tables.ratio_table().max() < 1 << 18
 

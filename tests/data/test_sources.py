@@ -12,6 +12,7 @@ from PIL import Image
 from selfvae.data import sources
 from selfvae.data.batches import Images, augment, batch_indices, hold_out, shuffled, to_uint8
 from selfvae.data.crops import crop
+from selfvae.files import cache_folder
 from selfvae.metrics.baselines import lossless_bits_per_dim
 
 
@@ -28,10 +29,10 @@ def test_photos_are_prepared_once_and_held_out_by_photograph() -> None:
     first = sources.load("photos", 16)
     assert isinstance(first.train.array, np.memmap) and first.train.array.dtype == np.uint8
     assert first.train.shape[1:] == first.test.shape[1:] == (3, 16, 16)
-    before = sorted((f, f.stat().st_mtime_ns) for f in sources._cache().rglob("*"))
+    before = sorted((f, f.stat().st_mtime_ns) for f in cache_folder().rglob("*"))
     second = sources.load("photos", 16)
     assert torch.equal(first.train.take([0, 5]), second.train.take([0, 5]))
-    assert before == sorted((f, f.stat().st_mtime_ns) for f in sources._cache().rglob("*"))
+    assert before == sorted((f, f.stat().st_mtime_ns) for f in cache_folder().rglob("*"))
     with pytest.raises(ValueError, match="smaller than size 999"):
         sources.load("photos", 999)
 
@@ -100,7 +101,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "broken" / "002.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match=r"002\.png cannot be read as an image"):
         sources.load(tmp_path / "broken")
-    assert not list(sources._cache().glob(".folder*"))  # nothing half prepared is left
+    assert not list(cache_folder().glob(".folder*"))  # nothing half prepared is left
     (tmp_path / "a.npy").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"a\.npy cannot be read"):
         sources.load(tmp_path / "a.npy")

@@ -17,8 +17,8 @@ from selfvae.codec import (
     read_header,
 )
 from selfvae.codec.ans import ANSCoder
-from selfvae.codec.float64 import SideInformation
-from selfvae.codec.latents import Coding, Gaussian, InsufficientBits, Mode, _Integers, _noise
+from selfvae.codec.float64.latents import Coding, Gaussian, InsufficientBits, Mode, _Integers, _noise
+from selfvae.codec.float64.quantization import SideInformation
 from selfvae.distributions.latents import DiagonalNormal
 from selfvae.operations import variables
 
@@ -52,8 +52,8 @@ def test_latents_as_whole_numbers(name: str, picture: Tensor, monkeypatch: pytes
     album = [("a", x), ("b", x.flip(3)), ("c", x[:, :, :3])]
     for (_, a), (_, b) in zip(album, Archive(codec, pack(codec, album, verify=False)), strict=True):
         assert torch.equal(a, b)
-    monkeypatch.setattr("selfvae.codec.progressive._TILE", 8)
-    monkeypatch.setattr("selfvae.codec.progressive._MARGIN", 3)
+    monkeypatch.setattr("selfvae.codec.float64.pictures._TILE", 8)
+    monkeypatch.setattr("selfvae.codec.float64.pictures._MARGIN", 3)
     assert torch.equal(codec.decompress(codec.compress(x, verify=False)), x)
 
 
@@ -101,8 +101,8 @@ def test_gaussian_latents(name: str, prior: str, picture: Tensor, monkeypatch: p
     album = [("a", x), ("b", x.flip(3)), ("c", x[:, :, :3]), *((str(i), black) for i in range(5))]
     for (_, a), (_, b) in zip(album, Archive(codec, pack(codec, album, verify=False)), strict=True):
         assert torch.equal(a, b)
-    monkeypatch.setattr("selfvae.codec.progressive._TILE", 8)
-    monkeypatch.setattr("selfvae.codec.progressive._MARGIN", 3)
+    monkeypatch.setattr("selfvae.codec.float64.pictures._TILE", 8)
+    monkeypatch.setattr("selfvae.codec.float64.pictures._MARGIN", 3)
     assert torch.equal(codec.decompress(codec.compress(x, verify=False)), x)
 
 

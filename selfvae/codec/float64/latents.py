@@ -30,9 +30,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from selfvae.codec.ans import ANSCoder, code
+from selfvae.codec.ans import ANSCoder
 from selfvae.codec.container import CodecError
-from selfvae.codec.float64 import NOT_FINITE, SideInformation, ratios, values, weights
+from selfvae.codec.float64.decisions import code
+from selfvae.codec.float64.quantization import NOT_FINITE, SideInformation, ratios, values, weights
 from selfvae.codec.tables import SHARES, Ints
 from selfvae.distributions.latents import (
     DiagonalNormal,

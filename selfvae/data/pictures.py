@@ -29,6 +29,7 @@ __all__ = [
     "check_ending",
     "encode",
     "encode_lossless",
+    "file_of",
     "from_image",
     "open_picture",
     "picture_size",
@@ -257,7 +258,13 @@ def show(x: Tensor, spec: ImageSpec) -> Tensor:
 def write(
     x: Tensor, path: str | Path, alpha: Tensor | None = None, metadata: Metadata | None = None
 ) -> None:
-    """Write an image as a picture file, whole or not at all.
+    """Write an image as a picture file, whole or not at all; arguments and errors as for `file_of`."""
+    path = Path(path)
+    write_atomic(path, file_of(x, path, alpha, metadata))
+
+
+def file_of(x: Tensor, path: Path, alpha: Tensor | None = None, metadata: Metadata | None = None) -> bytes:
+    """Encode an image as the picture file that a path names.
 
     Args:
         x: uint8 (C, H, W), 1 to 4 channels.
@@ -268,7 +275,6 @@ def write(
     Raises:
         ValueError: for an unknown ending, or for alpha in a format that has none.
     """
-    path = Path(path)
     picture = to_image(x)
     if alpha is not None:
         mask = Image.fromarray(alpha.cpu().numpy())
@@ -276,7 +282,7 @@ def write(
             mask = mask.resize(picture.size, Image.Resampling.BICUBIC)
         picture.putalpha(mask)
     kind = check_ending(path, alpha=picture.mode in ("LA", "RGBA"))
-    save(picture, path, **(metadata.options(kind) if metadata else {}))
+    return encode(picture, kind, **(metadata.options(kind) if metadata else {}))
 
 
 def check_ending(path: Path, alpha: bool = False) -> str:

@@ -82,6 +82,25 @@ def test_the_smaller_one_is_taken() -> None:
         encode(_random(3), None, lambda x: [(1, b"a"), (0, b"b")], MODEL, decode_levels=decode_levels)
 
 
+def test_the_slow_encoder_is_spared_where_the_model_is_better(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def pixels(x: Tensor, quick: bool = False) -> bytes:
+        calls.append(quick)
+        return bytes(1000)
+
+    monkeypatch.setattr("selfvae.codec.picture.encode_pixels", pixels)
+    x = _random(3)
+    for size, tried in ((800, [True]), (900, [True, False])):
+        encode(x, None, lambda x, n=size: [(0, bytes(n))], MODEL, quick_margin=0.15)
+        assert calls == tried
+        calls.clear()
+    encode(x, None, lambda x: [(0, bytes(10))], MODEL)
+    assert calls == [False]
+
+
 @pytest.mark.parametrize("channels", [1, 4])
 def test_smaller_versions_and_truncated_files(channels: int) -> None:
     x = _random(channels)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cost, rates
+from benchmarks import cost, pictures, rates
 from benchmarks.measure import flop_count, medians, peak_flops
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +47,15 @@ def test_rates(capsys: pytest.CaptureFixture[str]) -> None:
     rates.main(images=1, threads=1)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 9 and all(float(rate) > 0 for line in lines for rate in line.split()[-3:])
+
+
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_pictures(name: str) -> None:
+    image = pictures.PICTURES[name](1)
+    assert image.tobytes() == pictures.PICTURES[name](1).tobytes()
+    found = pictures.measure(image.crop((20, 20, 68, 52)))
+    assert found[".svae"] <= min(found["WebP"], found["quick"]) + 64 and found["PNG"] > 0
+    assert pictures.table({name: found}).splitlines()[2].startswith(f"| {name} | ")
 
 
 def test_measures() -> None:

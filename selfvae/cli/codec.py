@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
+from inspect import signature
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from selfvae.cli.common import load_model
-from selfvae.cli.files import check_exists, each, read_picture, targets
+from selfvae.cli.files import check_exists, each_file, read_picture, targets
 from selfvae.cli.flags import In, Out, positive
+from selfvae.cli.pool import cores, in_worker
 from selfvae.cli.progress import FileProgress, note, progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from selfvae.codec import Codec
+    from selfvae.data.pictures import Picture
     from selfvae.model import SelfVAE
+    from selfvae.progress import Track
 
 PHOTOS = Path("photos-v0")  # the bundled model that compresses photographs
 _ENDING, _ARCHIVE = ".svae", ".svaes"
@@ -64,9 +68,8 @@ class _Readers:
         return self._found[mark]
 
 
-def _pixels(file: Path, convert: bool) -> Tensor:
-    """The pixels to be stored, uint8 (1, C, H, W)."""
-    picture = read_picture(file, convert)
+def _pixels(picture: Picture, file: Path, convert: bool) -> Tensor:
+    """The pixels to be stored where a format holds no alpha, uint8 (1, C, H, W)."""
     if picture.alpha is not None and int(picture.alpha.min()) < 255:
         if not convert:
             raise ValueError(
@@ -76,15 +79,134 @@ def _pixels(file: Path, convert: bool) -> Tensor:
     return picture.pixels
 
 
+def _jobs(jobs: int, devices: int) -> int:
+    """The number of processes for a folder on this machine's cores; 1 if GPUs do the work."""
+    if jobs < 0:
+        raise ValueError(f"--jobs must be 0 (one per core) or more; got {jobs}")
+    if devices != 1:
+        if jobs > 1:
+            raise ValueError(f"--devices {devices} already starts processes: leave out --jobs {jobs}")
+        return 1
+    if jobs:
+        return jobs
+    from selfvae import distributed
+
+    return 1 if distributed.accelerator() == "cuda" else cores()
+
+
+def _progress(stages: tuple[str, ...], file: Path, pixels: int, codec: Codec) -> FileProgress:
+    """A bar; none in a pool, where several files are in work at a time."""
+    from selfvae.web.work import shares
+
+    return FileProgress(stages, file.name, pixels, shares(codec.model), quiet=in_worker())
+
+
+class _Compress:
+    """The task of `compress`: a picture file -> the bytes of a .svae file.
+
+    Every process loads the model for itself.
+    """
+
+    def __init__(self, model: Path, verify: bool, convert: bool, strip: bool) -> None:
+        self.model, self.verify, self.convert, self.strip = model, verify, convert, strip
+        self._codec: Codec | None = None
+
+    def load(self, devices: int = 1) -> Codec:
+        """Load the model once; in other processes than the first at their first file."""
+        if self._codec is None:
+            self._codec = _codec(self.model, devices)
+        return self._codec
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_codec": None}
+
+    def __call__(self, file: Path, target: Path) -> tuple[bytes, str]:
+        if target.suffix.lower() != _ENDING:
+            raise ValueError(f"{target}: a compressed picture ends in {_ENDING}; got {target.suffix!r}")
+        from selfvae.data.metadata import Metadata
+
+        picture = read_picture(file, self.convert)
+        if self.strip:
+            picture = picture._replace(metadata=Metadata())
+        codec = self.load()  # which is not part of the time
+        began, pixels = time.perf_counter(), picture.pixels[0, 0].numel()
+        stages = ("compressing", "checking")[: 1 + self.verify]
+        with _progress(stages, file, pixels, codec) as bar:
+            data, raw = self._packed(picture, file, bar.track)
+        return data, _summary(file, target, raw, len(data), time.perf_counter() - began)
+
+    def _packed(self, picture: Picture, file: Path, track: Track) -> tuple[bytes, int]:
+        """The .svae file, and the bytes of the pixels in it.
+
+        The only call of the codec: a codec that takes metadata (file format 3) takes alpha, too.
+        """
+        codec = self.load()
+        options: dict[str, Any] = {"verify": self.verify, "track": track}
+        if "metadata" in signature(codec.compress).parameters:
+            x, options["metadata"] = picture.channels(), picture.metadata
+        else:
+            x = _pixels(picture, file, self.convert)
+        return codec.compress(x, **options), x.numel()
+
+
+class _Decompress:
+    """The task of `decompress`: a .svae file -> the bytes of a picture file.
+
+    Every process loads models for itself.
+    """
+
+    def __init__(self, model: Path | None, upto: str, partial: bool) -> None:
+        self.model, self.upto, self.partial = model, upto, partial
+        self._readers: _Readers | None = None
+
+    def load(self, devices: int = 1) -> _Readers:
+        """Load the model that is named; in other processes than the first at their first file."""
+        if self._readers is None:
+            self._readers = _Readers(self.model, devices)
+        return self._readers
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_readers": None}
+
+    def __call__(self, file: Path, target: Path) -> tuple[bytes, str]:
+        from selfvae.codec import read_header
+        from selfvae.codec.picture import read_metadata
+        from selfvae.data import pictures
+
+        kind, data = pictures.check_ending(target), file.read_bytes()
+        header = read_header(data)
+        codec, began = self.load().of(header.fingerprint), time.perf_counter()
+        with _progress(("decompressing",), file, header.height * header.width, codec) as bar:
+            try:
+                x = codec.decompress(data, self.upto, partial=self.partial, track=bar.track)
+            except ValueError as error:
+                raise ValueError(str(error).replace("partial=True", "--partial")) from None
+        seconds = time.perf_counter() - began
+        metadata = read_metadata(data)
+        if lost := metadata.lost(kind):
+            note(f"{target}: {kind} files do not hold {', '.join(lost)} of this picture; .png does")
+        shown = pictures.show(x[0], codec.model.levels[int(self.upto[1:])].spec)
+        size = f"{x.shape[3]} x {x.shape[2]} pixels"
+        line = f"{target}: {size}, {x.numel() / 1e6 / seconds:.3g} MB/s"
+        return pictures.file_of(shown, target, metadata=metadata), line
+
+
 def compress(
-    source: In, out: Out, model: Path = PHOTOS, verify: bool = True, convert: bool = False, devices: int = 1
+    source: In,
+    out: Out,
+    model: Path = PHOTOS,
+    verify: bool = True,
+    convert: bool = False,
+    strip: bool = False,
+    devices: int = 1,
+    jobs: int = 0,
 ) -> int:
     """Compress a picture losslessly, or every picture in a folder.
 
     Only pixels are stored: palettes, EXIF data and colour profiles are not. EXIF orientation is applied.
-    Only the model that wrote a file can read it; decompress finds it by its fingerprint.
-    Prints for each file its bytes before and after, their ratio, and the speed in MB/s (10^6 bytes of raw
-    pixels per second).
+    Only the model that wrote a file can read it; decompress finds it by its fingerprint. Prints for each
+    file its bytes before (and those of its raw pixels) and after, the ratio of file sizes, and the speed in
+    MB/s (10^6 bytes of raw pixels per second).
 
     Args:
         source: picture file, or a folder.
@@ -93,37 +215,26 @@ def compress(
         verify: decode every file and compare it with the picture; takes twice as long.
         convert: reduce pictures with more than 8 bits per channel, with other colours than grey and RGB,
             with alpha or with several frames to 8-bit grey or RGB, instead of refusing them.
+        strip: drop metadata (colour profile, EXIF, XMP, texts) where the file format could hold them.
         devices: number of GPUs or processes that share a folder's files.
+        jobs: number of processes, each with one thread, that share a folder's files; 0 for one per core,
+            or one in all if there is a GPU.
     """
     check_exists(source)
-    packer = _codec(model, devices)
-    from selfvae.files import write_atomic
-    from selfvae.web.work import shares
-
-    stages, parts = ("compressing", "checking")[: 1 + verify], shares(packer.model)
-
-    def work(file: Path, target: Path) -> str:
-        if target.suffix.lower() != _ENDING:
-            raise ValueError(f"{target}: a compressed picture ends in {_ENDING}; got {target.suffix!r}")
-        x, began = _pixels(file, convert), time.perf_counter()
-        with FileProgress(stages, file.name, x[0, 0].numel(), parts) as bar:
-            data = packer.compress(x, verify=verify, track=bar.track)
-        seconds = time.perf_counter() - began
-        write_atomic(target, data)
-        return _summary(file, target, x.numel(), seconds)
-
-    return each(source, out, work, ending=_ENDING)
+    jobs, task = _jobs(jobs, devices), _Compress(model, verify, convert, strip)
+    task.load(devices)
+    return each_file(source, out, task, jobs, ending=_ENDING)
 
 
-def _summary(file: Path, target: Path, raw: int, seconds: float) -> str:
+def _summary(file: Path, target: Path, raw: int, after: int, seconds: float) -> str:
     """What became of a picture's bytes; a word where a JPEG file has grown."""
-    before, after = file.stat().st_size, target.stat().st_size
+    before = file.stat().st_size
     if after > before and file.read_bytes()[:2] == b"\xff\xd8":
         note(
             f"{file} is a JPEG, which is lossy already: storing its exact pixels takes more; keep the JPEG"
         )
     return (
-        f"{target}: {before:,} -> {after:,} bytes, ratio {before / after:.2f}, "
+        f"{target}: {before:,} ({raw:,} raw) -> {after:,} bytes, ratio {before / after:.2f}, "
         f"{raw / 1e6 / seconds:.3g} MB/s"
     )
 
@@ -135,6 +246,7 @@ def decompress(
     upto: str = "y0",
     partial: bool = False,
     devices: int = 1,
+    jobs: int = 0,
 ) -> int:
     """Restore the picture in a compressed file, or the pictures in all files of a folder.
 
@@ -147,29 +259,12 @@ def decompress(
             the first bytes of the file; y0 is the picture itself.
         partial: accept a truncated file and fill in what is missing with the most likely values.
         devices: number of GPUs or processes that share a folder's files.
+        jobs: as for compress.
     """
     check_exists(source)
-    readers = _Readers(model, devices)
-    from selfvae.codec import read_header
-    from selfvae.data import pictures
-    from selfvae.web.work import shares
-
-    def work(file: Path, target: Path) -> str:
-        pictures.check_ending(target)
-        data, began = file.read_bytes(), time.perf_counter()
-        header = read_header(data)
-        packer = readers.of(header.fingerprint)
-        size, parts = header.height * header.width, shares(packer.model)
-        with FileProgress(("decompressing",), file.name, size, parts) as bar:
-            try:
-                x = packer.decompress(data, upto, partial=partial, track=bar.track)
-            except ValueError as error:
-                raise ValueError(str(error).replace("partial=True", "--partial")) from None
-        seconds = time.perf_counter() - began
-        pictures.write(pictures.show(x[0], packer.model.levels[int(upto[1:])].spec), target)
-        return f"{target}: {x.shape[3]} x {x.shape[2]} pixels, {x.numel() / 1e6 / seconds:.3g} MB/s"
-
-    return each(source, out, work, (_ENDING,))
+    jobs, task = _jobs(jobs, devices), _Decompress(model, upto, partial)
+    task.load(devices)
+    return each_file(source, out, task, jobs, (_ENDING,))
 
 
 def pack(
@@ -198,7 +293,10 @@ def pack(
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder: for one picture, use selfvae compress")
     files = _pictures_in(source)
-    named = [(file.relative_to(source).as_posix(), _pixels(file, convert)) for file in files]
+    named = [
+        (file.relative_to(source).as_posix(), _pixels(read_picture(file, convert), file, convert))
+        for file in files
+    ]
     check_exists(source)
     packer = _codec(model, devices)
     from selfvae import codec, distributed

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from selfvae.cli.pool import Task, describe, run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from selfvae.data.pictures import Picture
     from selfvae.transforms import ImageSpec
 
-__all__ = ["alpha_of", "check_free", "each", "each_picture", "read_picture", "targets"]
+__all__ = ["alpha_of", "check_free", "each", "each_file", "each_picture", "read_picture", "targets"]
 
 
 def check_free(source: Path, out: Path) -> None:
@@ -33,7 +35,7 @@ def read_picture(file: Path, convert: bool) -> Picture:
     from selfvae.data import pictures
 
     try:
-        pictures.open_picture(file, exact=True)
+        return pictures.read(file, exact=True)
     except ValueError as error:
         picture = pictures.read(file)  # unless that fails as well, it can be converted
         grey = picture.pixels.shape[1] == 1
@@ -41,7 +43,6 @@ def read_picture(file: Path, convert: bool) -> Picture:
             raise ValueError(f"{error} (--convert does so: 8 bits, {'grey' if grey else 'RGB'})") from None
         note(f"{file}: converted to 8-bit {'grey' if grey else 'RGB'}")
         return picture
-    return pictures.read(file)
 
 
 def alpha_of(picture: Picture, spec: ImageSpec) -> Tensor | None:
@@ -80,12 +81,14 @@ def each(
     work: Callable[[Path, Path], str],
     endings: Collection[str] | None = None,
     ending: str = ".png",
+    pooled: Callable[[Mapping[Path, Path]], Iterator[tuple[str, str]]] | None = None,
 ) -> int:
     """work(file, output file) for a file, or for every file below a folder; returns the exit status.
 
     `work` returns a line about its result, which is printed. In a folder, files whose ending is among
     `endings` (by default, pictures) are taken, outputs have the given `ending`, and a broken file is
     skipped and reported at the end: the exit status is then 1. Several processes share a folder's files.
+    `pooled` does several files instead of `work`, as `pool.run`.
     """
     from selfvae import distributed
     from selfvae.data import pictures
@@ -103,12 +106,19 @@ def each(
         try:
             line = work(file, written[file])
         except (ValueError, OSError) as error:
-            return "", str(error) if str(file) in str(error) else f"{file}: {error}"
+            return "", describe(file, error)
         if distributed.world_size() == 1:
             print(line, flush=True)
         return line, ""
 
-    done = distributed.distributed_map(do, list(written))
+    if pooled and len(written) > 1 and distributed.world_size() == 1:
+        done = []
+        for line, error in pooled(written):
+            done.append((line, error))
+            if line:
+                print(line, flush=True)
+    else:
+        done = distributed.distributed_map(do, list(written))
     failed = [error for _, error in done if error]
     if distributed.world_size() > 1:
         print("\n".join(line for line, _ in done if line))
@@ -117,6 +127,28 @@ def each(
         for error in failed:
             print(f"selfvae: {error}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def each_file(
+    source: Path,
+    out: Path,
+    task: Task,
+    jobs: int,
+    endings: Collection[str] | None = None,
+    ending: str = ".png",
+) -> int:
+    """`each` for a task that returns a file's bytes and a line; `jobs` processes share a folder."""
+    from selfvae.files import write_atomic
+
+    def work(file: Path, target: Path) -> str:
+        data, line = task(file, target)
+        write_atomic(target, data)
+        return line
+
+    def pooled(files: Mapping[Path, Path]) -> Iterator[tuple[str, str]]:
+        return run(task, files, min(jobs, len(files)))
+
+    return each(source, out, work, endings, ending, pooled if jobs > 1 else None)
 
 
 def _written(source: Path, out: Path, endings: Collection[str], ending: str) -> dict[Path, Path]:

@@ -28,8 +28,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "skip_factor", "ema",
     ),
     "sampling": ("temperature", "decode"),
-    "computation": ("seed", "devices", "nodes", "precision", "activation_checkpointing", "channels_last",
-        "cuda_graphs",),
+    "computation": (
+        "seed", "devices", "jobs", "nodes", "precision", "activation_checkpointing", "channels_last",
+        "cuda_graphs",
+    ),
     "logging": ("log_every", "eval_every", "eval_images", "checkpoint_every"),
     "output": ("out", "json", "zoom", "milliseconds"),
 }  # fmt: skip

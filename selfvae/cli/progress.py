@@ -48,9 +48,18 @@ class FileProgress:
         name: the file's name.
         pixels: number of pixels.
         shares: part of one stage's work (0 to 1) by the texts that `track` is called with.
+        quiet: say nothing.
     """
 
-    def __init__(self, stages: Sequence[str], name: str, pixels: int, shares: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        stages: Sequence[str],
+        name: str,
+        pixels: int,
+        shares: Mapping[str, float],
+        quiet: bool = False,
+    ) -> None:
+        self.quiet = quiet
         self.stages, self.name, self.megapixels, self.shares = stages, name, pixels / 1e6, shares
         self._calls: Counter[str] = Counter()  # how often each part was begun: once in each stage
         self._done = [0.0] * len(stages)
@@ -66,6 +75,8 @@ class FileProgress:
         return f"{self.stages[stage]} {self.name}, {part:.{digits}f} of {whole}"
 
     def __enter__(self) -> Self:
+        if self.quiet:
+            return self
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

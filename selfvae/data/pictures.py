@@ -2,8 +2,7 @@
 
 Reading: palettes become RGB, one-bit pictures grey, CMYK and other colour spaces RGB; 16-bit grey keeps
 the high byte (as Pillow does for 16-bit RGB); 32-bit integers and floats are refused; the orientation that
-a camera recorded is applied; of an animation the first frame is taken. Alpha is kept apart. Colour
-profiles and other metadata are ignored.
+a camera recorded is applied; of an animation the first frame is taken. Alpha and metadata are kept apart.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from selfvae.data.metadata import Metadata
 from selfvae.files import write_atomic
 from selfvae.transforms import Greyscale, ImageSpec
 
@@ -29,6 +29,7 @@ __all__ = [
     "check_ending",
     "encode",
     "encode_lossless",
+    "file_of",
     "from_image",
     "open_picture",
     "picture_size",
@@ -52,15 +53,21 @@ class _RefusedError(ValueError):
 
 
 class Picture(NamedTuple):
-    """The values of a picture.
+    """What a picture file holds.
 
     Attributes:
         pixels: uint8 (1, C, H, W), C = 1 (grey) or 3 (RGB).
         alpha: uint8 (1, 1, H, W), or None without.
+        metadata: colour profile, EXIF, XMP and texts.
     """
 
     pixels: Tensor
     alpha: Tensor | None = None
+    metadata: Metadata = Metadata()
+
+    def channels(self) -> Tensor:
+        """Pixels and alpha together, uint8 (1, C, H, W), C = 1 to 4."""
+        return self.pixels if self.alpha is None else torch.cat([self.pixels, self.alpha], 1)
 
 
 def _name(source: Source) -> str:
@@ -85,27 +92,36 @@ def open_picture(source: Source, exact: bool = False) -> Image.Image:
     Raises:
         ValueError: if the file cannot be read, or is refused; the message names it.
     """
+    return _load(source, exact)[0]
+
+
+def _load(source: Source, exact: bool = False) -> tuple[Image.Image, Metadata]:
+    """What `open_picture` gives, and the file's metadata."""
     name = _name(source)
     try:
         with _open(source) as file:
             if exact:
                 _check_exact(name, file)
+            tags = Metadata.of_tiff(file)  # while the file is open: reading the pixels may close it
             picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I;16") or (picture.mode == "I" and file.format == "PPM"):
-                return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            if picture.mode in ("I", "F"):
-                raise _RefusedError(
-                    f"{name} has 32 bits per channel (mode {picture.mode}): convert it to 8 or 16 bits"
-                )
-            transparent = (
-                picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info
-            )
-            grey = picture.mode in ("1", "L", "LA", "La")
-            return picture.convert(("L" if grey else "RGB") + ("A" if transparent else ""))
+            return _converted(name, picture, file.format), Metadata.of(file, tags)
     except _RefusedError:
         raise
     except _UNREADABLE as error:
         raise _unreadable(name, error) from None
+
+
+def _converted(name: str, picture: Image.Image, kind: str | None) -> Image.Image:
+    """The picture in mode L, LA, RGB or RGBA."""
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and kind == "PPM"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise _RefusedError(
+            f"{name} has 32 bits per channel (mode {picture.mode}): convert it to 8 or 16 bits"
+        )
+    transparent = picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info
+    grey = picture.mode in ("1", "L", "LA", "La")
+    return picture.convert(("L" if grey else "RGB") + ("A" if transparent else ""))
 
 
 def picture_size(source: Source) -> tuple[int, int]:
@@ -154,21 +170,20 @@ def _source(file: str | Source) -> Source:
     return Path(file) if isinstance(file, str) else file
 
 
-def read(file: str | Source) -> Picture:
+def read(file: str | Source, exact: bool = False) -> Picture:
     """Read a picture file as tensors; conversions as the module says.
 
     Args:
         file: path, or binary stream.
+        exact: as for `open_picture`.
 
     Raises:
-        ValueError: if the file cannot be read; the message names it.
+        ValueError: if the file cannot be read, or is refused; the message names it.
     """
-    return _tensors(open_picture(_source(file)))
-
-
-def _tensors(picture: Image.Image) -> Picture:
+    picture, metadata = _load(_source(file), exact)
     x = from_image(picture)
-    return Picture(x[:, :-1], x[:, -1:]) if x.shape[1] in (2, 4) else Picture(x)
+    alpha = x[:, -1:] if x.shape[1] in (2, 4) else None
+    return Picture(x if alpha is None else x[:, :-1], alpha, metadata)
 
 
 def read_exactly(file: str | Source) -> Tensor:
@@ -185,7 +200,7 @@ def read_exactly(file: str | Source) -> Tensor:
             than grey and RGB, several pictures, or an alpha channel that is not opaque everywhere.
     """
     source = _source(file)
-    picture = _tensors(open_picture(source, exact=True))
+    picture = read(source, exact=True)
     if picture.alpha is not None and int(picture.alpha.min()) < 255:
         raise ValueError(f"{_name(source)} has an alpha channel, which would be lost: remove it first")
     return picture.pixels
@@ -200,7 +215,10 @@ def _check_exact(name: str, file: Image.Image) -> None:
     if file.format == "PPM":
         deep |= any(tile[0] in ("ppm", "ppm_plain") and _maximum(tile[3]) != 255 for tile in file.tile)  # type: ignore[attr-defined]
     if deep:
-        raise _RefusedError(f"{name} does not have 8 bits per channel: convert it first, with some loss")
+        stored = f"{file.format}, {', '.join(dict.fromkeys(unpacked)) or f'mode {file.mode}'}"
+        raise _RefusedError(
+            f"{name} does not have 8 bits per channel ({stored}): convert it first, with some loss"
+        )
     if file.mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa"):
         raise _RefusedError(f"{name} is neither grey nor RGB (mode {file.mode}): convert it first")
     if getattr(file, "n_frames", 1) > 1:
@@ -237,13 +255,22 @@ def show(x: Tensor, spec: ImageSpec) -> Tensor:
     return (x.int() * 255 // spec.max_value).to(torch.uint8)
 
 
-def write(x: Tensor, path: str | Path, alpha: Tensor | None = None) -> None:
-    """Write an image as a picture file, whole or not at all.
+def write(
+    x: Tensor, path: str | Path, alpha: Tensor | None = None, metadata: Metadata | None = None
+) -> None:
+    """Write an image as a picture file, whole or not at all; arguments and errors as for `file_of`."""
+    path = Path(path)
+    write_atomic(path, file_of(x, path, alpha, metadata))
+
+
+def file_of(x: Tensor, path: Path, alpha: Tensor | None = None, metadata: Metadata | None = None) -> bytes:
+    """Encode an image as the picture file that a path names.
 
     Args:
         x: uint8 (C, H, W), 1 to 4 channels.
         path: its ending says the format; PNG and WebP files are lossless.
         alpha: uint8 (h, w), resized to the image.
+        metadata: what the format cannot hold of them is left out (`Metadata.lost`).
 
     Raises:
         ValueError: for an unknown ending, or for alpha in a format that has none.
@@ -254,7 +281,8 @@ def write(x: Tensor, path: str | Path, alpha: Tensor | None = None) -> None:
         if mask.size != picture.size:
             mask = mask.resize(picture.size, Image.Resampling.BICUBIC)
         picture.putalpha(mask)
-    save(picture, Path(path))
+    kind = check_ending(path, alpha=picture.mode in ("LA", "RGBA"))
+    return encode(picture, kind, **(metadata.options(kind) if metadata else {}))
 
 
 def check_ending(path: Path, alpha: bool = False) -> str:

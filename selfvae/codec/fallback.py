@@ -1,0 +1,95 @@
+"""Pixels as ordinary lossless files, where these are smaller than what a model needs, or there is no model.
+
+Pillow's WebP encoder runs in the calling thread only, and its output depends on the version of libwebp
+alone. Whatever it writes, every later version reads.
+
+The smallest files take long: libwebp then tries all its transforms. On a busy machine that took 20 to 50 s
+of CPU time per megapixel of a photograph; the quick settings took 1 s for files 0 to 3% larger (8% for
+scanned text). Of some drawings quick files are the smaller ones, of a gradient by 5%, so both are tried.
+`python -m benchmarks.pictures` measures it.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from selfvae.codec.container import CodecError
+from selfvae.data.pictures import encode, encode_lossless, from_image, to_image
+
+__all__ = ["WEBP_SIDE", "decode_pixels", "encode_alpha", "encode_pixels"]
+
+WEBP_SIDE = 16383  # pixels; no side of a WebP file is longer
+_QUICK = {"quality": 75, "method": 4}
+_FORMATS = ("WEBP", "PNG")
+# what Pillow raises over broken files
+_BROKEN = (
+    OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+
+
+def encode_pixels(x: Tensor, quick: bool = False) -> bytes:
+    """Encode all channels as one lossless WebP file, or as PNG if a side is longer than WebP allows.
+
+    WebP has no grey: it is stored as RGB, which costs next to nothing. Colours where alpha is 0 are kept.
+
+    Args:
+        x: uint8 (1, C, H, W), C = 1 to 4.
+        quick: Try quick settings only, which take a thirtieth of the time.
+    """
+    picture = to_image(x[0])
+    if max(x.shape[2:]) > WEBP_SIDE:
+        return encode_lossless(picture, "PNG")
+    data = encode(picture, "WEBP", **_QUICK)
+    return data if quick else min(encode_lossless(picture, "WebP"), data, key=len)
+
+
+def encode_alpha(alpha: Tensor) -> bytes:
+    """Encode an alpha plane, uint8 (1, 1, H, W), as a lossless WebP or PNG file, whichever is smaller."""
+    files = [encode_lossless(to_image(alpha[0]), "PNG")]
+    if max(alpha.shape[2:]) <= WEBP_SIDE:
+        files.append(encode_lossless(to_image(alpha[0]), "WebP"))
+    return min(files, key=len)
+
+
+def decode_pixels(data: bytes, channels: int, height: int, width: int) -> Tensor:
+    """Decode what `encode_pixels` or `encode_alpha` returned.
+
+    Args:
+        data: The WebP or PNG file.
+        channels: 1 to 4.
+        height: Pixels; checked before any are decoded.
+        width: Pixels; the same.
+
+    Returns:
+        uint8 (1, channels, height, width).
+
+    Raises:
+        CodecError: The file is damaged, or its picture is not of that size.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as file:
+            if file.size != (width, height) or getattr(file, "n_frames", 1) != 1:
+                raise CodecError(
+                    f"the picture within the file has {file.size[1]} x {file.size[0]} pixels; the header "
+                    f"says {height} x {width}"
+                )
+            x = from_image(file.convert("RGBA" if file.mode in ("RGBA", "LA") else "RGB"))
+    except CodecError:
+        raise
+    except _BROKEN as error:
+        raise CodecError(f"the picture within the file is damaged: {error}") from None
+    alpha = x[:, 3:] if x.shape[1] == 4 else torch.full_like(x[:, :1], 255)  # opaque alpha is left out
+    colours = x[:, :3]
+    if channels < 3:
+        if not torch.equal(colours, colours[:, :1].expand_as(colours)):
+            raise CodecError("the picture within the file is not grey, as the header says: it is damaged")
+        colours = colours[:, :1]
+    elif channels not in (3, 4):
+        raise CodecError(f"a picture has 1 to 4 channels; got {channels}")
+    return torch.cat([colours, alpha], 1) if channels % 2 == 0 else colours.contiguous()

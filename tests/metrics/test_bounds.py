@@ -86,8 +86,8 @@ def test_all_pairs_against_enumeration(name: str, latents: str, draws: int, imag
 def test_pairs_are_above_in_the_mean(images: Tensor) -> None:
     model = build("srvae", images[:2])
     torch.manual_seed(0)
-    plain = torch.stack([iwae(model, images[:2], 8) for _ in range(60)])
-    tmc = torch.stack([iwae(model, images[:2], 8, tmc=True) for _ in range(60)])
+    many = images[:2].repeat(60, 1, 1, 1)  # one call costs less than 60
+    plain, tmc = (iwae(model, many, 8, tmc=pairs, batch=960).view(60, 2) for pairs in (False, True))
     spread = (plain.std(0) + tmc.std(0)) / 60**0.5
     assert bool((tmc.mean(0) > plain.mean(0) - 2 * spread).all())
     assert tmc.mean() > plain.mean()
@@ -144,18 +144,37 @@ def all_images(levels: int, side: int) -> Tensor:
     return values.view(-1, 1, side, side)
 
 
+def below(model: SelfVAE, x: Tensor, exact: Tensor) -> None:
+    """The expected ELBO is at most ln p(x), image by image.
+
+    With 2,000 draws, the distance to ln p(x), 0.005 to 0.4 nats, and the 0.02 nats allowed are together
+    more than five standard errors for every image.
+    """
+    elbo = model(x.repeat(2000, 1, 1, 1)).elbo.view(2000, -1).double()
+    error = elbo.std(0) / 2000**0.5
+    assert bool((exact + 0.02 - elbo.mean(0) > 5 * error).all()) and elbo.mean() < exact.mean()
+
+
 @pytest.mark.parametrize("consistent", [True, False])
 @torch.no_grad()
 def test_probabilities_over_all_images(consistent: bool) -> None:
-    """2 x 2 images of 3 levels: p(x, d(x)) sums to 1 with the consistent likelihood, to less without."""
+    """2 x 2 images of 3 levels: p(x, d(x)) sums to 1 with the consistent likelihood, to less without.
+
+    What is missing is the mass of the pairs (x, y) where y is not d(x).
+    """
     model = toy(consistent)
     model = SelfVAE(list(model.levels)[1:])  # 2 x 2 -> 1 x 1
     x = all_images(3, 2)
     total = torch.exp(model(x).elbo.double()).sum().item()
     if consistent:
         assert total == pytest.approx(1, abs=1e-5)
-    else:
-        assert total < 0.95
+        return
+    y = torch.arange(3, dtype=torch.uint8).view(-1, 1, 1, 1).repeat_interleave(len(x), 0)
+    pairs = [x.repeat(3, 1, 1, 1), y]
+    p = torch.exp(model.score(pairs, {}).elbo.double())
+    fits = (model.pyramid(pairs[0])[1] == y).flatten()
+    assert p.sum().item() == pytest.approx(1, abs=1e-5)
+    assert total == pytest.approx(p[fits].sum().item(), abs=1e-5) and total < 0.9
 
 
 @torch.no_grad()
@@ -183,9 +202,8 @@ def test_the_bound_with_a_latent_against_numerical_integration() -> None:
         ]
     ) + math.log(12 / 2000)
     assert torch.exp(exact).sum().item() == pytest.approx(1, abs=1e-4)
-    elbo = model(tops.repeat(200, 1, 1, 1)).elbo.view(200, -1).mean(0).double()
     bound = iwae(model, tops, 20_000, batch=1000)
-    assert bool((elbo < exact + 0.05).all()) and elbo.mean() < exact.mean()
+    below(model, tops, exact)
     assert torch.allclose(bound, exact, atol=0.05)
 
 
@@ -265,8 +283,7 @@ def test_the_whole_bound_of_two_levels(consistent: bool) -> None:
     for tmc in (False, True):
         found = iwae(model, some, 400 if tmc else 4000, tmc=tmc, batch=400)
         assert torch.allclose(found, exact[::51], atol=0.05)
-    elbo = model(some.repeat(400, 1, 1, 1)).elbo.view(400, -1).mean(0).double()
-    assert bool((elbo < exact[::51] + 0.04).all()) and elbo.mean() < exact[::51].mean()
+    below(model, some, exact[::51])
 
 
 @pytest.mark.parametrize("tmc", [False, True])

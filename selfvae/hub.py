@@ -12,12 +12,15 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,6 +29,7 @@ from selfvae.files import cache_folder, write_atomic, write_tensors
 from selfvae.level import Level
 from selfvae.model import SelfVAE
 from selfvae.nn.integer import freeze
+from selfvae.nn.networks import Constant, Shared
 from selfvae.presets import FORMAT, FORMER_FIELDS, ModelConfig, from_config
 
 __all__ = [
@@ -37,6 +41,8 @@ __all__ = [
     "find_writer",
     "fingerprint",
     "from_pretrained",
+    "frozen",
+    "known_answer",
     "load",
     "load_unique_state_dict",
     "push_to_hub",
@@ -101,7 +107,7 @@ def fingerprint(model: SelfVAE) -> bytes:
     Of an integer model the rounded weights count, with which it computes.
     """
     check_plain(model)
-    model = _frozen(model)
+    model = frozen(model)
     plain, prior = dict(_PLAIN), model.config.prior
     if prior != "mog":
         plain["prior_components"] = model.config.prior_components
@@ -119,8 +125,42 @@ def fingerprint(model: SelfVAE) -> bytes:
     return found.digest()[:8]
 
 
-def _frozen(model: SelfVAE) -> SelfVAE:
-    """The model with the weights that count: an integer model's rounded ones."""
+def known_answer(model: SelfVAE, evaluate: Callable[[Level, Tensor], Tensor] | None = None) -> str:
+    """A checksum of what an integer model's networks compute for a fixed image.
+
+    A machine that finds another one than the model's folder states does not compute exactly.
+
+    Args:
+        model: an integer model, frozen.
+        evaluate: maps a level and its context (1, C, h, w) to its network's outputs (1, P, h, w) in steps of
+            their grids; by default by the decoder.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    rows, cols = model.multiples[0]
+    shape = 1, model.spec.channels, 2 * rows, 2 * cols
+    noise = np.arange(math.prod(shape), dtype=np.uint64) * np.uint64(2654435761) >> np.uint64(16)
+    image = (noise % np.uint64(model.spec.num_values)).astype(np.uint8).reshape(shape)
+    ys = model.pyramid(torch.from_numpy(image).to(model.device))
+    found = hashlib.sha256()
+    for level, up in zip(model.levels, [*ys[1:], ys[-1][:, :0]], strict=True):
+        steps = (evaluate or _steps)(level, level.context(up))
+        found.update(steps.cpu().numpy().astype("<i2").tobytes())
+    return found.hexdigest()[:16]
+
+
+@torch.no_grad()
+def _steps(level: Level, context: Tensor) -> Tensor:
+    decoder: Any = level.decoder
+    decoder = decoder.decoder if isinstance(decoder, Shared) else decoder
+    scale = decoder.scale.view(-1, 1, 1) if isinstance(decoder, Constant) else decoder.head.scale
+    out: Tensor = level.decoder(context, None) * scale
+    return out
+
+
+def frozen(model: SelfVAE) -> SelfVAE:
+    """The model with the weights that count: an integer model's rounded ones, in a copy; others as they are."""
     if not model.config.integer:
         return model
     model = copy.deepcopy(model)
@@ -145,12 +185,15 @@ def save(model: SelfVAE, folder: str | Path, *, half: bool = False) -> None:
     """
     check_plain(model)
     folder = Path(folder)
+    model = frozen(model)
     state = {
         name: value.half() if value.is_floating_point() and (half or _is_half(value, model)) else value
-        for name, value in unique_state_dict(_frozen(model)).items()
+        for name, value in unique_state_dict(model).items()
     }
     write_tensors(folder / "model.safetensors", state)
     config: dict[str, Any] = {"format": FORMAT, "model": model.config.to_dict()}
+    if model.config.integer:
+        config["answer"] = known_answer(model)
     write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 

@@ -71,6 +71,7 @@ class SelfVAE(nn.Module):
         if not len(self.levels) or not isinstance(self.levels[-1].transform, Null):
             raise ValueError("a model has at least one level, and the top level's transform is Null()")
         self.config = config
+        self.answer: str | None = None  # see `hub.known_answer`; kept from the model's folder
         self._ready = False  # whether initialisation was looked for
 
     @property

@@ -144,9 +144,10 @@ def decode(
     if any(part.kind == Kind.PIXELS for part in header.parts):
         return _stored(header, found.get(Kind.PIXELS), upto, coarser), metadata
     held = [part.level for part in header.parts if part.kind == Kind.LEVEL]
-    if upto not in held:
+    if upto < held[0] and upto not in held:
         raise CodecError(f"the file holds {', '.join(f'y{k}' for k in held)}; got 'y{upto}'")
-    levels = [(p.level, p.data) for p in parts if p.kind == Kind.LEVEL and p.level >= upto]
+    first = min(upto, held[0])  # the first part may hold several levels, down to the one it completes
+    levels = [(p.level, p.data) for p in parts if p.kind == Kind.LEVEL and p.level >= first]
     if not levels:
         raise CodecError("the file is cut short before the end of its coarsest part")
     if decode_levels is None:

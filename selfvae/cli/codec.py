@@ -134,8 +134,7 @@ class _Decompress(_Packer):
         self.upto, self.partial = upto, partial
 
     def __call__(self, file: Path, target: Path) -> tuple[bytes, str]:
-        from selfvae.codec import read_header
-        from selfvae.codec.picture import read_metadata
+        from selfvae.codec import read_header, read_metadata
         from selfvae.data import pictures
 
         kind, codec = pictures.check_ending(target), self.load()

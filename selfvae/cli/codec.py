@@ -169,8 +169,7 @@ class _Decompress:
         return {**self.__dict__, "_readers": None}
 
     def __call__(self, file: Path, target: Path) -> tuple[bytes, str]:
-        from selfvae.codec import read_header
-        from selfvae.codec.picture import read_metadata
+        from selfvae.codec import read_header, read_metadata
         from selfvae.data import pictures
 
         kind, data = pictures.check_ending(target), file.read_bytes()

@@ -82,7 +82,7 @@ def _describe_file(file: Path, json: bool) -> None:
         "channels": header.channels,
         "num_values": header.num_values,
         "bits_per_subpixel": 8 * len(data) / (header.height * header.width * header.channels),
-        "model": header.fingerprint.hex(),
+        "model": header.fingerprint.hex() if any(header.fingerprint) else "none is needed",
         "header_bytes": header.size,
         **{f"{part.name}_bytes": part.size for part in header.parts},
     }

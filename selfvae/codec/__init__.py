@@ -7,9 +7,22 @@ y = codec.decompress(data, "y2")   # a smaller version, from the first bytes of 
 """
 
 from selfvae.codec.archive import Archive, pack
-from selfvae.codec.container import CodecError, Header, read_header
+from selfvae.codec.container import CodecError, Header
+from selfvae.codec.format3 import PictureHeader
+from selfvae.codec.picture import read_header, read_metadata
 from selfvae.codec.plugin import use
 from selfvae.codec.progressive import Codec
 from selfvae.hub import fingerprint
 
-__all__ = ["Archive", "Codec", "CodecError", "Header", "fingerprint", "pack", "read_header", "use"]
+__all__ = [
+    "Archive",
+    "Codec",
+    "CodecError",
+    "Header",
+    "PictureHeader",
+    "fingerprint",
+    "pack",
+    "read_header",
+    "read_metadata",
+    "use",
+]

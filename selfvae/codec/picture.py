@@ -16,7 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from selfvae.codec.container import CHANGED, CodecError, check_size
+from selfvae.codec import container, format3
+from selfvae.codec.container import CHANGED, CodecError, Header, check_size
 from selfvae.codec.fallback import decode_pixels, encode_alpha, encode_pixels
 from selfvae.codec.format3 import (
     NO_MODEL,
@@ -30,7 +31,7 @@ from selfvae.codec.format3 import (
 )
 from selfvae.data.metadata import Metadata
 
-__all__ = ["CodeLevels", "DecodeLevels", "decode", "encode", "read_metadata"]
+__all__ = ["CodeLevels", "DecodeLevels", "decode", "encode", "read_header", "read_metadata"]
 
 CodeLevels = Callable[[Tensor], list[tuple[int, bytes]]]
 DecodeLevels = Callable[[PictureHeader, list[tuple[int, bytes]], int], Tensor]
@@ -198,6 +199,15 @@ def _metadata(data: bytes | None) -> Metadata:
         return Metadata() if data is None else Metadata.from_bytes(data)
     except ValueError as error:
         raise CodecError(str(error)) from None
+
+
+def read_header(data: bytes) -> Header | PictureHeader:
+    """Read the header of a .svae file of any format; the data may end anywhere after it.
+
+    Raises:
+        CodecError: The header is damaged or truncated, or the file is of another kind.
+    """
+    return container.read_header(data) if version_of(data) < VERSION else format3.read_header(data)
 
 
 def read_metadata(data: bytes) -> Metadata:

@@ -157,9 +157,7 @@ class Metadata:
         if self.icc and "colour profile" not in lost:
             found["icc_profile"] = self.icc
         if kind == "TIFF":  # there EXIF and XMP are tags beside those that describe the pixels
-            exif = Image.Exif()
-            exif.load(_PREFIX + self.exif if self.exif else b"")
-            exif = _descriptive(exif)
+            exif = self._tags()
             if self.xmp:
                 exif[ExifTags.Base.XMLPacket] = self.xmp
             return found | ({"exif": exif.tobytes()} if len(exif) else {})
@@ -190,6 +188,17 @@ class Metadata:
         """Whether the texts are one comment that a JPEG file can hold."""
         comments = [value.encode() for key, value in self.text if key == _COMMENT]
         return len(comments) == len(self.text) == 1 and len(comments[0]) <= _JPEG_SEGMENT
+
+    def _tags(self) -> Image.Exif:
+        """The EXIF data as tags of a TIFF file; none if they are broken."""
+        exif = Image.Exif()
+        try:
+            exif.load(_PREFIX + self.exif if self.exif else b"")
+            exif = _descriptive(exif)
+            exif.tobytes()
+        except Exception:  # as in `of_tiff`
+            return Image.Exif()
+        return exif
 
     def _png(self) -> PngInfo:
         info = PngInfo()

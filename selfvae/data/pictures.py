@@ -103,12 +103,26 @@ def _load(source: Source, exact: bool = False) -> tuple[Image.Image, Metadata]:
             if exact:
                 _check_exact(name, file)
             tags = Metadata.of_tiff(file)  # while the file is open: reading the pixels may close it
-            picture = ImageOps.exif_transpose(file)
+            picture = _turned(file)
             return _converted(name, picture, file.format), Metadata.of(file, tags)
     except _RefusedError:
         raise
     except _UNREADABLE as error:
         raise _unreadable(name, error) from None
+
+
+def _turned(file: Image.Image) -> Image.Image:
+    """The picture upright; as it is stored if its EXIF data are broken."""
+    file.load()
+    return ImageOps.exif_transpose(file) if _orientation(file) > 1 else file.copy()
+
+
+def _orientation(file: Image.Image) -> int:
+    try:
+        found = file.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow's answers to broken EXIF data are of many kinds
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def _converted(name: str, picture: Image.Image, kind: str | None) -> Image.Image:
@@ -132,8 +146,7 @@ def picture_size(source: Source) -> tuple[int, int]:
     """
     try:
         with _open(source) as file:
-            turned = 5 <= file.getexif().get(ExifTags.Base.Orientation, 1) <= 8
-            return file.size if turned else file.size[::-1]
+            return file.size if _orientation(file) >= 5 else file.size[::-1]
     except _UNREADABLE as error:
         raise _unreadable(_name(source), error) from None
 
@@ -215,7 +228,7 @@ def _check_exact(name: str, file: Image.Image) -> None:
     if file.format == "PPM":
         deep |= any(tile[0] in ("ppm", "ppm_plain") and _maximum(tile[3]) != 255 for tile in file.tile)  # type: ignore[attr-defined]
     if deep:
-        stored = f"{file.format}, {', '.join(dict.fromkeys(unpacked)) or f'mode {file.mode}'}"
+        stored = f"{file.format}, {_stored(file)}"
         raise _RefusedError(
             f"{name} does not have 8 bits per channel ({stored}): convert it first, with some loss"
         )
@@ -223,6 +236,14 @@ def _check_exact(name: str, file: Image.Image) -> None:
         raise _RefusedError(f"{name} is neither grey nor RGB (mode {file.mode}): convert it first")
     if getattr(file, "n_frames", 1) > 1:
         raise _RefusedError(f"{name} holds {file.n_frames} pictures; only one can be kept")  # type: ignore[attr-defined]
+
+
+def _stored(file: Image.Image) -> str:
+    """How a picture's values are stored, e.g. "RGB;16B"."""
+    args = next((tile[3] for tile in getattr(file, "tile", ())), file.mode)
+    if file.format == "PPM":
+        return f"values up to {_maximum(args)}"
+    return str(args[0] if isinstance(args, tuple) and args else args)
 
 
 def _maximum(args: object) -> object:

@@ -1,5 +1,6 @@
 """A folder's files on several cores; and that metadata pass through the commands."""
 
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import selfvae
 from selfvae import hub
 from selfvae.cli import main
 from selfvae.cli import pool as pools
-from selfvae.codec import format3, picture
+from selfvae.codec import picture
 from selfvae.data import pictures
 from selfvae.data.metadata import Metadata
 
@@ -125,7 +126,6 @@ def test_metadata_and_alpha_are_kept_where_the_codec_takes_them(
 ) -> None:
     monkeypatch.setattr("selfvae.cli.codec._codec", lambda *_: Format3())
     monkeypatch.setattr("selfvae.web.work.shares", lambda _: {})
-    monkeypatch.setattr("selfvae.codec.read_header", format3.read_header)
     texts = PngInfo()
     texts.add_text("Title", "a title")
     x = torch.randint(0, 256, (4, 9, 7), dtype=torch.uint8)
@@ -133,6 +133,10 @@ def test_metadata_and_alpha_are_kept_where_the_codec_takes_them(
     flags = ["--strip"] if strip else []
     assert main(["compress", str(tmp_path / "a.png"), str(tmp_path / "a.svae"), *flags]) == 0
     assert "(252 raw)" in capsys.readouterr().out
+    assert main(["info", str(tmp_path / "a.svae"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["model"] == "none is needed" and told["channels"] == 4 and told["pixels_bytes"] > 0
+    assert ("metadata_bytes" in told) != strip
     for name in ("b.png", "b.webp"):
         assert main(["decompress", str(tmp_path / "a.svae"), str(tmp_path / name)]) == 0
         found = pictures.read(tmp_path / name)

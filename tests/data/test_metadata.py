@@ -110,6 +110,19 @@ def test_pictures_without_any_and_formats_that_hold_none(tmp_path: Path) -> None
         write(read(tmp_path / "a.png").pixels[0], tmp_path / f"b{ending}", metadata=kept)
 
 
+@pytest.mark.filterwarnings("ignore:.*EXIF data")
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".webp", ".tif"])
+def test_broken_exif_stops_nothing(ending: str, tmp_path: Path) -> None:
+    rng, whole = np.random.default_rng(0), bytearray(_exif().tobytes()[6:])
+    for _ in range(50):
+        exif = bytearray(whole[: rng.integers(4, len(whole) + 1)])
+        exif[rng.integers(len(exif))] = rng.integers(256)
+        Image.fromarray(RGB).save(tmp_path / "a.png", exif=b"Exif\0\0" + exif)
+        picture = read(tmp_path / "a.png")
+        write(picture.pixels[0], tmp_path / f"b{ending}", metadata=picture.metadata)
+        read(tmp_path / f"b{ending}")
+
+
 @given(ANY)
 def test_bytes_and_back(metadata: Metadata) -> None:
     assert Metadata.from_bytes(metadata.to_bytes()) == metadata

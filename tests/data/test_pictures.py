@@ -53,6 +53,27 @@ def test_deep_files(tmp_path: Path) -> None:
         read(tmp_path / "a.tif")
 
 
+def test_what_8_bits_of_grey_or_rgb_cannot_hold_is_named(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((2, 2), np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "deep.ppm").write_bytes(b"P6 1 1 1023 " + bytes(6))
+    Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "float.tif")
+    Image.new("CMYK", (2, 2)).save(tmp_path / "ink.jpg")
+    for name, words in (
+        ("deep.png", r"does not have 8 bits per channel \(PNG, I;16B\): convert it first"),
+        ("deep.ppm", r"does not have 8 bits per channel \(PPM, values up to 1023\): convert it first"),
+        ("float.tif", r"does not have 8 bits per channel \(TIFF, F;32F\): convert it first"),
+        ("ink.jpg", r"neither grey nor RGB \(mode CMYK\): convert it first"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} .*{words}"):
+            read(tmp_path / name, exact=True)
+
+
+def test_transparent_colours(tmp_path: Path) -> None:
+    for mode, transparent, channels in (("L", 7, 2), ("RGB", (7, 7, 7), 4), ("1", 0, 2)):
+        Image.new(mode, (2, 1)).save(tmp_path / "a.png", transparency=transparent)
+        assert read(tmp_path / "a.png").channels().shape == (1, channels, 1, 2)
+
+
 def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"nonsense")
     Image.fromarray(np.tile(RGB, (40, 40, 1))).save(tmp_path / "b.png")

@@ -161,7 +161,7 @@ def measure(
         files["svae"] = encode(x, None, code_levels, fingerprint)
 
     def quick() -> None:
-        files["quick"] = encode_pixels(x, quick=True)
+        files["quick"] = encode_pixels(x, effort=1)
 
     spent = {"seconds": seconds(svae), "quick s": seconds(quick)}
     assert torch.equal(decode(files["svae"], decode_levels)[0], x), "the picture came back changed"

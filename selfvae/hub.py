@@ -15,7 +15,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,8 @@ def known_answer(model: SelfVAE, evaluate: Callable[[Level, Tensor], Tensor] | N
 
     Args:
         model: an integer model, frozen.
-        evaluate: maps a level and its context (1, C, h, w) to its network's outputs (1, P, h, w) in steps of
-            their grids; by default by the decoder.
+        evaluate: maps a level and its context (1, C, h, w) to the outputs of its network (1, P, h, w) in
+            steps of their grids; by default by the decoder.
 
     Returns:
         16 hexadecimal digits.
@@ -154,13 +154,14 @@ def known_answer(model: SelfVAE, evaluate: Callable[[Level, Tensor], Tensor] | N
 def _steps(level: Level, context: Tensor) -> Tensor:
     decoder: Any = level.decoder
     decoder = decoder.decoder if isinstance(decoder, Shared) else decoder
-    scale = decoder.scale.view(-1, 1, 1) if isinstance(decoder, Constant) else decoder.head.scale
+    scale: Any = decoder.scale if isinstance(decoder, Constant) else decoder.head.scale
+    scale = scale.view(-1, 1, 1)
     out: Tensor = level.decoder(context, None) * scale
     return out
 
 
 def frozen(model: SelfVAE) -> SelfVAE:
-    """The model with the weights that count: an integer model's rounded ones, in a copy; others as they are."""
+    """A copy of an integer model with the rounded weights, with which it computes; others as they are."""
     if not model.config.integer:
         return model
     model = copy.deepcopy(model)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from inspect import signature
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
@@ -136,17 +135,13 @@ class _Compress:
         return data, _summary(file, target, raw, len(data), time.perf_counter() - began)
 
     def _packed(self, picture: Picture, file: Path, track: Track) -> tuple[bytes, int]:
-        """The .svae file, and the bytes of the pixels in it.
-
-        The only call of the codec: a codec that takes metadata (file format 3) takes alpha, too.
-        """
+        """The .svae file, and the bytes of the pixels in it."""
         codec = self.load()
-        options: dict[str, Any] = {"verify": self.verify, "track": track}
-        if "metadata" in signature(codec.compress).parameters:
-            x, options["metadata"] = picture.channels(), picture.metadata
-        else:
+        if codec.format < 3:  # which holds neither alpha nor metadata
             x = _pixels(picture, file, self.convert)
-        return codec.compress(x, **options), x.numel()
+            return codec.compress(x, verify=self.verify, track=track), x.numel()
+        x = picture.channels()
+        return codec.compress(x, metadata=picture.metadata, verify=self.verify, track=track), x.numel()
 
 
 class _Decompress:

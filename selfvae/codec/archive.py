@@ -1,6 +1,6 @@
 """Archives of many pictures in one file: an index, and blocks that are decoded independently.
 
-Format 2 (format 1 also coded the padding beyond the pictures' borders):
+Format 3 for integer models, format 2 for others (format 1 also coded the padding beyond the borders):
 
     magic "SVAS", version (1 byte), fingerprint of the model (8 bytes)
     length of the index, CRC-32 of the preceding 13 bytes and the index (4 bytes each)
@@ -8,8 +8,9 @@ Format 2 (format 1 also coded the padding beyond the pictures' borders):
     the blocks
 
 The index holds name, height, width, channels and checksum of each picture, and number of pictures, length
-and checksum of each block. A block is one ANS stack for all of its pictures: those of one size are computed
-together, and the stack's overhead is shared. Reading one picture decodes its block up to that picture.
+and checksum of each block. Neighbouring pictures of one size are computed together. In format 3 each such
+group is a stream, after its length; in format 2 a block is one ANS stack, after its side information.
+Reading one picture decodes its block up to that picture.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from selfvae.progress import Track, no_progress
 
 __all__ = ["Archive", "Entry", "pack", "read_fingerprint"]
 
-MAGIC, VERSION = b"SVAS", 2
+MAGIC, VERSION = b"SVAS", 3
 _TOGETHER = 1 << 18  # pixels that are computed at once; part of the format
 _INDEX = 1 << 24  # the largest length of an index, bytes
 
@@ -152,7 +153,7 @@ def pack(
         ],
     }
     packed = zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
-    head = MAGIC + bytes([VERSION]) + codec.fingerprint
+    head = MAGIC + bytes([codec.format]) + codec.fingerprint
     data = b"".join(
         [head, struct.pack("<II", len(packed), zlib.crc32(packed, zlib.crc32(head))), packed, *blocks]
     )
@@ -185,6 +186,12 @@ def _check_pictures(codec: Codec, named: Sequence[Named]) -> list[Entry]:
 
 @torch.no_grad()
 def _pack_block(codec: Codec, entries: Sequence[Entry], pictures: Sequence[Tensor]) -> bytes:
+    if codec.chain is not None:
+        streams = [
+            codec.chain.encode_batch(torch.cat([pictures[i] for i in members]))
+            for members in _groups(codec, entries)
+        ]
+        return b"".join(varint(len(stream)) + stream for stream in streams)
     stack, side = ANSCoder(), list[bytes]()
     for members in reversed(_groups(codec, entries)):
         written = codec.push(torch.cat([pictures[i] for i in members]), stack)
@@ -206,10 +213,15 @@ class Archive:
 
     def __init__(self, codec: Codec, data: bytes) -> None:
         self.codec = codec
-        self._padded = check_start(data, MAGIC, VERSION, ".svaes archive") <= PADDED
+        version = check_start(data, MAGIC, VERSION, ".svaes archive")
+        self._padded = version <= PADDED
         self.entries, self.blocks, num_values, at = _read_index(codec, data)
         spec = codec.model.spec
-        if num_values != spec.num_values or any(e.channels not in (1, spec.channels) for e in self.entries):
+        if (
+            (version == 3) != (codec.chain is not None)
+            or num_values != spec.num_values
+            or any(e.channels not in (1, spec.channels) for e in self.entries)
+        ):
             raise CodecError("the index does not fit the model that it names: the file is damaged")
         for entry in self.entries:
             check_size(*codec.padded(entry.height, entry.width))
@@ -252,6 +264,13 @@ class Archive:
             raise CodecError(f"block {number} of the archive is damaged: its checksum does not fit")
         entries = self.entries[self._first[number] : self._first[number + 1]]
         reader, groups = Reader(data, f"block {number}"), _groups(self.codec, entries)
+        chain = self.codec.chain
+        if chain is not None:
+            for members in groups:
+                first, stream = entries[members[0]], reader.take(reader.varint())
+                x = chain.decode_batch(stream, len(members), (first.height, first.width))
+                yield from self._named(entries, members, x)
+            return
         side = [[reader.take(reader.varint()) for _ in self.codec.names] for _ in groups]
         if (len(data) - reader.at) % 4:
             raise CodecError(f"block {number} of the archive is damaged: it ends inside a word")
@@ -260,11 +279,16 @@ class Archive:
             first = entries[members[0]]
             size = first.height, first.width
             x = self.codec.pop(len(members), size, stack, recorded, padded=self._padded)
-            for i, picture in zip(members, x.split(1), strict=True):
-                picture = picture[:, : entries[i].channels].contiguous()
-                if zlib.crc32(picture.numpy().tobytes()) != entries[i].crc:
-                    raise CodecError(f"{entries[i].name} {CHANGED}")
-                yield entries[i].name, picture
+            yield from self._named(entries, members, x)
+
+    @staticmethod
+    def _named(entries: Sequence[Entry], members: Sequence[int], x: Tensor) -> Iterator[Named]:
+        """Yield the pictures of a group, checked."""
+        for i, picture in zip(members, x.split(1), strict=True):
+            picture = picture[:, : entries[i].channels].contiguous()
+            if zlib.crc32(picture.numpy().tobytes()) != entries[i].crc:
+                raise CodecError(f"{entries[i].name} {CHANGED}")
+            yield entries[i].name, picture
 
 
 def read_fingerprint(data: bytes) -> bytes:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from selfvae.codec.container import read_header
+from selfvae.codec.picture import read_header
 from selfvae.codec.progressive import Codec
 from selfvae.data.pictures import LOSSLESS, Options, encode, encode_lossless, from_image, to_image
 from selfvae.files import write_atomic

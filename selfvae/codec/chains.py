@@ -27,6 +27,7 @@ from selfvae.codec.container import CodecError, Reader, varint
 from selfvae.codec.exact import ExactNetwork, Steps
 from selfvae.codec.symbols import Ints, Mixture, SlotDecoder, SlotEncoder, Tables, tables
 from selfvae.distributions.pixels import param_count
+from selfvae.hub import known_answer
 from selfvae.level import Level
 from selfvae.model import SelfVAE
 from selfvae.nn.integer import check_exact
@@ -41,6 +42,8 @@ _BAND = 1 << 14  # positions in a band; part of the format
 _JOINED = 1 << 12  # positions in the coarsest levels that share a stream; part of the format
 _STRIP = 1 << 16  # positions that a network sees at once
 _BEYOND = 2  # rows of blocks beyond a strip that a transform's estimate depends on
+
+_CHECKED: set[tuple[bytes, str]] = set()  # models and devices whose answer was right
 
 Coder = SlotEncoder | SlotDecoder
 Size = tuple[int, int]
@@ -76,7 +79,7 @@ def _checksum(*images: Tensor) -> int:
     """Return a checksum of 31 bits."""
     crc = 0
     for image in images:
-        crc = zlib.crc32(np.ascontiguousarray(image.numpy()), crc)
+        crc = zlib.crc32(image.contiguous().numpy().data, crc)
     return crc & 0x7FFFFFFF
 
 
@@ -202,7 +205,7 @@ class _LevelCoder:
         return torch.where(mask, 0, support.nearest().long())
 
     def _prediction(self, g: int, guess: Tensor | None, v: Tensor, steps: Steps, t: Tables) -> Ints:
-        """Return the estimates of a group's entries, in steps of the means: (n, C); see `Support.refine`."""
+        """Return estimates of a group's entries, in steps of the means: (n, C); see `Support.refine`."""
         b, _, channels, h, w = v.shape
         if guess is None:
             return np.full((b * h * w, channels), t.top << (t.bits - 1), np.int64)
@@ -222,12 +225,14 @@ class ChainCodec:
 
     Args:
         model: An integer model, frozen, in float32.
+        mark: Its fingerprint.
 
     Raises:
         ValueError: A network may exceed what float32 computes exactly.
+        CodecError: This machine computes another answer than the model's `answer`.
     """
 
-    def __init__(self, model: SelfVAE) -> None:
+    def __init__(self, model: SelfVAE, mark: bytes) -> None:
         self.model = model
         for k, level in enumerate(model.levels):
             try:
@@ -235,6 +240,26 @@ class ChainCodec:
             except ValueError as error:
                 raise ValueError(f"the network of y{k} cannot be used for files: {error}") from None
         self._levels = [_LevelCoder(level) for level in model.levels]
+        self._check_answer(mark)
+
+    def _check_answer(self, mark: bytes) -> None:
+        """Check once in a process that this machine computes the networks exactly."""
+        model, where = self.model, (mark, str(self.model.device))
+        if model.answer is None or where in _CHECKED:
+            return
+        networks = {coder.level: coder.network for coder in self._levels}
+
+        def evaluate(level: Level, context: Tensor) -> Tensor:
+            return torch.from_numpy(networks[level](context)).permute(0, 3, 1, 2)
+
+        found = known_answer(model, evaluate)
+        if found != model.answer:
+            raise CodecError(
+                f"this machine does not compute the networks exactly: {found} instead of {model.answer}. "
+                "Switch off what makes float32 convolutions inexact (TF32, bfloat16 or Winograd: unset "
+                "ONEDNN_DEFAULT_FPMATH_MODE and TORCH_ALLOW_TF32_CUBLAS_OVERRIDE), or use another device"
+            )
+        _CHECKED.add(where)
 
     def size(self, k: int, size: Size) -> Size:
         """Return the padded height and width of y[k], in pixels, for a picture of a size."""
@@ -294,9 +319,7 @@ class ChainCodec:
             if inside is not None:
                 level = self.model.levels[k]
                 support = level.transform.support(images[k + 1], level.spec)
-                entries = torch.where(
-                    support.split(inside), support.split(images[k]), support.nearest()
-                )
+                entries = torch.where(support.split(inside), support.split(images[k]), support.nearest())
                 images[k] = support.merge(entries)
         return images
 
@@ -378,7 +401,9 @@ class ChainCodec:
             self._together(k, known, size, encoder, images[k - first])
         stream = encoder.finish(_checksum(*images))
         if verify:
-            for again, y in zip(self.decode_together(stream, first, len(images[0]), size), images, strict=True):
+            for again, y in zip(
+                self.decode_together(stream, first, len(images[0]), size), images, strict=True
+            ):
                 _check_equal(again, y)
         return stream
 
@@ -401,6 +426,26 @@ class ChainCodec:
         if upto == first:
             decoder.finish(_checksum(*found))
         return found
+
+    def encode_batch(self, x: Tensor) -> bytes:
+        """Encode pictures of one size, uint8 (B, C, H, W), in one stream; a large one as `encode` does."""
+        size = x.shape[2], x.shape[3]
+        wide = x.expand(-1, self.model.spec.channels, -1, -1)
+        if len(x) == 1 and x[0, 0].numel() > _STRIP:
+            return _join([data for _, data in self.encode(wide, verify=False)])
+        return self.encode_together(self._images(wide, size), size, verify=False)
+
+    def decode_batch(self, data: bytes, n: int, size: Size) -> Tensor:
+        """Decode what `encode_batch` returned for n pictures: uint8 (n, C, H, W).
+
+        Raises:
+            CodecError: The data are damaged.
+        """
+        if n == 1 and math.prod(size) > _STRIP:
+            y = self.decode(_split(data, self.joined(size) + 1), size)[0]
+        else:
+            y = self.decode_together(data, 0, n, size)[0]
+        return y[:, :, : size[0], : size[1]]
 
     def _together(
         self, k: int, known: list[Tensor | None], size: Size, coder: Coder, y: Tensor | None

@@ -84,7 +84,9 @@ class _Convolution:
 
     def __call__(self, x: Floats) -> Floats:
         """Map (B, h, w, C) to (B, h, w, C'), not rounded."""
-        out = F.conv2d(torch.from_numpy(x).permute(0, 3, 1, 2), self.weight, self.bias, padding=self.padding)
+        out = F.conv2d(
+            torch.from_numpy(x).permute(0, 3, 1, 2), self.weight, self.bias, padding=self.padding
+        )
         return out.permute(0, 2, 3, 1).contiguous().numpy()
 
 
@@ -135,7 +137,10 @@ class ExactNetwork:
         self._layers = []
         for act, layer in zip(acts, block.layers, strict=False):
             inside = _Activation(layer[2])
-            wide, narrow = _Convolution(layer[1], act.step, _UNIT), _Convolution(layer[3], inside.step, _UNIT)
+            wide, narrow = (
+                _Convolution(layer[1], act.step, _UNIT),
+                _Convolution(layer[3], inside.step, _UNIT),
+            )
             self._layers.append((act, wide, inside, narrow))
         self._last = acts[-1]
         self._head = _Convolution(head, self._last.step, head.scale)

@@ -4,8 +4,9 @@ Pillow's WebP encoder runs in the calling thread only, and its output depends on
 alone. Whatever it writes, every later version reads.
 
 The smallest files take long: libwebp then tries all its transforms. On a busy machine that took 20 to 50 s
-of CPU time per megapixel of a photograph; the quick settings took 1 s for files 0 to 3% larger (8% for
-scanned text). Of some drawings quick files are the smaller ones, of a gradient by 5%, so both are tried.
+of CPU time per megapixel of a photograph; quick settings took 0.6 s for files 0 to 3% larger (8% for
+scanned text), and the quickest 0.15 s for files 3 to 7% larger. Of some drawings quick files are the
+smaller ones, of a gradient by 5%, so both are tried.
 `python -m benchmarks.pictures` measures it.
 """
 
@@ -24,7 +25,7 @@ from selfvae.data.pictures import encode, encode_lossless, from_image, to_image
 __all__ = ["WEBP_SIDE", "decode_pixels", "encode_alpha", "encode_pixels"]
 
 WEBP_SIDE = 16383  # pixels; no side of a WebP file is longer
-_QUICK = {"quality": 75, "method": 4}
+_EFFORTS = {"quality": 25, "method": 1}, {"quality": 75, "method": 4}
 _FORMATS = ("WEBP", "PNG")
 # what Pillow raises over broken files
 _BROKEN = (
@@ -33,20 +34,21 @@ _BROKEN = (
 )  # fmt: skip
 
 
-def encode_pixels(x: Tensor, quick: bool = False) -> bytes:
+def encode_pixels(x: Tensor, effort: int = 2) -> bytes:
     """Encode all channels as one lossless WebP file, or as PNG if a side is longer than WebP allows.
 
     WebP has no grey: it is stored as RGB, which costs next to nothing. Colours where alpha is 0 are kept.
 
     Args:
         x: uint8 (1, C, H, W), C = 1 to 4.
-        quick: Try quick settings only, which take a thirtieth of the time.
+        effort: 2 for the smallest file that is known how to make; 1 or 0 for one setting each, which takes
+            a thirtieth or a hundredth of the time.
     """
     picture = to_image(x[0])
     if max(x.shape[2:]) > WEBP_SIDE:
         return encode_lossless(picture, "PNG")
-    data = encode(picture, "WEBP", **_QUICK)
-    return data if quick else min(encode_lossless(picture, "WebP"), data, key=len)
+    data = encode(picture, "WEBP", **_EFFORTS[min(effort, 1)])
+    return data if effort < 2 else min(encode_lossless(picture, "WebP"), data, key=len)
 
 
 def encode_alpha(alpha: Tensor) -> bytes:

@@ -13,7 +13,8 @@ from typing import IO, Any
 
 from PIL import Image, ImageFile
 
-from selfvae.codec.container import MAGIC, CodecError, read_header
+from selfvae.codec.container import MAGIC, CodecError
+from selfvae.codec.picture import read_header
 from selfvae.codec.progressive import Codec
 from selfvae.data.pictures import from_image, to_image
 from selfvae.hub import find_writer, load

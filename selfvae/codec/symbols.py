@@ -1,10 +1,10 @@
-"""Entropy coding of mixtures in whole numbers: one symbol at a time, by asymmetric numeral systems (rANS).
+"""Entropy coding of mixtures in whole numbers, one symbol at a time: asymmetric numeral systems (rANS).
 
-A value v of a mixture occupies the slots C(v) .. C(v + 1) - 1 of 2^24, where C is the mixture's distribution
-function, from integer tables, plus v, so that every value has a slot. The encoder computes both ends, the
-decoder searches for v. The coder's state is a number from 2^31 to 2^63, which grows and shrinks by words of
-32 bits. It begins at 2^31 plus a checksum of 31 bits of the values: a decoder that ends elsewhere knows that
-the stream is damaged.
+A value v of a mixture occupies the slots C(v) .. C(v + 1) - 1 of 2^24, where C is the mixture's
+distribution function, from integer tables, plus v, so that every value has a slot. The encoder computes
+both ends, the decoder searches for v. The coder's state is a number from 2^31 to 2^63, which grows and
+shrinks by words of 32 bits. It begins at 2^31 plus a checksum of 31 bits of the values: a decoder that ends
+elsewhere knows that the stream is damaged.
 
 The loops are compiled (see `compiled`); without a compiler the same code runs, slowly, and gives the same
 bytes. All numbers stay below 2^63.
@@ -111,7 +111,9 @@ def tables(num_values: int, channels: int, components: int, anchored: bool, resi
         put(_TAIL, *(2**_MASS / (1 + (Decimal(i) / 2**_STEPS).exp()) for i in range(_FAR + 1)))
         put(_WEIGHTS, *(2**_MASS * (-Decimal(i) / 2 ** pixels.LOGIT[0]).exp() for i in range(256)))
         put(_INVERSES, *map(inverse, span))
-        put(_COEFFICIENTS, *(2**_COEFFICIENT * _tanh(Decimal(i) / 2 ** pixels.COEFFICIENT[0]) for i in span))
+        put(
+            _COEFFICIENTS, *(2**_COEFFICIENT * _tanh(Decimal(i) / 2 ** pixels.COEFFICIENT[0]) for i in span)
+        )
     array[_FALL : _FALL + _FAR] = -np.diff(array[_TAIL : _TAIL + _FAR + 1])
     # where (i + 1/2) / 1024 of a logistic's mass lies; only the speed depends on it
     share = (np.arange(1024) + 0.5) / 1024
@@ -120,8 +122,8 @@ def tables(num_values: int, channels: int, components: int, anchored: bool, resi
 
 
 # In the loops t is `Tables.array`, whose entries and sections these constants name; i is the number of a
-# position; c is scratch space, int64 (9, M), of whose rows the following constants are the names. Few arrays
-# are passed from function to function, and no parts of arrays: both would cost more than what is computed.
+# position; c is scratch space, int64 (8, M), whose rows the last constants name. Few arrays are passed from
+# function to function, and no parts of arrays: both would cost more than what is computed.
 
 _BITS, _TOP, _RESIDUAL, _CHANNELS, _COMPONENTS, _STEP = range(6)
 _TAIL, _FALL, _LOGIT, _WEIGHTS, _INVERSES, _COEFFICIENTS, _END = 8, 2056, 4104, 5128, 5384, 5896, 6408
@@ -151,7 +153,7 @@ def _edge(edge: int, mean: int, inverse: int, t: Any) -> int:
 
 @compiled
 def _slots(edge: int, lo: int, hi: int, weights: Any, i: int, c: Any, to: int, t: Any) -> int:
-    """Return the number of slots below the value `edge` of lo..hi + 1; the components' masses go to c[to]."""
+    """Return the number of slots below the value `edge` of lo..hi + 1; components' masses go to c[to]."""
     total, n = 0, hi + 1 - lo
     if n > t[_TOP]:
         if edge <= 0 or edge > t[_TOP]:
@@ -288,7 +290,7 @@ def _decode(
     rows: Any, at: int, channel: int, prediction: Any, values: Any, coded: Any, lo: Any, hi: Any,
     means: Any, weights: Any, t: Any, words: Any, state: Any,
 ) -> bool:  # fmt: skip
-    """Decode one channel's values; state: the coder's state and the next word. Return whether words last."""
+    """Decode one channel's values; state: of the coder, and the next word. Return whether words last."""
     c = np.zeros((8, t[_COMPONENTS]), np.int64)
     x, at_word = state[0], state[1]
     for i in range(len(rows)):
@@ -341,7 +343,7 @@ def _decode(
 
 @compiled
 def _push(slots: Any, state: int, words: Any) -> tuple[int, int]:
-    """Code slots (n, 2), last to first; return the state, and how many words were filled in from the end."""
+    """Code slots (n, 2), last to first; return the state, and how many words were filled in at the end."""
     x, used = state, 0
     for k in range(len(slots)):
         i = len(slots) - 1 - k

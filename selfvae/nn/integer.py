@@ -92,6 +92,7 @@ class IntegerConv(Conv):
 
     scale: Tensor
     limit: Tensor | None
+    powers: Tensor
 
     def __init__(
         self,
@@ -272,7 +273,7 @@ def check_exact(decoder: nn.Module) -> None:
 
 
 def freeze(model: nn.Module) -> None:
-    """Replace the parameters of all integer layers of a model by the rounded ones; again changes nothing."""
-    for module in model.modules():
-        if hasattr(module, "freeze"):
-            module.freeze()
+    """Replace the parameters of all integer layers by the rounded ones; doing it again changes nothing."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "freeze")]
+    for layer in layers:
+        layer.freeze()

@@ -148,7 +148,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 @contextmanager
 def data_dependent_init(module: nn.Module) -> Iterator[None]:
-    """Initialise every layer of a module that depends on data on its next forward pass, unless it has been."""
+    """Initialise all layers that need data on the module's next forward pass, unless they have been."""
     layers: list[Any] = [m for m in module.modules() if hasattr(m, "initialising")]
     layers = [layer for layer in layers if not bool(layer.initialised)]
     for layer in layers:

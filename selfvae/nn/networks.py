@@ -264,9 +264,12 @@ class Constant(nn.Module):
     def __init__(self, params: int, grid: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
         self.params = nn.Parameter(_HEAD_SCALE * torch.randn(params))
-        scale = None if grid is None else 2.0 ** grid[0]
+        scale = limit = None
+        if grid is not None:
+            scale = 2.0 ** grid[0]
+            limit = grid[1] / scale
         self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("limit", None if grid is None else grid[1] / scale, persistent=False)
+        self.register_buffer("limit", limit, persistent=False)
 
     def rounded(self) -> Tensor:
         """Return the parameters on their grid: (params,)."""

@@ -329,3 +329,13 @@ def test_rounding_makes_another_model_and_says_so(tmp_path: Path) -> None:
     text = (tmp_path / "half/README.md").read_text()
     assert hub.fingerprint(model).hex() in text and hub.fingerprint(half).hex() in text
     assert "Rounded" not in (tmp_path / "whole/README.md").read_text()
+
+
+def test_what_is_said_about_rounding_an_integer_model_is_so(tmp_path: Path) -> None:
+    """Its weights are rounded anyway, before they are written: float16 may change nothing more."""
+    options = {"width": 0.1, "backbone": "residual", "integer": True}
+    model = selfvae.build("selfvae-halve", "tiny", (3, 8, 8), **options)
+    model.initialise(torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8))
+    hub.save(model, tmp_path, half=True)
+    own, pushed = hub.fingerprint(model), hub.fingerprint(hub.load(tmp_path))
+    assert f"fingerprint {'stays' if own == pushed else 'is'} {pushed.hex()}" in hub.about_rounding(model)

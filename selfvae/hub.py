@@ -263,6 +263,7 @@ def load(path: str | Path) -> SelfVAE:
         raise ValueError(
             f"{folder}/model.safetensors is damaged or not of the model in config.json: {error}"
         ) from None
+    model.answer = config.get("answer")
     return model.eval()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import nn
 
 from selfvae.distributions.pixels import param_count, param_grid
 from selfvae.distributions.priors import TOP_PRIORS, FlowPrior, MixturePrior, ResidualFlowPrior
+from selfvae.hints import unknown
 from selfvae.level import Level
 from selfvae.model import SelfVAE
 from selfvae.nn.layers import ACTIVATIONS, BACKBONES
@@ -74,9 +74,7 @@ def transform(name: str) -> Transform:
 def _choose(name: str, table: Mapping[str, Any], kind: str) -> Any:
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(name, table, 1)
-    hint = f": did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown {kind} {name!r}{hint} (known: {', '.join(table)})")
+    raise ValueError(unknown(kind, name, table))
 
 
 # names that fields had in model folders and checkpoints of format 1

@@ -39,9 +39,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     from selfvae.cli.commands import COMMANDS, load
-    from selfvae.cli.names import unknown
     from selfvae.cli.parsing import overview, parse
     from selfvae.cli.settings import expand, import_modules
+    from selfvae.hints import unknown
 
     words = import_modules(words)
     name = words[0] if words else "--help"

@@ -1,12 +1,12 @@
-"""Names that the command line knows without torch, and what was probably meant by an unknown one."""
+"""Names that the command line knows without torch."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["PRESETS", "SIZES", "bundled", "check_model", "check_preset", "unknown"]
+from selfvae.hints import unknown
+
+__all__ = ["PRESETS", "SIZES", "bundled", "check_model", "check_preset"]
 
 SIZES = ("tiny", "small", "paper")
 
@@ -33,15 +33,6 @@ _MODELS = Path(__file__).parents[1] / "models"
 def bundled() -> list[str]:
     """The names of the bundled models."""
     return sorted(file.parent.name for file in _MODELS.glob("*/config.json"))
-
-
-def unknown(kind: str, name: str, known: Iterable[str], otherwise: str = "") -> str:
-    """A message about an unknown name, with the nearest known one."""
-    known = list(known)
-    longer = [word for word in known if len(name) > 2 and word.startswith(name)]
-    near = longer or difflib.get_close_matches(name, known, 1)
-    hint = f": did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind} {name!r}{hint} ({otherwise or 'known: ' + ', '.join(known)})"
 
 
 def check_model(model: Path) -> None:

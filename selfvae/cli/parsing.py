@@ -6,8 +6,10 @@ A parameter whose type is a dataclass of settings stands for that dataclass's fi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import io
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 
 from selfvae.cli.commands import GROUPS
 from selfvae.cli.flags import GROUPS as HEADINGS
-from selfvae.cli.names import unknown
+from selfvae.hints import unknown
 
 __all__ = ["Flag", "flags_of", "overview", "parse"]
 
@@ -138,7 +140,7 @@ def check_flags(name: str, flags: list[Flag], words: list[str]) -> None:
 def parse(function: Callable[..., int | None], name: str, words: list[str]) -> Callable[[], int | None]:
     """The call of a command that the words of a command line stand for.
 
-    Raises ValueError for an unknown flag, SystemExit after --help or a message about the words.
+    Raises ValueError for an unknown flag, a missing one or a wrong value, SystemExit after --help.
     """
     flags = flags_of(function)
     check_flags(name, flags, words)
@@ -146,13 +148,35 @@ def parse(function: Callable[..., int | None], name: str, words: list[str]) -> C
 
     form, titles = _form(flags)
     about = f"{_description(function.__doc__ or '')}\n\n{_EVERYWHERE}"
-    found: object = tyro.cli(
-        form, args=words, prog=f"selfvae {name}", description=about, config=(tyro.conf.DisallowNone,)
-    )
+    options = (tyro.conf.DisallowNone,)
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            found: object = tyro.cli(
+                form, args=words, prog=f"selfvae {name}", description=about, config=options
+            )
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        raise ValueError(f"{_one_line(told.getvalue())} (selfvae {name} --help)") from None
     values = {
         f.name: getattr(getattr(found, titles[f.name]) if titles[f.name] else found, f.name) for f in flags
     }
     return partial(function, **_arguments(function, flags, values))
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a box, with or without vertical lines: title, message, rule, advice."""
+    lines = [line.strip("│|").rstrip() for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if re.search("[─-]{5}", line)]
+    part = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
+    left = len(part[0]) - len(part[0].lstrip()) if part else 0
+    if part and part[0].strip().startswith("Missing from"):
+        # then the flags, and their help further to the right
+        flags = [line.strip() for line in part[1:] if re.match(rf" {{{left + 4}}}\S", line)]
+        return "missing " + ", ".join(flags)
+    text = " ".join(" ".join(part).split())
+    return text[:1].lower() + text[1:].rstrip(".")
 
 
 def _arguments(

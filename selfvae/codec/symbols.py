@@ -115,8 +115,9 @@ def tables(num_values: int, channels: int, components: int, anchored: bool, resi
             _COEFFICIENTS, *(2**_COEFFICIENT * _tanh(Decimal(i) / 2 ** pixels.COEFFICIENT[0]) for i in span)
         )
     array[_FALL : _FALL + _FAR] = -np.diff(array[_TAIL : _TAIL + _FAR + 1])
-    # where (i + 1/2) / 1024 of a logistic's mass lies; only the speed depends on it
+    # where (i + 1/2) / 1024 of a logistic's mass lies, and scales; only the speed depends on these
     share = (np.arange(1024) + 0.5) / 1024
+    array[_SCALES:_END] = (1 << (bits + _INVERSE)) // np.maximum(array[_INVERSES:_COEFFICIENTS], 1)
     array[_LOGIT:_WEIGHTS] = np.round(np.log(share / (1 - share)) * 2**_ARGUMENT)
     return Tables(array, bits, num_values - 1, channels, components)
 
@@ -126,7 +127,9 @@ def tables(num_values: int, channels: int, components: int, anchored: bool, resi
 # function to function, and no parts of arrays: both would cost more than what is computed.
 
 _BITS, _TOP, _RESIDUAL, _CHANNELS, _COMPONENTS, _STEP = range(6)
-_TAIL, _FALL, _LOGIT, _WEIGHTS, _INVERSES, _COEFFICIENTS, _END = 8, 2056, 4104, 5128, 5384, 5896, 6408
+_TAIL, _FALL, _LOGIT, _WEIGHTS, _INVERSES, _COEFFICIENTS, _SCALES, _END = (
+    8, 2056, 4104, 5128, 5384, 5896, 6408, 6920,
+)  # fmt: skip
 _MEANS, _INV, _UNDER, _INSIDE, _BELOW, _ABOVE, _PARTS, _OLD = range(8)
 
 
@@ -135,7 +138,7 @@ def _mass(middle: int, mean: int, inverse: int, t: Any) -> int:
     """Return 2^30 times a logistic's mass below `middle`, in steps of the means."""
     x = ((middle - mean) * inverse) >> (t[_BITS] + _INVERSE - _ARGUMENT)
     far = min(abs(x), _FAR << (_ARGUMENT - _STEPS))
-    i = far >> (_ARGUMENT - _STEPS)
+    i = (far >> (_ARGUMENT - _STEPS)) & 2047  # the mask tells the compiler that i is not negative
     rest = far & ((1 << (_ARGUMENT - _STEPS)) - 1)
     tail = t[_TAIL + i] - ((t[_FALL + i] * rest) >> (_ARGUMENT - _STEPS))
     return tail if x < 0 else (1 << _MASS) - tail
@@ -193,12 +196,12 @@ def _components(
         mean = prediction[i, channel] + ((rows[i, at_mean + m] * t[_STEP] + (1 << (_REACH - 1))) >> _REACH)
         means[i, channel, m] = mean
         for j in range(channel):
-            coefficient = t[_COEFFICIENTS + 255 + rows[i, at_pair + j * n + m]]
+            coefficient = t[_COEFFICIENTS + ((255 + rows[i, at_pair + j * n + m]) & 511)]
             centre = means[i, j, m] if residual else t[_TOP] << (t[_BITS] - 1)
             known = (values[i, j] << t[_BITS]) - centre
             mean += (coefficient * known + (1 << (_COEFFICIENT - 1))) >> _COEFFICIENT
         c[_MEANS, m] = min(max(mean, -_FARTHEST), _FARTHEST)
-        c[_INV, m] = t[_INVERSES + 255 + rows[i, at_scale + m]]
+        c[_INV, m] = t[_INVERSES + ((255 + rows[i, at_scale + m]) & 511)]
         if hi - lo < t[_TOP]:
             c[_UNDER, m] = _edge(lo, c[_MEANS, m], c[_INV, m], t)
             c[_INSIDE, m] = _edge(hi + 1, c[_MEANS, m], c[_INV, m], t) - c[_UNDER, m]
@@ -269,13 +272,14 @@ def _find(
 
 
 @compiled
-def _guess(slot: int, weights: Any, i: int, c: Any, lo: int, hi: int, t: Any) -> int:
+def _guess(slot: int, rows: Any, at: int, weights: Any, i: int, c: Any, lo: int, hi: int, t: Any) -> int:
     """Return a value near which that slot probably lies: of the heaviest component's distribution."""
     best = 0
     for m in range(weights.shape[1]):
         if weights[i, m] > weights[i, best]:
             best = m
-    distance = (t[_LOGIT + (slot >> (_SLOTS - 10))] << (t[_BITS] + _INVERSE - _ARGUMENT)) // c[_INV, best]
+    scale = t[_SCALES + ((255 + rows[i, at + best]) & 511)]
+    distance = (t[_LOGIT + (slot >> (_SLOTS - 10))] * scale) >> _ARGUMENT
     return min(max((c[_MEANS, best] + distance + (1 << (t[_BITS] - 1))) >> t[_BITS], lo), hi)
 
 
@@ -292,6 +296,7 @@ def _decode(
 ) -> bool:  # fmt: skip
     """Decode one channel's values; state: of the coder, and the next word. Return whether words last."""
     c = np.zeros((8, t[_COMPONENTS]), np.int64)
+    at_scale = at + (1 + t[_CHANNELS] + channel) * t[_COMPONENTS]
     x, at_word = state[0], state[1]
     for i in range(len(rows)):
         a, b = lo[i], hi[i]
@@ -303,7 +308,7 @@ def _decode(
             continue
         slot = x & ((1 << _SLOTS) - 1)
         # find the value with first <= slot < end: in growing steps from a guess, then by halving
-        value, step = _guess(slot, weights, i, c, a, b, t), 1
+        value, step = _guess(slot, rows, at_scale, weights, i, c, a, b, t), 1
         first = _slots(value, a, b, weights, i, c, _BELOW, t)
         beyond, end = value, first
         if first <= slot:

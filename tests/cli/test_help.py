@@ -200,11 +200,31 @@ def test_unknown_words(
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_and_wrong_values(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train"]) == 2
-    assert "--out" in capsys.readouterr().err
-    assert main(["train", "--out", "x", "--steps", "many"]) == 2
-    assert "--steps" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train", "missing --out PATH (selfvae train --help)"),
+        ("compress", "missing IN, OUT (selfvae compress --help)"),
+        ("compress a.png", "missing OUT (selfvae compress --help)"),
+        (
+            "train --out x --steps many",
+            "--steps: invalid literal for int() with base 10: 'many' (selfvae train",
+        ),
+        (
+            "train --out x --size big",
+            "'big' for argument '--size'. Expected one of ('tiny', 'small', 'paper') (",
+        ),
+        ("compress a.png a.svae b.svae", "unrecognized options: b.svae (selfvae compress --help)"),
+    ],
+)
+def test_missing_and_wrong_values(
+    line: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line each, however narrow the terminal is."""
+    monkeypatch.setenv("COLUMNS", "50")
+    assert main(line.split()) == 2
+    told = capsys.readouterr()
+    assert message in told.err and told.err.count("\n") == 1 and not told.out
 
 
 def test_ctrl_c_ends_with_one_line(tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def encode(
         code_levels: Codes grey or RGB with the model; without, the file contains WebP.
         fingerprint: Of the model, 8 bytes.
         num_values: Values per channel.
-        decode_levels: Decodes them; if given, a file written with the model is decoded and compared.
+        decode_levels: Decodes them; if given, a file written with the model is decoded and compared. (Alpha
+            and WebP are in any case.)
         thorough: Always write the smallest WebP file that is known how to make. If false, quickly written
             ones are compared first, and the model's file is taken if it is clearly smaller than these; the
             bound of 64 bytes then rests on the experience in `_clearly_smaller`.
@@ -117,7 +118,10 @@ def _coded(
     colours = x[:, :-1] if header.has_alpha else x
     parts = [PicturePart(Kind.LEVEL, data, k) for k, data in code_levels(colours.contiguous())]
     if header.has_alpha:
-        parts[-1:-1] = [PicturePart(Kind.ALPHA, encode_alpha(x[:, -1:]))]
+        alpha = encode_alpha(x[:, -1:])
+        if not torch.equal(decode_pixels(alpha, 1, header.height, header.width), x[:, -1:]):
+            raise CodecError("alpha came back changed: please report this, with the picture")
+        parts[-1:-1] = [PicturePart(Kind.ALPHA, alpha)]
     h = header
     return write(PictureHeader(fingerprint, h.channels, h.num_values, h.height, h.width), [*first, *parts])
 

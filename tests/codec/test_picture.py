@@ -87,18 +87,20 @@ def test_the_slow_encoder_is_spared_where_the_model_is_better(
 ) -> None:
     calls = []
 
-    def pixels(x: Tensor, quick: bool = False) -> bytes:
-        calls.append(quick)
+    def pixels(x: Tensor, effort: int = 2) -> bytes:
+        calls.append(effort)
         return bytes(1000)
 
     monkeypatch.setattr("selfvae.codec.picture.encode_pixels", pixels)
-    x = _random(3)
-    for size, tried in ((800, [True]), (900, [True, False])):
-        encode(x, None, lambda x, n=size: [(0, bytes(n))], MODEL, quick_margin=0.15)
+    few, many = torch.zeros(1, 3, 9, 9).byte(), torch.zeros(1, 3, 64, 64).byte()  # over, under 2 bits
+    for x, size, tried in (
+        (few, 800, [0]), (few, 920, [0, 1]), (few, 960, [0, 1, 2]), (many, 700, [0]), (many, 820, [0, 2]),
+    ):  # fmt: skip
+        encode(x, None, lambda x, n=size: [(0, bytes(n))], MODEL, thorough=False)
         assert calls == tried
         calls.clear()
-    encode(x, None, lambda x: [(0, bytes(10))], MODEL)
-    assert calls == [False]
+    encode(few, None, lambda x: [(0, bytes(10))], MODEL)
+    assert calls == [2]
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -106,8 +108,8 @@ def test_smaller_versions_and_truncated_files(channels: int) -> None:
     x = _random(channels)
     coded, stored = _files(x)
     assert torch.equal(decode(coded, decode_levels, 1)[0], x[..., ::2, ::2])
-    with pytest.raises(CodecError, match="holds y1, y0; got 'y2'"):
-        decode(coded, decode_levels, 2)
+    with pytest.raises(CodecError, match="holds y2, y0; got 'y1'"):
+        decode(encode(x, None, lambda x: [(2, b"a"), (0, b"b")], MODEL), decode_levels, 1)
     with pytest.raises(CodecError, match=f"needs the model {MODEL.hex()}"):
         decode(coded)
     end = dict(read_header(coded).ends())["y1"]

@@ -36,7 +36,7 @@ from selfvae.progress import Track, no_progress
 from selfvae.transforms import Support
 from selfvae.transforms.base import round_up
 
-__all__ = ["ChainCodec"]
+__all__ = ["ChainCodec", "side_by_side"]
 
 _BAND = 1 << 14  # positions in a band; part of the format
 _JOINED = 1 << 12  # positions in the coarsest levels that share a stream; part of the format
@@ -305,7 +305,7 @@ class ChainCodec:
         ]
         jobs.append((joined, lambda: [self.encode_together(images[joined:], size, verify)]))
         streams: dict[int, list[bytes]] = {k: [] for k in range(joined + 1)}
-        with _side_by_side(threads) as run:
+        with side_by_side(threads) as run:
             for (k, _), found in zip(jobs, run([job for _, job in jobs], track, "pixels"), strict=True):
                 streams[k] += found
         return [(k, _join(streams[k])) for k in reversed(range(joined + 1))]
@@ -478,7 +478,7 @@ class ChainCodec:
         joined, threads = self.joined(size), torch.get_num_threads()
         coarse = self.decode_together(parts[0], joined, 1, size, upto)
         images = dict(enumerate(coarse, len(self._levels) - len(coarse)))
-        with _side_by_side(threads) as run:
+        with side_by_side(threads) as run:
             for k, data in zip(reversed(range(upto, joined)), parts[1:], strict=False):
                 grid, spec = self._grid(k, size), self.model.levels[k].spec
                 streams, bands = _split(data, len(grid.bands())), grid.bands()
@@ -512,7 +512,7 @@ def _split(data: bytes, n: int) -> list[bytes]:
 
 
 @contextmanager
-def _side_by_side(threads: int) -> Iterator[Callable[[Sequence[Callable[[], T]], Track, str], Iterator[T]]]:
+def side_by_side(threads: int) -> Iterator[Callable[[Sequence[Callable[[], T]], Track, str], Iterator[T]]]:
     """Yield a function that does jobs in threads and yields their results in order, showing progress."""
     if threads < 2:
         yield lambda jobs, track, text: (job() for job in track(jobs, text))

@@ -204,7 +204,7 @@ def _is_half(value: Tensor, model: SelfVAE) -> bool:
 
 def about_rounding(model: SelfVAE) -> str:
     """A sentence or two on what rounding a model's weights to float16 does to its compressed files."""
-    rounded = copy.deepcopy(_frozen(model))
+    rounded = copy.deepcopy(frozen(model))
     for value in unique_state_dict(rounded).values():
         if value.is_floating_point():
             value.data.copy_(value.half())

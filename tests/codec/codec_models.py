@@ -172,18 +172,23 @@ INTEGER: dict[str, dict[str, Any]] = {
     "quincunx": {"name": "selfvae-quincunx", "shared": True},
     "halve": {"name": "selfvae-halve", "components": 2},
     "grey-picture": {"name": "selfvae-quincunx", "image_shape": (1, 16, 16), "shared": True},
-    "raw": {"name": "selfvae-halve", "coefficients": "raw", "residual_mean": False, "activation": "hard_elu"},
+    "raw": {
+        "name": "selfvae-halve",
+        "coefficients": "raw",
+        "residual_mean": False,
+        "activation": "hard_elu",
+    },
     "few-values": {"name": "selfvae-halve", "num_values": 13, "activation": "clipped_relu"},
     "means": {"name": "selfvae", "transforms": ("mean2", "mean2")},
     "greyscale": {"name": "selfvae", "transforms": ("grey", "mean2")},
     "bits": {"name": "selfvae", "transforms": ("bits3",)},
     "unrelated": {"name": "selfvae", "transforms": ("mean2",), "consistent": False},
     "one-level": {"name": "vae"},
-}
+}  # fmt: skip
 
 
 def integer(name: str = "selfvae-halve", **options: Any) -> selfvae.SelfVAE:
-    """A small integer model whose weights are the same on every machine: whole numbers over powers of two."""
+    """A small integer model whose weights are the same everywhere: whole numbers over powers of 2."""
     how = {
         "image_shape": (3, 16, 16), "width": 0.04, "depth": 0.2, "components": 3, "latents": "none",
         "backbone": "residual", **options,

@@ -180,7 +180,7 @@ class _LevelCoder:
         n, everything = b * h * w, np.ones(b * h * w, np.bool_)
         bounds = np.zeros(n, np.int64), np.full(n, spec.max_value)
         for g, (rows, at) in enumerate(groups):
-            prediction = self._prediction(g, guess, v, steps, t)
+            prediction = self._prediction(support, g, guess, v, steps, t)
             values = np.ascontiguousarray(v[:, g].permute(0, 2, 3, 1).numpy()).reshape(n, -1)
             mixture = Mixture(rows, at, prediction, values, t)
             for c in range(spec.channels):
@@ -204,12 +204,19 @@ class _LevelCoder:
             return torch.zeros(shape, dtype=torch.long)
         return torch.where(mask, 0, support.nearest().long())
 
-    def _prediction(self, g: int, guess: Tensor | None, v: Tensor, steps: Steps, t: Tables) -> Ints:
+    def _prediction(
+        self, support: Support, g: int, guess: Tensor | None, v: Tensor, steps: Steps, t: Tables
+    ) -> Ints:
         """Return estimates of a group's entries, in steps of the means: (n, C); see `Support.refine`."""
         b, _, channels, h, w = v.shape
         if guess is None:
             return np.full((b * h * w, channels), t.top << (t.bits - 1), np.int64)
-        found = guess[:, g].permute(0, 2, 3, 1).numpy()
+        if support.truncates:  # exact but for one division, which IEEE 754 defines
+            unit = 1 << t.bits
+            refined = support.refine_group(guess.double() / unit, v, g)
+            found = torch.round(refined * unit).long().permute(0, 2, 3, 1).numpy()
+        else:
+            found = guess[:, g].permute(0, 2, 3, 1).numpy()
         if g and self.weights:
             misses = F.pad((v[:, 0] << t.bits) - guess[:, 0], (1, 0, 0, 1)).permute(0, 2, 3, 1).numpy()
             weights = steps[..., steps.shape[3] - self.weights :].reshape(b, h, w, 4, channels)

@@ -13,6 +13,7 @@ import torch
 
 if TYPE_CHECKING:
     from selfvae.codec import Codec
+    from selfvae.model import SelfVAE
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,24 @@ def codec() -> Codec:
     from selfvae.codec import Codec
 
     return Codec(fixed())
+
+
+@pytest.fixture(scope="session")
+def tiny_integer() -> SelfVAE:
+    """A small integer model, initialised and not trained."""
+    from selfvae import build
+
+    torch.manual_seed(0)
+    options = {"width": 0.06, "components": 3, "latents": "none", "backbone": "residual", "integer": True}
+    model = build("selfvae-halve", "tiny", image_shape=(3, 16, 16), **options)
+    model.initialise(torch.arange(4 * 3 * 256).view(4, 3, 16, 16).mul(7919).remainder(97).byte())
+    return model.eval()
+
+
+@pytest.fixture
+def never_webp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of integer models hold levels, however little the model knows of the picture."""
+    monkeypatch.setattr("selfvae.codec.picture._clearly_smaller", lambda *_: True)
 
 
 @pytest.fixture(scope="session")

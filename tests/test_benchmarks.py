@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cost, pictures, rates
+from benchmarks import codec, cost, pictures, rates
 from benchmarks.measure import flop_count, medians, peak_flops
+from selfvae import SelfVAE, save
+from selfvae.data.crops import photo
+from selfvae.data.pictures import write
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +59,27 @@ def test_pictures(name: str) -> None:
     found = pictures.measure(image.crop((20, 20, 68, 52)))
     assert found[".svae"] <= min(found["WebP"], found["quick"]) + 64 and found["PNG"] > 0
     assert pictures.table({name: found}).splitlines()[2].startswith(f"| {name} | ")
+
+
+def test_codec(tiny_integer: SelfVAE, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pillow_jxl")
+    save(tiny_integer, tmp_path / "model")
+    write(torch.from_numpy(photo("coffee", 2)[:, :64, :80].copy()), tmp_path / "in/a.png")
+    words = ["--models", str(tmp_path / "model"), "--threads", "1", "2", "--repeats", "2"]
+    codec.main([str(tmp_path / "in"), *words, "--out", str(tmp_path / "out")])
+    result = json.loads((tmp_path / "out/codec.json").read_text())
+    assert [(row["threads"], row["codec"]) for row in result["rows"]] == [
+        (n, name) for n in (1, 2) for name in ("model", "JPEG XL", "WebP")
+    ]
+    for row in result["rows"]:
+        assert row["subpixels"] == 64 * 80 * 3 and 0 < row["bytes"] < row["subpixels"]
+        assert row["compress"]["wall"] > 0 < row["decompress"]["cpu"]
+        assert ("checked" in row) == (row["codec"] == "model")
+    found = result["parts"]["model"]
+    assert found["network_gflop"] > 0 and min(found.values()) > 0
+    lines = (tmp_path / "out/codec.md").read_text().splitlines()
+    assert sum(line.startswith(("| 1 |", "| 2 |", "| model |")) for line in lines) == 7
+    assert "compress, MB/s" in capsys.readouterr().out
 
 
 def test_measures() -> None:

@@ -56,10 +56,17 @@ class _Readers:
         if model is None:
             self._device = distributed.launch(devices)
 
-    def of(self, mark: bytes) -> Codec:
-        """The codec for a file that carries this fingerprint; FileNotFoundError if no model has it."""
+    def of(self, mark: bytes) -> Codec | None:
+        """The codec for a file that carries this fingerprint; FileNotFoundError if no model has it.
+
+        None for a file that needs no model, unless one is named.
+        """
+        from selfvae.codec.format3 import NO_MODEL
+
         if self._named:
             return self._named  # which refuses the files of other models
+        if mark == NO_MODEL:
+            return None
         if mark not in self._found:
             from selfvae import hub
 
@@ -166,23 +173,39 @@ class _Decompress:
     def __call__(self, file: Path, target: Path) -> tuple[bytes, str]:
         from selfvae.codec import read_header, read_metadata
         from selfvae.data import pictures
+        from selfvae.transforms import ImageSpec
 
         kind, data = pictures.check_ending(target), file.read_bytes()
         header = read_header(data)
         codec, began = self.load().of(header.fingerprint), time.perf_counter()
-        with _progress(("decompressing",), file, header.height * header.width, codec) as bar:
-            try:
-                x = codec.decompress(data, self.upto, partial=self.partial, track=bar.track)
-            except ValueError as error:
-                raise ValueError(str(error).replace("partial=True", "--partial")) from None
+        try:
+            if codec is None:
+                x, spec = self._stored(data), ImageSpec(header.channels, header.num_values)
+            else:
+                with _progress(("decompressing",), file, header.height * header.width, codec) as bar:
+                    x = codec.decompress(data, self.upto, partial=self.partial, track=bar.track)
+                spec = codec.model.levels[int(self.upto[1:])].spec
+        except ValueError as error:
+            raise ValueError(str(error).replace("partial=True", "--partial")) from None
         seconds = time.perf_counter() - began
         metadata = read_metadata(data)
         if lost := metadata.lost(kind):
             note(f"{target}: {kind} files do not hold {', '.join(lost)} of this picture; .png does")
-        shown = pictures.show(x[0], codec.model.levels[int(self.upto[1:])].spec)
+        shown = pictures.show(x[0], spec)
         size = f"{x.shape[3]} x {x.shape[2]} pixels"
         line = f"{target}: {size}, {x.numel() / 1e6 / seconds:.3g} MB/s"
         return pictures.file_of(shown, target, metadata=metadata), line
+
+    def _stored(self, data: bytes) -> Tensor:
+        """The picture in a file that needs no model."""
+        from selfvae.codec import picture
+
+        if self.upto != "y0":
+            raise ValueError(
+                f"the file stores its pixels as WebP, without smaller versions: --upto {self.upto} needs "
+                "--model, which computes them"
+            )
+        return picture.decode(data, partial=self.partial)[0]
 
 
 def compress(
@@ -197,7 +220,9 @@ def compress(
 ) -> int:
     """Compress a picture losslessly, or every picture in a folder.
 
-    Only pixels are stored: palettes, EXIF data and colour profiles are not. EXIF orientation is applied.
+    What is kept depends on the model. With an integer model (selfvae train --integer): pixels, alpha,
+    colour profile, EXIF, XMP and the texts of PNG files. With any other model: pixels only, and pictures
+    with alpha are refused. Palettes become RGB, and EXIF orientation is applied to the pixels.
     Only the model that wrote a file can read it; decompress finds it by its fingerprint. Prints for each
     file its bytes before (and those of its raw pixels) and after, the ratio of file sizes, and the speed in
     MB/s (10^6 bytes of raw pixels per second).
@@ -209,7 +234,7 @@ def compress(
         verify: decode every file and compare it with the picture; takes twice as long.
         convert: reduce pictures with more than 8 bits per channel, with other colours than grey and RGB,
             with alpha or with several frames to 8-bit grey or RGB, instead of refusing them.
-        strip: drop metadata (colour profile, EXIF, XMP, texts) where the file format could hold them.
+        strip: drop metadata (colour profile, EXIF, XMP, texts), which only integer models keep.
         devices: number of GPUs or processes that share a folder's files.
         jobs: number of processes, each with one thread, that share a folder's files; 0 for one per core,
             or one in all if there is a GPU.
@@ -244,13 +269,16 @@ def decompress(
 ) -> int:
     """Restore the picture in a compressed file, or the pictures in all files of a folder.
 
+    Metadata in the file are written where the output format can hold them; .png holds all. Files whose
+    pixels are stored as WebP need no model.
+
     Args:
         source: .svae file, or a folder.
         out: picture file (.png and .webp are lossless), or a folder for them.
         model: the model that compressed the files. By default it is found by its fingerprint, among the
             bundled models and those in the folder that the environment variable SELFVAE_MODELS names.
         upto: stop at this level: y1, y2, ... is the exact smaller or greyer version of the picture, from
-            the first bytes of the file; y0 is the picture itself.
+            the first bytes of the file; y0 is the picture itself. Metadata are kept with all of them.
         partial: accept a truncated file and fill in what is missing with the most likely values.
         devices: number of GPUs or processes that share a folder's files.
         jobs: as for compress.
@@ -271,6 +299,8 @@ def pack(
     devices: int = 1,
 ) -> None:
     """Compress all pictures of a folder losslessly into one archive.
+
+    An archive holds names and pixels only, with any model: no alpha and no metadata.
 
     Args:
         source: folder of pictures; its sub-folders are included.
@@ -337,7 +367,10 @@ def unpack(
     from selfvae.data import pictures
 
     data = source.read_bytes()
-    archive = Archive(readers.of(read_fingerprint(data)), data)
+    reader = readers.of(read_fingerprint(data))
+    if reader is None:
+        raise ValueError(f"{source} is damaged: it names no model")
+    archive = Archive(reader, data)
     names = [entry.name for entry in archive.entries]
     if only is not None and only not in names:
         raise ValueError(f"{source} holds no picture {only!r}; it holds {', '.join(names[:5])}, ...")

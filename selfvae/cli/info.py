@@ -62,7 +62,10 @@ def _describe_model(model: Path, json: bool) -> None:
     own = {
         "parameters": sum(p.numel() for p in net.parameters()),
         "fingerprint": hub.fingerprint(net).hex(),
+        "file_format": 3 if net.config.integer else 2,
     }
+    if net.config.integer and net.answer:
+        own["known_answer"] = net.answer
     told = {"levels": levels} if json else {f"y{k}": line for k, line in enumerate(levels)}
     show({**config, **own, **told}, json)
 
@@ -71,12 +74,13 @@ def _describe_file(file: Path, json: bool) -> None:
     """What a compressed file says of itself, and the bytes of its parts."""
     if file.suffix.lower() == ".svaes":
         raise ValueError(f"{file} is an archive: selfvae unpack extracts its pictures")
-    from selfvae.codec import read_header
+    from selfvae.codec import read_header, read_metadata
 
     data = file.read_bytes()
     header = read_header(data)
     result: dict[str, object] = {
         "bytes": len(data),
+        "format": header.version,
         "height": header.height,
         "width": header.width,
         "channels": header.channels,
@@ -86,7 +90,10 @@ def _describe_file(file: Path, json: bool) -> None:
         "header_bytes": header.size,
         **{f"{part.name}_bytes": part.size for part in header.parts},
     }
-    missing = header.size + sum(part.size for part in header.parts) - len(data)
+    whole = header.size + sum(part.size for part in header.parts)
+    if kept := read_metadata(data[:whole]).names():
+        result["metadata"] = kept if json else ", ".join(kept)
+    missing = whole - len(data)
     if missing:
         result["missing_bytes" if missing > 0 else "extra_bytes"] = abs(missing)
     show(result, json)

@@ -47,6 +47,11 @@ def _tensor(data: bytes, mode: str) -> Tensor:
     return from_image(Image.open(io.BytesIO(data)).convert(mode))
 
 
+def _images(data: bytes) -> list[tuple[str, int]]:
+    """The images that prefixes of a file give before its end, and these prefixes' bytes."""
+    return [(name, end) for name, end in read_header(data).ends()[:-1] if name[0] == "y"]
+
+
 def lossless_sizes(image: Image.Image) -> dict[str, int]:
     """Bytes of a picture in every lossless format that Pillow can write here and that can hold it."""
     sizes = {}
@@ -78,8 +83,9 @@ def bench(
 
     Args:
         codec: Of the model to measure.
-        pictures: uint8 (1, C, H, W) each.
-        prefixes: Measure lossy formats and the prefixes of the codec's files as well.
+        pictures: uint8 (1, C, H, W) each, C = 1 or 3.
+        prefixes: Measure lossy formats and the prefixes of the codec's files as well. Which levels end in a
+            prefix depends on a picture's size; a file whose pixels are stored as WebP has none.
         track: Receives the pictures and the name of the activity, and yields the pictures.
 
     Returns:
@@ -116,8 +122,9 @@ class _Race:
         )
         self._count(_OURS, len(data), *seconds)
         if self.prefixes:
-            for setting, cut in read_header(data).ends()[:-1]:
-                self._add(_OURS, setting, cut, x, self.codec.decompress(data[:cut], partial=True))
+            for setting, cut in _images(data):
+                shown = self.codec.decompress(data[:cut], partial=True)
+                self._add(_OURS, setting, cut, x, shown)
         image = to_image(x[0])
         for name in list(self.lossless):
             try:

@@ -171,6 +171,11 @@ class Metadata:
             found["comment"] = self.text[0][1].encode()
         return found
 
+    def names(self) -> list[str]:
+        """Return the names of what there is, e.g. "colour profile", "EXIF"."""
+        values = {"colour profile": self.icc, "EXIF": self.exif, "XMP": self.xmp, "texts": self.text}
+        return [name for name, value in values.items() if value]
+
     def lost(self, kind: str) -> list[str]:
         """Return the names of what a file of that kind, as Pillow calls it, cannot hold."""
         written = kind in ("PNG", "WEBP", "TIFF", "JPEG", "AVIF")
@@ -181,8 +186,7 @@ class Metadata:
             "XMP": written and (kind != "JPEG" or fits[1]),
             "texts": kind == "PNG" or (kind == "JPEG" and self._is_comment()),
         }
-        values = {"colour profile": self.icc, "EXIF": self.exif, "XMP": self.xmp, "texts": self.text}
-        return [name for name, value in values.items() if value and not held[name]]
+        return [name for name in self.names() if not held[name]]
 
     def _is_comment(self) -> bool:
         """Whether the texts are one comment that a JPEG file can hold."""

@@ -284,10 +284,11 @@ class Page:
         file.write_bytes(data)
         return str(file)
 
-    def _picture(self, label: str, example: str, exact: bool = False) -> gr.File:
+    def _picture(self, label: str, example: str, exact: bool = False, alpha: bool = False) -> gr.File:
         """A box for a file, what is in it, and a button for a photograph that comes with scikit-image.
 
         exact: refuse at once what `pictures.read_exactly` refuses.
+        alpha: but take pictures with alpha.
         """
         file = _upload(label)
         take = gr.Button("or take an example", size="sm")
@@ -297,7 +298,8 @@ class Page:
         def look(file: _Upload | None) -> Image.Image | None:
             if file is None:
                 return None
-            return pictures.to_image(work.read(file.data, self.pixels, exact).pixels[0])
+            found = work.read(file.data, self.pixels, exact, alpha=alpha)
+            return pictures.to_image((found.channels() if alpha else found.pixels)[0])
 
         def example_file() -> str:
             x = torch.from_numpy(photo(example, 2))
@@ -358,7 +360,7 @@ class Page:
             gr.Markdown(_COMPRESS)
             with gr.Row():
                 with gr.Column(scale=1):
-                    file = self._picture("a picture", "coffee", exact=True)
+                    file = self._picture("a picture", "coffee", exact=True, alpha=work.keeps_alpha(codec))
                     go = self._go("Compress")
                     packed = _upload("or a .svae file, whole or truncated")
                     open_it = gr.Button("Open")

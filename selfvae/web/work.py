@@ -28,7 +28,7 @@ from selfvae.transforms.base import round_up
 
 __all__ = [
     "Gap", "Models", "Packed", "compress", "enhance", "generate",
-    "interpolate", "open_packed", "prefix", "read", "shares",
+    "interpolate", "keeps_alpha", "open_packed", "prefix", "read", "shares",
 ]  # fmt: skip
 
 _GAPS = ("photos-x2-v0", "photos-colour-v0", "photos-deband-v0")
@@ -93,7 +93,13 @@ class Models:
         return cls(gaps, codec, {path.name: model}, model if model.has_latents else None)
 
 
-def read(data: bytes, pixels: int, exact: bool = False, multiples: tuple[int, int] = (1, 1)) -> Picture:
+def read(
+    data: bytes,
+    pixels: int,
+    exact: bool = False,
+    multiples: tuple[int, int] = (1, 1),
+    alpha: bool = False,
+) -> Picture:
     """Read an uploaded picture, unless it is too large.
 
     Args:
@@ -101,6 +107,7 @@ def read(data: bytes, pixels: int, exact: bool = False, multiples: tuple[int, in
         pixels: height times width that it may have, checked before it is decoded.
         exact: refuse what `pictures.read_exactly` refuses.
         multiples: rows and columns that a model pads pictures to; the padding counts.
+        alpha: with `exact`, take pictures with alpha; without, refuse them.
 
     Raises:
         ValueError: if the file is empty, too large, or cannot be read.
@@ -108,6 +115,8 @@ def read(data: bytes, pixels: int, exact: bool = False, multiples: tuple[int, in
     if not data:
         raise ValueError("the file is empty: drop another one")
     _check_pixels(*pictures.picture_size(io.BytesIO(data)), pixels, multiples)
+    if exact and alpha:
+        return pictures.read(io.BytesIO(data), exact=True)
     if exact:
         return Picture(pictures.read_exactly(io.BytesIO(data)))
     return pictures.read(io.BytesIO(data))
@@ -191,8 +200,9 @@ def enhance(
 
 
 def _image(x: Tensor) -> Image.Image:
-    """A picture uint8 (1, C, h, w), in RGB."""
-    return to_image(to_rgb(x)[0])
+    """A picture uint8 (1, C, h, w), C = 1 to 4, in RGB, or RGBA where it has alpha."""
+    rgb = to_rgb(x)
+    return to_image((rgb if x.shape[1] % 2 else torch.cat([rgb, x[:, -1:]], 1))[0])
 
 
 # --- compress -----------------------------------------------------------------------------------------
@@ -241,8 +251,9 @@ def compress(codec: Codec, data: bytes, pixels: int, track: Track = no_progress)
     Raises:
         ValueError: if the picture is refused, as by `read` with `exact`.
     """
-    x = read(data, pixels, exact=True, multiples=codec.model.multiples[0]).pixels
-    packed = codec.compress(x, track=track)
+    picture = read(data, pixels, exact=True, multiples=codec.model.multiples[0], alpha=keeps_alpha(codec))
+    x, metadata = picture.channels(), picture.metadata if codec.format >= 3 else None
+    packed = codec.compress(x, metadata=metadata, track=track)
     for _ in track(range(1), "other formats"):
         others = lossless_sizes(to_image(x[0]))
     return Packed(packed, x, {"your file": len(data), **others})
@@ -259,8 +270,16 @@ def open_packed(codec: Codec, data: bytes, pixels: int) -> Packed:
     return Packed(data)
 
 
+def keeps_alpha(codec: Codec) -> bool:
+    """Whether files of this codec hold alpha and metadata."""
+    return codec.format >= 3
+
+
 def prefix(codec: Codec, file: Packed, part: float, track: Track = no_progress) -> tuple[Image.Image, str]:
-    """Decode a prefix of a file.
+    """Decode a prefix of a file, at least the first image in it.
+
+    The files of integer models may also hold metadata, alpha, or "pixels": the whole picture in one part,
+    stored as WebP.
 
     Args:
         codec: of the model that the file was made with.
@@ -274,26 +293,28 @@ def prefix(codec: Codec, file: Packed, part: float, track: Track = no_progress) 
     header = read_header(file.data)
     ends = header.ends()
     cut = round(part * len(file.data))
-    whole = [name for name, end in ends if end <= cut]
-    if not any(name[0] == "y" for name in whole):  # the least that is a picture
-        name, cut = next((name, end) for name, end in ends if name[0] == "y")
-        whole = [name]
-    exact = [name for name in whole if name[0] == "y"][-1]
-    if exact not in file.seen:
+    images = [("y0" if name == "pixels" else name, end) for name, end in ends if name[0] in "yp"]
+    cut = max(cut, images[0][1])  # the least that is a picture
+    exact = [name for name, end in images if end <= cut][-1]
+    alpha_too = all(end <= cut for name, end in ends if name == "alpha")
+    seen = exact if alpha_too else f"{exact} without alpha"
+    if seen not in file.seen:
         known = file.x if exact == "y0" else None
-        file.seen[exact] = (
+        file.seen[seen] = (
             codec.decompress(file.data[:cut], partial=True, track=track) if known is None else known
         )
-    x, (rows, cols) = file.seen[exact], codec.model.scale(int(exact[1:]))
+    x, (rows, cols) = file.seen[seen], codec.model.scale(int(exact[1:]))
     words = f"{cut:,} of {ends[-1][1]:,} bytes: "
     if exact == "y0":
-        words += f"{header.width} x {header.height} pixels, every one as it was."
+        words += f"{header.width} x {header.height} pixels, every one as it was"
+        words += "; they are stored as WebP, in one part." if ends[-1][0] == "pixels" else "."
     else:
         size = f"{-(-header.width // cols)} x {-(-header.height // rows)}"
         words += (
             f"of {header.width} x {header.height} pixels {size} are exact ({exact}), the rest is guessed"
         )
-        words += "." if file.x is None else f": {psnr(x, file.x).item():.1f} dB."
+        words += "" if alpha_too else ", alpha is missing"
+        words += "." if file.x is None else f": {psnr(x, file.x[:, : x.shape[1]]).item():.1f} dB."
     return _image(x), words
 
 

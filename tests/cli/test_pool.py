@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ import selfvae
 from selfvae import hub
 from selfvae.cli import main
 from selfvae.cli import pool as pools
-from selfvae.codec import picture
+from selfvae.codec import Codec
 from selfvae.data import pictures
 from selfvae.data.metadata import Metadata
 
@@ -107,25 +106,12 @@ def test_flags_that_exclude_each_other(tmp_path: Path, capsys: pytest.CaptureFix
         assert words in capsys.readouterr().err
 
 
-class Format3:
-    """What a codec of format 3 looks like to the commands."""
-
-    model = SimpleNamespace(levels=[SimpleNamespace(spec=selfvae.transforms.ImageSpec(3))])
-
-    def compress(self, x: torch.Tensor, *, metadata: Metadata, verify: bool, track: object) -> bytes:
-        assert verify
-        return picture.encode(x, metadata)
-
-    def decompress(self, data: bytes, upto: str, *, partial: bool, track: object) -> torch.Tensor:
-        return picture.decode(data, upto=int(upto[1:]), partial=partial)[0]
-
-
 @pytest.mark.parametrize("strip", [False, True])
 def test_metadata_and_alpha_are_kept_where_the_codec_takes_them(
-    strip: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("selfvae.cli.codec._codec", lambda *_: Format3())
-    monkeypatch.setattr("selfvae.web.work.shares", lambda _: {})
+    strip: bool, tiny_integer: selfvae.SelfVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("selfvae.cli.codec._codec", lambda *_: Codec(tiny_integer))
     texts = PngInfo()
     texts.add_text("Title", "a title")
     x = torch.randint(0, 256, (4, 9, 7), dtype=torch.uint8)

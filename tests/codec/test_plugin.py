@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from codec_models import fixed
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import selfvae
@@ -15,9 +17,11 @@ from selfvae.cli import main
 from selfvae.codec import (
     Codec,
     CodecError,
+    pack,
     plugin,
     use,
 )
+from selfvae.data.crops import photo
 
 
 def test_pillow(codec: Codec, picture: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +49,117 @@ def test_pillow(codec: Codec, picture: Tensor, tmp_path: Path, monkeypatch: pyte
     plugin._codecs.clear()
     with pytest.raises(CodecError, match=r"needs the model .* call selfvae\.codec\.use\(model\)"):
         Image.open(tmp_path / "x.svae").load()
+
+
+@pytest.mark.usefixtures("never_webp")
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_pillow_with_an_integer_model(
+    mode: str, tiny_integer: selfvae.SelfVAE, picture: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin, "_codecs", {})
+    use(tiny_integer)
+    image = Image.fromarray(picture[0].permute(1, 2, 0).numpy())
+    if mode[-1] == "A":
+        image.putalpha(image.getchannel(0).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    image = image.convert(mode)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Artist] = 6, "somebody"
+    texts = PngInfo()
+    texts.add_text("Title", "a title")
+    png, file = io.BytesIO(), io.BytesIO()
+    image.save(png, "PNG", icc_profile=b"profile", exif=exif, pnginfo=texts)
+    opened = Image.open(png)
+    opened.save(file, "SVAE", xmp=b"<xmp/>")
+    again = Image.open(file)
+    assert (again.mode, again.size) == (mode, image.size)
+    assert again.info["icc_profile"] == b"profile" and again.info["xmp"] == b"<xmp/>"
+    assert again.info["Title"] == "a title" == again.text["Title"]
+    assert dict(again.getexif()) == {ExifTags.Base.Orientation: 6, ExifTags.Base.Artist: "somebody"}
+    assert again.tobytes() == image.tobytes()
+    once_more, changed = io.BytesIO(), Image.Exif()
+    changed[ExifTags.Base.Artist] = "another"
+    again.save(once_more, "SVAE", exif=changed, icc_profile=None)
+    last = Image.open(once_more)
+    assert dict(last.getexif()) == {ExifTags.Base.Artist: "another"} and "icc_profile" not in last.info
+    assert last.text == {"Title": "a title"} and last.tobytes() == image.tobytes()
+    with pytest.raises(OSError, match="cannot write mode CMYK .*L, LA, RGB or RGBA"):
+        image.convert("RGB").convert("CMYK").save(io.BytesIO(), "SVAE")
+
+
+def test_files_of_webp_pixels_need_no_model(
+    tiny_integer: selfvae.SelfVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(plugin, "_codecs", {})
+    use(tiny_integer)
+    flat = Image.new("RGBA", (40, 30), (10, 20, 30, 40))
+    flat.save(tmp_path / "flat.svae", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0")
+    monkeypatch.setattr(plugin, "_codecs", {})
+    monkeypatch.setattr(plugin, "load", lambda _: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("selfvae.hub.load", lambda _: pytest.fail("a model was loaded"))
+    assert Image.open(tmp_path / "flat.svae").tobytes() == flat.tobytes()
+    assert main(["decompress", str(tmp_path / "flat.svae"), str(tmp_path / "flat.png")]) == 0
+    assert Image.open(tmp_path / "flat.png").tobytes() == flat.tobytes()
+    assert main(["decompress", str(tmp_path / "flat.svae"), str(tmp_path / "a.png"), "--upto", "y1"]) == 2
+    assert "--upto y1 needs --model" in capsys.readouterr().err
+    assert main(["info", str(tmp_path / "flat.svae"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["format"] == 3 and told["metadata"] == ["EXIF"] and told["model"] == "none is needed"
+    monkeypatch.undo()
+    selfvae.save(tiny_integer, tmp_path / "model")
+    small = ["--upto", "y2", "--model", str(tmp_path / "model")]
+    assert main(["decompress", str(tmp_path / "flat.svae"), str(tmp_path / "a.png"), *small]) == 0
+    assert (Image.open(tmp_path / "a.png").mode, Image.open(tmp_path / "a.png").size) == ("RGBA", (20, 15))
+
+
+@pytest.mark.usefixtures("never_webp")
+def test_commands_with_an_integer_model(
+    tiny_integer: selfvae.SelfVAE, picture: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    selfvae.save(tiny_integer, tmp_path / "model")
+    own = ["--model", str(tmp_path / "model")]
+    assert main(["info", str(tmp_path / "model"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["integer"] and told["file_format"] == 3 and len(told["known_answer"]) == 16
+    image = Image.fromarray(picture[0].permute(1, 2, 0).numpy())
+    image.putalpha(100)
+    (tmp_path / "in").mkdir()
+    image.save(tmp_path / "in/a.png", icc_profile=b"profile")
+    for strip in ([], ["--strip"]):
+        assert main(["compress", str(tmp_path / "in/a.png"), str(tmp_path / "a.svae"), *own, *strip]) == 0
+        capsys.readouterr()
+        assert main(["info", str(tmp_path / "a.svae"), "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["channels"] == 4 and told["alpha_bytes"] > 0 and "y0_bytes" in told
+        assert told.get("metadata") == (None if strip else ["colour profile"])
+        assert main(["decompress", str(tmp_path / "a.svae"), str(tmp_path / "b.png"), *own]) == 0
+        again = Image.open(tmp_path / "b.png")
+        assert again.mode == "RGBA" and again.tobytes() == image.tobytes()
+        assert again.info.get("icc_profile") == (None if strip else b"profile")
+    capsys.readouterr()
+    assert main(["pack", str(tmp_path / "in"), str(tmp_path / "all.svaes"), *own]) == 2
+    assert "alpha channel" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"a\.png: archives hold no alpha"):
+        pack(Codec(tiny_integer), [("a.png", picture[:, [0, 1, 2, 0]])])
+    image.convert("RGB").save(tmp_path / "in/a.png")
+    image.convert("L").save(tmp_path / "in/b.png")
+    assert main(["pack", str(tmp_path / "in"), str(tmp_path / "all.svaes"), *own]) == 0
+    assert main(["unpack", str(tmp_path / "all.svaes"), str(tmp_path / "out"), *own]) == 0
+    for name in ("a.png", "b.png"):
+        one, two = Image.open(tmp_path / "in" / name), Image.open(tmp_path / "out" / name)
+        assert one.mode == two.mode and one.tobytes() == two.tobytes()
+
+
+@pytest.mark.usefixtures("never_webp")
+def test_prefixes_in_the_benchmark_of_formats(tiny_integer: selfvae.SelfVAE) -> None:
+    from selfvae.codec import bench, read_header
+
+    codec = Codec(tiny_integer)
+    x = torch.from_numpy(photo("coffee", 2)[None, :, :100, :160].copy())
+    names = [name for name, _ in read_header(codec.compress(x)).ends()]
+    assert names[-1] == "y0" and len(names) > 1
+    result = bench.bench(codec, [x])
+    assert [row["setting"] for row in result["lossy"]["selfvae"]] == names[:-1]
 
 
 def test_the_model_is_found_when_it_is_not_named(

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 import selfvae
-from selfvae.codec import Codec
+from selfvae.codec import Codec, read_header, read_metadata
 from selfvae.data.crops import photo
 from selfvae.data.pictures import encode, to_image
 from selfvae.transforms import Greyscale, MeanDownscale
@@ -107,6 +107,43 @@ def test_compression_and_its_prefixes(models: Models, x: torch.Tensor) -> None:
     assert torch.equal(pixels(image), pixels(work.prefix(codec, found, 0.5)[0]))
     with pytest.raises(ValueError, match="the picture has 52 x 40 pixels, too many"):
         work.open_packed(codec, found.data, 1000)
+
+
+@pytest.mark.usefixtures("never_webp")
+def test_an_integer_model_its_alpha_and_its_prefixes(tiny_integer: selfvae.SelfVAE) -> None:
+    codec = Codec(tiny_integer)
+    rgb = torch.from_numpy(photo("coffee", 2)[None, :, :100, :160].copy())
+    x = torch.cat([rgb, rgb[:, :1].flip(3)], 1)
+    file = encode(to_image(x[0]), icc_profile=b"profile")
+    found = work.compress(codec, file, PIXELS)
+    header = read_header(found.data)
+    names = [name for name, _ in header.ends()]
+    assert names[0] == "metadata" and names[-2:] == ["alpha", "y0"] and len(names) > 3
+    assert read_metadata(found.data).icc == b"profile"
+    seen = []
+    for end in [0, *(end for _, end in header.ends())]:
+        image, words = work.prefix(codec, found, end / len(found.data))
+        assert image.size == (160, 100)
+        seen.append((image.mode, "alpha is missing" in words, "guessed" in words))
+    first = [("RGB", True, True)] * (len(names) - 1)  # the last of them is without alpha still
+    assert seen == [*first, ("RGBA", False, True), ("RGBA", False, False)]
+    assert torch.equal(pixels(image), x) and words.endswith("every one as it was.")
+    opened = work.open_packed(codec, found.data, PIXELS)
+    assert torch.equal(pixels(work.prefix(codec, opened, 1.0)[0]), x)
+    grey = work.compress(codec, encode(to_image(x[0, [0, 3]])), PIXELS)
+    assert work.prefix(codec, grey, 1.0)[0].mode == "RGBA"
+    assert torch.equal(codec.decompress(grey.data), x[:, [0, 3]])
+
+
+def test_a_file_of_webp_pixels_has_one_part(tiny_integer: selfvae.SelfVAE) -> None:
+    codec = Codec(tiny_integer)
+    x = torch.full((1, 3, 30, 40), 7, dtype=torch.uint8)
+    found = work.compress(codec, png(x), PIXELS)
+    for part in (0.0, 0.5, 1.0):
+        image, words = work.prefix(codec, work.open_packed(codec, found.data, PIXELS), part)
+        assert torch.equal(pixels(image), x) and words.endswith("stored as WebP, in one part.")
+    with pytest.raises(ValueError, match="nothing can be shown"):
+        work.prefix(codec, work.open_packed(codec, found.data[:-5], PIXELS), 1.0)
 
 
 def test_generation_and_interpolation(models: Models, x: torch.Tensor) -> None:

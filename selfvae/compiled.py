@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import types
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 __all__ = ["compiled", "is_fast"]
@@ -27,6 +29,7 @@ R = TypeVar("R")
 
 PLAIN = False  # whether to run everything as plain Python; numba's own switch is NUMBA_DISABLE_JIT=1
 _log = logging.getLogger("selfvae")
+_lock = threading.RLock()
 
 
 @functools.cache
@@ -44,6 +47,12 @@ def _njit() -> Callable[..., Any] | None:
     return numba.njit
 
 
+@functools.cache
+def _announce() -> None:
+    """Say once per process why the first call takes seconds."""
+    _log.info("compiling loops for this processor; this takes some seconds once after the installation")
+
+
 def is_fast() -> bool:
     """Return whether marked functions are compiled, rather than run as plain Python."""
     return not PLAIN and _njit() is not None
@@ -55,17 +64,23 @@ class _Compiled:
     def __init__(self, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
         self.function = function
+        self._fast: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
         return self.function(*args) if PLAIN else self.fast(*args)
 
-    @functools.cached_property
+    @property
     def fast(self) -> Callable[..., Any]:
         """The compiled function; the plain one where numba is missing."""
+        if self._fast is None:
+            with _lock:
+                self._fast = self._fast or self._compile()
+        return self._fast
+
+    def _compile(self) -> Callable[..., Any]:
         njit = _njit()
         if njit is None:
             return self.function
-        _log.info("compiling %s with numba, unless it is kept from an earlier run", self.function.__name__)
         # numba must find its own objects under the names of other marked functions
         names = dict(self.function.__globals__)
         for name in self.function.__code__.co_names:
@@ -74,9 +89,13 @@ class _Compiled:
         own = types.FunctionType(self.function.__code__, names, self.function.__name__)
         own.__qualname__ = self.function.__qualname__
         try:
-            return njit(cache=True, nogil=True)(own)
+            fast = njit(cache=True, nogil=True)(own)
+            kept = any(Path(fast.stats.cache_path).glob(f"*.{own.__name__}-*.nbi"))
         except RuntimeError:  # no folder in which compiled code could be kept
-            return njit(nogil=True)(own)
+            fast, kept = njit(nogil=True)(own), False
+        if not kept:
+            _announce()
+        return fast
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:

@@ -5,6 +5,7 @@ Only the module of the command that was asked for is imported, and torch only on
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
 
     0, 1 if some files of a folder failed, 2 with a message for bad input, 130 if interrupted.
     """
+    logging.basicConfig(format="selfvae: %(message)s")
+    logging.getLogger("selfvae").setLevel(logging.INFO)
     with _interrupts() as came:
         try:
             return _run(sys.argv[1:] if argv is None else argv)

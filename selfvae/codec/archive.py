@@ -21,15 +21,17 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from selfvae.codec.ans import ANSCoder
+from selfvae.codec.chains import side_by_side
 from selfvae.codec.container import CHANGED, PADDED, CodecError, Reader, check_size, check_start, varint
 from selfvae.codec.progressive import Codec
 from selfvae.distributed import distributed_map
@@ -42,6 +44,7 @@ _TOGETHER = 1 << 18  # pixels that are computed at once; part of the format
 _INDEX = 1 << 24  # the largest length of an index, bytes
 
 Named = tuple[str, Tensor]
+Result = TypeVar("Result")
 
 
 class Entry(NamedTuple):
@@ -143,7 +146,7 @@ def pack(
         part = slice(start, start + block)
         return _pack_block(codec, entries[part], [x for _, x in named[part]])
 
-    blocks = distributed_map(packed_block, starts, track, "compressing")
+    blocks = _map(codec, packed_block, starts, track, "compressing")
     index = {
         "levels": codec.model.spec.num_values,
         "pictures": entries,
@@ -166,8 +169,22 @@ def pack(
                 if not torch.equal(x.cpu(), back):
                     raise CodecError(f"{name} came back changed: please report this, with the picture")
 
-        distributed_map(check, range(len(starts)), track, "checking")
+        _map(codec, check, range(len(starts)), track, "checking")
     return data
+
+
+def _map(
+    codec: Codec, task: Callable[[int], Result], items: Sequence[int], track: Track, text: str
+) -> list[Result]:
+    """Return a task's results for numbers, by all processes and, for integer models, in threads."""
+    threads = 1 if codec.chain is None else torch.get_num_threads()
+    together = [items[i : i + threads] for i in range(0, len(items), threads)]
+
+    def several(part: Sequence[int]) -> list[Result]:
+        with side_by_side(threads) as run:
+            return list(run([partial(task, item) for item in part], no_progress, text))
+
+    return list(itertools.chain.from_iterable(distributed_map(several, together, track, text)))
 
 
 def _check_pictures(codec: Codec, named: Sequence[Named]) -> list[Entry]:

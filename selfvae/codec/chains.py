@@ -36,7 +36,7 @@ from selfvae.progress import Track, no_progress
 from selfvae.transforms import Support
 from selfvae.transforms.base import round_up
 
-__all__ = ["ChainCodec"]
+__all__ = ["ChainCodec", "side_by_side"]
 
 _BAND = 1 << 14  # positions in a band; part of the format
 _JOINED = 1 << 12  # positions in the coarsest levels that share a stream; part of the format
@@ -180,7 +180,7 @@ class _LevelCoder:
         n, everything = b * h * w, np.ones(b * h * w, np.bool_)
         bounds = np.zeros(n, np.int64), np.full(n, spec.max_value)
         for g, (rows, at) in enumerate(groups):
-            prediction = self._prediction(g, guess, v, steps, t)
+            prediction = self._prediction(support, g, guess, v, steps, t)
             values = np.ascontiguousarray(v[:, g].permute(0, 2, 3, 1).numpy()).reshape(n, -1)
             mixture = Mixture(rows, at, prediction, values, t)
             for c in range(spec.channels):
@@ -204,12 +204,19 @@ class _LevelCoder:
             return torch.zeros(shape, dtype=torch.long)
         return torch.where(mask, 0, support.nearest().long())
 
-    def _prediction(self, g: int, guess: Tensor | None, v: Tensor, steps: Steps, t: Tables) -> Ints:
+    def _prediction(
+        self, support: Support, g: int, guess: Tensor | None, v: Tensor, steps: Steps, t: Tables
+    ) -> Ints:
         """Return estimates of a group's entries, in steps of the means: (n, C); see `Support.refine`."""
         b, _, channels, h, w = v.shape
         if guess is None:
             return np.full((b * h * w, channels), t.top << (t.bits - 1), np.int64)
-        found = guess[:, g].permute(0, 2, 3, 1).numpy()
+        if support.truncates:  # exact but for one division, which IEEE 754 defines
+            unit = 1 << t.bits
+            refined = support.refine_group(guess.double() / unit, v, g)
+            found = torch.round(refined * unit).long().permute(0, 2, 3, 1).numpy()
+        else:
+            found = guess[:, g].permute(0, 2, 3, 1).numpy()
         if g and self.weights:
             misses = F.pad((v[:, 0] << t.bits) - guess[:, 0], (1, 0, 0, 1)).permute(0, 2, 3, 1).numpy()
             weights = steps[..., steps.shape[3] - self.weights :].reshape(b, h, w, 4, channels)
@@ -305,7 +312,7 @@ class ChainCodec:
         ]
         jobs.append((joined, lambda: [self.encode_together(images[joined:], size, verify)]))
         streams: dict[int, list[bytes]] = {k: [] for k in range(joined + 1)}
-        with _side_by_side(threads) as run:
+        with side_by_side(threads) as run:
             for (k, _), found in zip(jobs, run([job for _, job in jobs], track, "pixels"), strict=True):
                 streams[k] += found
         return [(k, _join(streams[k])) for k in reversed(range(joined + 1))]
@@ -478,7 +485,7 @@ class ChainCodec:
         joined, threads = self.joined(size), torch.get_num_threads()
         coarse = self.decode_together(parts[0], joined, 1, size, upto)
         images = dict(enumerate(coarse, len(self._levels) - len(coarse)))
-        with _side_by_side(threads) as run:
+        with side_by_side(threads) as run:
             for k, data in zip(reversed(range(upto, joined)), parts[1:], strict=False):
                 grid, spec = self._grid(k, size), self.model.levels[k].spec
                 streams, bands = _split(data, len(grid.bands())), grid.bands()
@@ -512,7 +519,7 @@ def _split(data: bytes, n: int) -> list[bytes]:
 
 
 @contextmanager
-def _side_by_side(threads: int) -> Iterator[Callable[[Sequence[Callable[[], T]], Track, str], Iterator[T]]]:
+def side_by_side(threads: int) -> Iterator[Callable[[Sequence[Callable[[], T]], Track, str], Iterator[T]]]:
     """Yield a function that does jobs in threads and yields their results in order, showing progress."""
     if threads < 2:
         yield lambda jobs, track, text: (job() for job in track(jobs, text))

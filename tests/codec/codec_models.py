@@ -19,6 +19,7 @@ from selfvae.codec import (
 )
 from selfvae.codec.ans import ANSCoder
 from selfvae.codec.float64.quantization import SideInformation
+from selfvae.hub import frozen
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -162,3 +163,78 @@ def mixed_album(picture: Tensor) -> list[tuple[str, Tensor]]:
     album.insert(2, ("grey.png", picture[:, :1]))
     album += [("small.jpg", picture[:, :, :5, :7]), ("one.png", picture[:, :, :1, :1])]
     return [*album, ("grey small.png", picture[:, :1, :5, :7])]
+
+
+# --- integer models -----------------------------------------------------------------------------------
+
+# name: how the model is built; small, but with every kind of support, of groups and of parameters
+INTEGER: dict[str, dict[str, Any]] = {
+    "quincunx": {"name": "selfvae-quincunx", "shared": True},
+    "halve": {"name": "selfvae-halve", "components": 2},
+    "grey-picture": {"name": "selfvae-quincunx", "image_shape": (1, 16, 16), "shared": True},
+    "raw": {
+        "name": "selfvae-halve",
+        "coefficients": "raw",
+        "residual_mean": False,
+        "activation": "hard_elu",
+    },
+    "few-values": {"name": "selfvae-halve", "num_values": 13, "activation": "clipped_relu"},
+    "means": {"name": "selfvae", "transforms": ("mean2", "mean2")},
+    "greyscale": {"name": "selfvae", "transforms": ("grey", "mean2")},
+    "bits": {"name": "selfvae", "transforms": ("bits3",)},
+    "unrelated": {"name": "selfvae", "transforms": ("mean2",), "consistent": False},
+    "one-level": {"name": "vae"},
+}  # fmt: skip
+
+
+def integer(name: str = "selfvae-halve", **options: Any) -> selfvae.SelfVAE:
+    """A small integer model whose weights are the same everywhere: whole numbers over powers of 2."""
+    how = {
+        "image_shape": (3, 16, 16), "width": 0.04, "depth": 0.2, "components": 3, "latents": "none",
+        "backbone": "residual", **options,
+    }  # fmt: skip
+    model = selfvae.build(name, "tiny", **how, integer=True)
+
+    def whole(i: int, like: Tensor) -> Tensor:
+        n = torch.arange(like.numel()).view(like.shape) * 7919 + 104729 * (i + 1)
+        return (n % 255 - 127).to(like.dtype)
+
+    named = [*model.named_parameters(), *model.named_buffers()]
+    with torch.no_grad():
+        for i, (key, value) in enumerate(sorted(named)):
+            if key.endswith("initialised"):
+                value.fill_(True)
+            elif key.endswith("direction"):
+                fan_in = value[0].numel()
+                value.copy_(whole(i, value) * 2.0 ** -(7 + math.ceil(math.log2(fan_in) / 2)))
+                named_gain = dict(named)[key.removesuffix("direction") + "gain"]
+                named_gain.copy_(value.double().square().sum((1, 2, 3)).sqrt())
+            elif key.endswith("log_step"):
+                value.fill_(-4.0 - i % 3)
+            elif key.endswith(("bias", "code")):
+                value.copy_(whole(i, value) / 256)
+            elif key.endswith("params"):
+                value.copy_(whole(i, value) / 64)
+    return frozen(model).eval()
+
+
+@functools.cache
+def integer_codec(which: str = "quincunx") -> Codec:
+    """The codec of one of the models in `INTEGER`."""
+    return Codec(integer(**INTEGER[which]))
+
+
+def photo_like(height: int, width: int, channels: int = 3, num_values: int = 256, seed: int = 0) -> Tensor:
+    """Ramps, edges and noise, uint8 (1, C, H, W)."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, cols = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij")
+    base = 100 + 60 * torch.sin(rows / 9) + 40 * torch.cos(cols / 7) + 50 * ((rows + cols) % 40 > 25)
+    noise = 3 * torch.randn(channels, height, width, generator=generator)
+    x = base + 12 * torch.arange(channels).view(-1, 1, 1) + noise
+    return (x.clamp(0, 255) * (num_values / 256)).floor().byte()[None]
+
+
+def shaped(codec: Codec, height: int, width: int, seed: int = 0) -> Tensor:
+    """`photo_like` of a codec's channels and values."""
+    spec = codec.model.spec
+    return photo_like(height, width, spec.channels, spec.num_values, seed)

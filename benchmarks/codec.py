@@ -42,7 +42,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import selfvae
-from selfvae.codec import Codec, chains, exact, symbols
+from selfvae.codec import Codec, chains, exact, read_header, symbols
+from selfvae.codec.format3 import NO_MODEL
 from selfvae.data.pictures import ENDINGS, LOSSLESS, encode, encode_lossless, from_image, read, to_image
 from selfvae.files import below, write_atomic
 
@@ -114,7 +115,8 @@ def measure(
 
     Returns:
         A row per picture, number of threads and codec: {"picture", "threads", "codec", "subpixels",
-        "bytes", "compress": {"wall", "cpu"}, "decompress": ..., "checked": ... (models only)}, in seconds.
+        "bytes", "compress": {"wall", "cpu"}, "decompress": ..., "checked": ... (models only)}, in seconds;
+        "stored": True if a model's file stores the pixels as WebP.
 
     Raises:
         RuntimeError: A decoded picture differs from the original.
@@ -138,6 +140,8 @@ def measure(
                     wall, cpu = (statistics.median(kind) for kind in zip(*measured, strict=True))
                     times[what] = {"wall": wall, "cpu": cpu}
                 size = {"subpixels": x.numel(), "bytes": len(files[name])}
+                if not isinstance(codecs[name], _Format):
+                    size["stored"] = read_header(files[name]).fingerprint == NO_MODEL
                 rows.append({"picture": picture, "threads": n, "codec": name, **size, **times})
         print(f"{picture}: {', '.join(f'{k} {len(v):,} bytes' for k, v in files.items())}", flush=True)
     return rows
@@ -240,7 +244,7 @@ def table(result: dict[str, Any]) -> str:
     whats = ("compress", "checked", "decompress")
     lines = [
         f"{result['pictures']} pictures, {result['subpixels']:,} sub-pixels; medians of "
-        f"{result['repeats']} repeats per picture, summed; wall / CPU seconds, MB/s of wall time",
+        f"{result['repeats']} repeats per picture, summed; seconds, and MB/s, of wall time / CPU time",
         "",
         "| threads | | bytes | bits per sub-pixel | compress, s | with check, s | decompress, s | "
         "compress, MB/s | decompress, MB/s |",
@@ -254,9 +258,15 @@ def table(result: dict[str, Any]) -> str:
             if what in rows[0]
         }
         cells = [f"{sums[what][0]:.2f} / {sums[what][1]:.2f}" if what in sums else "" for what in whats]
-        speeds = [f"{n / 1e6 / sums[what][0]:.3g}" for what in ("compress", "decompress")]
+        speeds = [
+            " / ".join(f"{n / 1e6 / seconds:.3g}" for seconds in sums[what])
+            for what in ("compress", "decompress")
+        ]
         head = [str(threads), name, f"{size:,}", f"{8 * size / n:.3f}"]
         lines.append(f"| {' | '.join([*head, *cells, *speeds])} |")
+    if stored := [f"{row['codec']} of {row['picture']}" for row in result["rows"] if row.get("stored")]:
+        names = ", ".join(dict.fromkeys(stored))
+        lines += ["", f"These files store the pixels as WebP, which was smaller: {names}."]
     if result["parts"]:
         lines += [
             "",
@@ -300,7 +310,7 @@ def main(words: Sequence[str] | None = None) -> None:
         parser.error(f"{flags.folder} holds no pictures, or --threads, --repeats or --limit is below 1")
     pictures = {file.stem: read(file, exact=True).pixels for file in files}
     codecs: dict[str, Any] = {Path(name).name: Codec(selfvae.load(name)) for name in flags.models}
-    whole = {name: codec for name, codec in codecs.items() if codec.chain is not None}
+    exactly = {name: codec for name, codec in codecs.items() if codec.chain is not None}
     if not flags.no_others:
         import pillow_jxl  # noqa: F401 (registers JPEG XL)
 
@@ -311,7 +321,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "subpixels": sum(x.numel() for x in pictures.values()),
         "repeats": flags.repeats,
         "rows": measure(codecs, pictures, flags.threads, flags.repeats),
-        "parts": {name: parts(codec, pictures, flags.repeats) for name, codec in whole.items()},
+        "parts": {name: parts(codec, pictures, flags.repeats) for name, codec in exactly.items()},
     }
     print("\n" + table(result))
     if flags.out:

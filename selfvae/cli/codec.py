@@ -231,7 +231,8 @@ def compress(
         source: picture file, or a folder.
         out: file ending in .svae, or a folder for them.
         model: folder that selfvae train wrote, or a bundled model.
-        verify: decode every file and compare it with the picture; takes twice as long.
+        verify: decode every file and compare it with the picture; takes twice as long, with an integer
+            model less, since its networks need not be evaluated again.
         convert: reduce pictures with more than 8 bits per channel, with other colours than grey and RGB,
             with alpha or with several frames to 8-bit grey or RGB, instead of refusing them.
         strip: drop metadata (colour profile, EXIF, XMP, texts), which only integer models keep.

@@ -12,7 +12,7 @@ A convolution adds products of whole numbers. As long as the sum of their absolu
 summation, nor on instruction set, threads, batch size or memory layout. All other operations are products
 with powers of two or small whole numbers, rounding half to even, minimum and maximum, which IEEE 754
 defines exactly. Convolutions in TF32 with wider numbers, bfloat16, Winograd's or Fourier transforms are not
-exact: `codec.exact` checks a known answer before it uses a network.
+exact: `codec.chains` checks a known answer before it uses a network.
 
 Training computes forward exactly as here, and backward as if nothing were rounded (the straight-through
 estimator); the steps 2^-j are learnt.

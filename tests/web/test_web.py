@@ -308,6 +308,29 @@ def test_hostile_files_leave_the_server_alive(address: str, models: Models, tmp_
     assert get(address)[0] == 200
 
 
+@pytest.mark.usefixtures("never_webp")
+def test_the_page_takes_alpha_with_an_integer_model(
+    tiny_integer: selfvae.SelfVAE, tmp_path: Path, x: torch.Tensor
+) -> None:
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    client = pytest.importorskip("gradio_client")
+    from selfvae.web.page import served
+
+    for channels in ([0, 1, 2, 0], [0, 1]):
+        (tmp_path / f"{len(channels)}.png").write_bytes(encode(to_image(x[0, channels])))
+    models = Models((), Codec(tiny_integer), {"tiny": tiny_integer}, None)
+    with served(models, pixels=PIXELS, megabytes=1) as address:
+        page = client.Client(address, verbose=False)
+        for channels in ([0, 1, 2, 0], [0, 1]):
+            file = client.handle_file(tmp_path / f"{len(channels)}.png")
+            shown, _, words, packed, *_ = page.predict(file, api_name="/compress")
+            assert "every one as it was" in words
+            rgba = np.asarray(Image.open(shown).convert("RGBA"))
+            assert np.array_equal(rgba[..., 3], x[0, channels[-1]].numpy())
+            data = Path(packed if isinstance(packed, str) else packed["value"]).read_bytes()
+            assert torch.equal(Codec(tiny_integer).decompress(data), x[:, channels])
+
+
 def test_nothing_but_the_page_is_answered(address: str, tmp_path: Path) -> None:
     assert get(address, Origin="http://evil.example")[0] == 403
     assert get(address, Origin=address.rstrip("/"))[0] == 200

@@ -120,7 +120,7 @@ class IntegerConv(Conv):
         mantissa, exponent = torch.frexp(weight.detach().abs().amax((1, 2, 3)).float())
         over = torch.round(mantissa * (_LARGEST + 1)) > _LARGEST
         e = (7 - exponent - over.int()).clamp(-_SHIFTS, _SHIFTS)
-        return self.powers[(e + _SHIFTS).long()].view(-1, 1, 1, 1)
+        return self.powers.take((e + _SHIFTS).long()).view(-1, 1, 1, 1)
 
     def _normalised(self) -> Tensor:
         weight = super()._normalised()
@@ -200,7 +200,9 @@ class IntegerActivation(nn.Module):
     def step(self) -> Tensor:
         """2^-j, a scalar."""
         j = torch.round(self.log_step.detach()).clamp(-_STEPS[1], -_STEPS[0])
-        return self.powers[(j + _SHIFTS).long()].to(self.log_step.dtype)
+        return self.powers.take((j + _SHIFTS).long()).to(
+            self.log_step.dtype
+        )  # an index would be copied to the CPU
 
     def forward(self, x: Tensor) -> Tensor:
         if self.initialising:

@@ -116,11 +116,11 @@ class IntegerConv(Conv):
 
     def weight_scale(self, weight: Tensor) -> Tensor:
         """Return 2^e of each output channel for weights that are not rounded: (out_channels, 1, 1, 1)."""
-        # largest = mantissa 2^exponent exactly, with 0.5 <= mantissa < 1
-        mantissa, exponent = torch.frexp(weight.detach().abs().amax((1, 2, 3)).float())
-        over = torch.round(mantissa * (_LARGEST + 1)) > _LARGEST
-        e = (7 - exponent - over.int()).clamp(-_SHIFTS, _SHIFTS)
-        return self.powers[(e + _SHIFTS).long()].view(-1, 1, 1, 1)
+        # the largest e with n = largest 2^e < 127.5, by comparisons, which ONNX has too
+        largest = weight.detach().abs().amax((1, 2, 3)).float().view(-1, 1)
+        fits = (largest < (_LARGEST + 0.5) / self.powers.float()).sum(1)
+        at = torch.where(largest.view(-1) > 0, (fits - 1).clamp(min=0), _SHIFTS + 7)
+        return self.powers[at].view(-1, 1, 1, 1)
 
     def _normalised(self) -> Tensor:
         weight = super()._normalised()

@@ -135,6 +135,9 @@ class ExactNetwork:
             return
         head: Any = inner.head
         self._scale, self.params = head.scale, len(head.bias)
+        self.reach = sum(m.padding for m in inner.modules() if isinstance(m, IntegerConv))
+        if self.device.type != "cpu":
+            return
         self._limits = (head.limit * head.scale).view(-1).cpu().numpy()
         stem, first, block, last = cast("Any", inner.joint)
         acts = [_Activation(layer[0]) for layer in block.layers] + [_Activation(last)]
@@ -150,7 +153,6 @@ class ExactNetwork:
             self._layers.append((act, wide, inside, narrow))
         self._last = acts[-1]
         self._head = _Convolution(head, self._last.step, head.scale)
-        self.reach = sum(m.padding for m in inner.modules() if isinstance(m, IntegerConv))
 
     @torch.no_grad()
     def __call__(self, context: Tensor) -> Steps:

@@ -15,6 +15,7 @@ Source: Duda 2013; Salimans et al. 2017 (PixelCNN++), section 2.1, for the mixtu
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from decimal import Context, Decimal, localcontext
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ class Tables(NamedTuple):
 
     def weight(self, outputs: Params, x: Ints) -> Ints:
         """Return x times the coefficients that a network's outputs stand for, rounded; all of one shape."""
-        coefficient = self.array[outputs.astype(np.int64) + (_COEFFICIENTS + 255)]
+        coefficient = self.array[outputs.astype(np.int64) + (_COEFFICIENTS + 1023)]
         return (coefficient * x + (1 << (_COEFFICIENT - 1))) >> _COEFFICIENT
 
 
@@ -101,19 +102,20 @@ def tables(num_values: int, channels: int, components: int, anchored: bool, resi
         log_scale = min(floor + _softplus(scale - floor), top)
         return (-log_scale).exp() * 2**_INVERSE * half.denominator / half.numerator
 
-    def put(at: int, *values: Decimal) -> None:
-        array[at : at + len(values)] = [int(value.to_integral_value()) for value in values]
+    def put(at: int, values: Iterable[Decimal]) -> None:
+        whole = [int(value.to_integral_value()) for value in values]
+        array[at : at + len(whole)] = whole
 
-    array, span = np.zeros(_END, np.int64), range(-scale_steps, scale_steps + 1)
+    array = np.zeros(_END, np.int64)
     step = round(Fraction(str(reach)) * half * 2 ** (bits + _REACH) / 2 ** pixels.MEAN[0])
     array[:6] = bits, num_values - 1, residual, channels, components, step
+    logit_bits, (coefficient_bits, most) = pixels.LOGIT[0], pixels.COEFFICIENT
     with localcontext(Context(prec=50)):
-        put(_TAIL, *(2**_MASS / (1 + (Decimal(i) / 2**_STEPS).exp()) for i in range(_FAR + 1)))
-        put(_WEIGHTS, *(2**_MASS * (-Decimal(i) / 2 ** pixels.LOGIT[0]).exp() for i in range(256)))
-        put(_INVERSES, *map(inverse, span))
-        put(
-            _COEFFICIENTS, *(2**_COEFFICIENT * _tanh(Decimal(i) / 2 ** pixels.COEFFICIENT[0]) for i in span)
-        )
+        put(_TAIL, (2**_MASS / (1 + (Decimal(i) / 2**_STEPS).exp()) for i in range(_FAR + 1)))
+        put(_WEIGHTS, (2**_MASS * (-Decimal(i) / 2**logit_bits).exp() for i in range(256)))
+        put(_INVERSES, map(inverse, range(-scale_steps, scale_steps + 2)))
+        span = (Decimal(i) / 2**coefficient_bits for i in range(-most, most + 1))
+        put(_COEFFICIENTS, (2**_COEFFICIENT * _tanh(c) for c in span))
     array[_FALL : _FALL + _FAR] = -np.diff(array[_TAIL : _TAIL + _FAR + 1])
     # where (i + 1/2) / 1024 of a logistic's mass lies, and scales; only the speed depends on these
     share = (np.arange(1024) + 0.5) / 1024
@@ -128,7 +130,7 @@ def tables(num_values: int, channels: int, components: int, anchored: bool, resi
 
 _BITS, _TOP, _RESIDUAL, _CHANNELS, _COMPONENTS, _STEP = range(6)
 _TAIL, _FALL, _LOGIT, _WEIGHTS, _INVERSES, _COEFFICIENTS, _SCALES, _END = (
-    8, 2056, 4104, 5128, 5384, 5896, 6408, 6920,
+    8, 2056, 4104, 5128, 5384, 5896, 7944, 8456,
 )  # fmt: skip
 _MEANS, _INV, _UNDER, _INSIDE, _BELOW, _ABOVE, _PARTS, _OLD = range(8)
 
@@ -196,7 +198,7 @@ def _components(
         mean = prediction[i, channel] + ((rows[i, at_mean + m] * t[_STEP] + (1 << (_REACH - 1))) >> _REACH)
         means[i, channel, m] = mean
         for j in range(channel):
-            coefficient = t[_COEFFICIENTS + ((255 + rows[i, at_pair + j * n + m]) & 511)]
+            coefficient = t[_COEFFICIENTS + ((1023 + rows[i, at_pair + j * n + m]) & 2047)]
             centre = means[i, j, m] if residual else t[_TOP] << (t[_BITS] - 1)
             known = (values[i, j] << t[_BITS]) - centre
             mean += (coefficient * known + (1 << (_COEFFICIENT - 1))) >> _COEFFICIENT

@@ -29,7 +29,7 @@ LOG_SCALE_START, LOG_SCALE_START_RESIDUAL = -1.5, -3.5
 REACH, REACH_RESIDUAL = 1.0, 0.1
 
 # grids of integer networks: fractional bits, and the largest absolute value in steps
-LOGIT, MEAN, SCALE, COEFFICIENT = (3, 255), (9, 2**15 - 1), (4, 255), (5, 255)
+LOGIT, MEAN, SCALE, COEFFICIENT = (3, 255), (9, 2**15 - 1), (4, 255), (8, 1023)
 
 
 def rand_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

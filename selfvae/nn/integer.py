@@ -116,11 +116,11 @@ class IntegerConv(Conv):
 
     def weight_scale(self, weight: Tensor) -> Tensor:
         """Return 2^e of each output channel for weights that are not rounded: (out_channels, 1, 1, 1)."""
-        # largest = mantissa 2^exponent exactly, with 0.5 <= mantissa < 1
-        mantissa, exponent = torch.frexp(weight.detach().abs().amax((1, 2, 3)).float())
-        over = torch.round(mantissa * (_LARGEST + 1)) > _LARGEST
-        e = (7 - exponent - over.int()).clamp(-_SHIFTS, _SHIFTS)
-        return self.powers[(e + _SHIFTS).long()].view(-1, 1, 1, 1)
+        # the largest e with n = largest 2^e < 127.5, by comparisons, which ONNX has too
+        largest = weight.detach().abs().amax((1, 2, 3)).float().view(-1, 1)
+        fits = (largest < (_LARGEST + 0.5) / self.powers.float()).sum(1)
+        at = torch.where(largest.view(-1) > 0, (fits - 1).clamp(min=0), _SHIFTS + 7)
+        return self.powers.take(at).view(-1, 1, 1, 1)
 
     def _normalised(self) -> Tensor:
         weight = super()._normalised()
@@ -141,11 +141,16 @@ class IntegerConv(Conv):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Replace the parameters by the rounded ones."""
+        """Replace the parameters by the rounded ones.
+
+        The direction keeps about its length, on which the size of training steps depends.
+        """
         weight = self._normalised()
         # an exact sum and the root that IEEE 754 defines: the same everywhere, as the fingerprint must be
-        self.gain.copy_(weight.double().square().sum((1, 2, 3)).sqrt())
-        self.direction.copy_(weight)
+        norms = weight.double().square().sum((1, 2, 3)).sqrt()
+        longer = self.direction.double().norm() / norms.norm().clamp(min=1e-30)
+        self.direction.copy_(weight * 2.0 ** float(torch.log2(longer).round().clamp(0, 10)))
+        self.gain.copy_(norms)
         self.bias.copy_(self.rounded_bias())
 
 
@@ -200,7 +205,8 @@ class IntegerActivation(nn.Module):
     def step(self) -> Tensor:
         """2^-j, a scalar."""
         j = torch.round(self.log_step.detach()).clamp(-_STEPS[1], -_STEPS[0])
-        return self.powers[(j + _SHIFTS).long()].to(self.log_step.dtype)
+        # not by an index, which would be copied to the CPU
+        return self.powers.take((j + _SHIFTS).long()).to(self.log_step.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.initialising:

@@ -186,6 +186,9 @@ INTEGER: dict[str, dict[str, Any]] = {
     "one-level": {"name": "vae"},
 }  # fmt: skip
 
+# more channels, as oneDNN's faster convolutions need
+WIDE = {"name": "selfvae-quincunx", "shared": True, "width": 0.3, "depth": 0.2, "image_shape": (3, 8, 8)}
+
 
 def integer(name: str = "selfvae-halve", **options: Any) -> selfvae.SelfVAE:
     """A small integer model whose weights are the same everywhere: whole numbers over powers of 2."""

@@ -178,6 +178,8 @@ def _check_pictures(codec: Codec, named: Sequence[Named]) -> list[Entry]:
             codec.check(x)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
+        if x.shape[1] not in (1, codec.model.spec.channels):
+            raise ValueError(f"{name}: archives hold no alpha; got {x.shape[1]} channels")
     return [
         Entry(name, x.shape[2], x.shape[3], x.shape[1], zlib.crc32(x.cpu().contiguous().numpy().tobytes()))
         for name, x in named

@@ -21,17 +21,15 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from selfvae.codec.ans import ANSCoder
-from selfvae.codec.chains import side_by_side
 from selfvae.codec.container import CHANGED, PADDED, CodecError, Reader, check_size, check_start, varint
 from selfvae.codec.progressive import Codec
 from selfvae.distributed import distributed_map
@@ -44,7 +42,6 @@ _TOGETHER = 1 << 18  # pixels that are computed at once; part of the format
 _INDEX = 1 << 24  # the largest length of an index, bytes
 
 Named = tuple[str, Tensor]
-Result = TypeVar("Result")
 
 
 class Entry(NamedTuple):
@@ -146,7 +143,7 @@ def pack(
         part = slice(start, start + block)
         return _pack_block(codec, entries[part], [x for _, x in named[part]])
 
-    blocks = _map(codec, packed_block, starts, track, "compressing")
+    blocks = distributed_map(packed_block, starts, track, "compressing")
     index = {
         "levels": codec.model.spec.num_values,
         "pictures": entries,
@@ -169,22 +166,8 @@ def pack(
                 if not torch.equal(x.cpu(), back):
                     raise CodecError(f"{name} came back changed: please report this, with the picture")
 
-        _map(codec, check, range(len(starts)), track, "checking")
+        distributed_map(check, range(len(starts)), track, "checking")
     return data
-
-
-def _map(
-    codec: Codec, task: Callable[[int], Result], items: Sequence[int], track: Track, text: str
-) -> list[Result]:
-    """Return a task's results for numbers, by all processes and, for integer models, in threads."""
-    threads = 1 if codec.chain is None else torch.get_num_threads()
-    together = [items[i : i + threads] for i in range(0, len(items), threads)]
-
-    def several(part: Sequence[int]) -> list[Result]:
-        with side_by_side(threads) as run:
-            return list(run([partial(task, item) for item in part], no_progress, text))
-
-    return list(itertools.chain.from_iterable(distributed_map(several, together, track, text)))
 
 
 def _check_pictures(codec: Codec, named: Sequence[Named]) -> list[Entry]:
@@ -196,7 +179,7 @@ def _check_pictures(codec: Codec, named: Sequence[Named]) -> list[Entry]:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
         if x.shape[1] not in (1, codec.model.spec.channels):
-            raise ValueError(f"{name}: archives hold no alpha: leave out the last channel")
+            raise ValueError(f"{name}: archives hold no alpha; got {x.shape[1]} channels")
     return [
         Entry(name, x.shape[2], x.shape[3], x.shape[1], zlib.crc32(x.cpu().contiguous().numpy().tobytes()))
         for name, x in named

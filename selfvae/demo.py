@@ -32,6 +32,8 @@ from selfvae.transforms import MeanDownscale
 
 __all__ = ["demo", "train_demo"]
 
+_CODEC = "photos-v1"
+
 
 def demo(
     out: str | Path, fast: bool = False, seed: int = 0, report: Callable[[str], None] = lambda text: None
@@ -52,7 +54,7 @@ def demo(
         both, PSNR of the enlargements in dB, seconds.
     """
     began, out = time.monotonic(), Path(out)
-    codec, x2 = Codec(hub.load("photos-v0")), hub.load("photos-x2-v0")
+    codec, x2 = Codec(hub.load(_CODEC)), hub.load("photos-x2-v0")
     photos = {name: torch.from_numpy(photo(name, 2))[None] for name in ("coffee", "chelsea")}
     if fast:
         photos = {k: x[..., : x.shape[2] // 2, : x.shape[3] // 2].contiguous() for k, x in photos.items()}
@@ -64,7 +66,7 @@ def demo(
         file = codec.compress(x)
         write_atomic(out / f"{name}.svae", file)
         write(x[0], out / f"{name}.png")
-        sizes[name] = {"photos-v0": len(file), **lossless_sizes(to_image(x[0]))}
+        sizes[name] = {_CODEC: len(file), **lossless_sizes(to_image(x[0]))}
         report(f"  {_comparison(sizes[name])}")
         if not rows:
             rows.append(_progressive(codec, file, name))
@@ -88,14 +90,14 @@ def demo(
 
 def _comparison(sizes: dict[str, int]) -> str:
     """Return the sizes of a picture in words."""
-    own, png = sizes["photos-v0"], sizes["PNG"]
-    others = ", ".join(f"{name} {n / 1000:.1f} kB" for name, n in sizes.items() if name != "photos-v0")
+    own, png = sizes[_CODEC], sizes["PNG"]
+    others = ", ".join(f"{name} {n / 1000:.1f} kB" for name, n in sizes.items() if name != _CODEC)
     return f"{own / 1000:.1f} kB, {1 - own / png:.0%} less than PNG ({others})"
 
 
 def _progressive(codec: Codec, file: bytes, name: str) -> tuple[str, Tensor]:
     """Return a row of the figure: a file read from its start, up to four images."""
-    ends = [(part, end) for part, end in read_header(file).ends() if part in ("y6", "y4", "y2", "y0")]
+    ends = [(part, end) for part, end in read_header(file).ends() if part[0] == "y"][::-2][::-1][-4:]
     images = [codec.decompress(file, part) for part, _ in ends]
     whole = images[-1].shape[2]
     images = [magnify(y, -(-whole // y.shape[2])) for y in images]

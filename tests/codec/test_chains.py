@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from codec_models import INTEGER, bits, integer, integer_codec, photo_like, shaped
+from codec_models import INTEGER, bits, coded_always, integer, integer_codec, photo_like, shaped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -131,13 +131,6 @@ def test_every_coarser_image(which: str) -> None:
     # a prefix of the parts gives the levels that it completes
     for i in range(1, len(parts) + 1):
         assert min(chain.decode(parts[:i], size)) == chain.joined(size) + 1 - i
-
-
-def coded_always(codec: Codec, x: Tensor, metadata: Metadata | None = None) -> bytes:
-    """A file with the model's parts, even where WebP is smaller."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(picture, "_clearly_smaller", lambda size, x: True)
-        return codec.compress(x, metadata=metadata)
 
 
 def as_channels(x: Tensor, channels: int) -> Tensor:

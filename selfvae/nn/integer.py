@@ -33,7 +33,16 @@ from torch import Tensor, nn
 
 from selfvae.nn.layers import Conv, ResidualLayer
 
-__all__ = ["FRACTION", "LINES", "IntegerActivation", "IntegerConv", "check_exact", "freeze", "round_to"]
+__all__ = [
+    "FRACTION",
+    "LINES",
+    "IntegerActivation",
+    "IntegerConv",
+    "check_exact",
+    "freeze",
+    "grid_scale",
+    "round_to",
+]
 
 FRACTION = 8  # bits after the binary point of inputs, biases and sums
 # lines (slope, 2^8 offset) whose maximum with the identity is the activation; that of ELU is within 0.021
@@ -53,6 +62,11 @@ _STEPS = 3, 7  # the range of an activation's j
 def _powers() -> Tensor:
     """Return 2^e for e from -24 to 24. (torch.pow need not be exact.)"""
     return torch.tensor([2.0**e for e in range(-_SHIFTS, _SHIFTS + 1)])
+
+
+def grid_scale(bits: Tensor) -> Tensor:
+    """Return 2^bits, for whole numbers of at most 24."""
+    return _powers().take(bits + _SHIFTS)
 
 
 class _Round(torch.autograd.Function):
@@ -107,7 +121,7 @@ class IntegerConv(Conv):
     ) -> None:
         super().__init__(in_channels, out_channels, kernel, init_scale=init_scale, groups=groups)
         bits, steps = grid or (torch.full((out_channels,), FRACTION), None)
-        scale = 2.0 ** bits.view(-1, 1, 1)
+        scale = grid_scale(bits).view(-1, 1, 1)
         limit = None if steps is None else steps.view(-1, 1, 1) / scale
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("limit", limit, persistent=False)

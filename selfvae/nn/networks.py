@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfvae.nn.integer import FRACTION, IntegerActivation, IntegerConv, round_to
+from selfvae.nn.integer import FRACTION, IntegerActivation, IntegerConv, grid_scale, round_to
 from selfvae.nn.layers import ACTIVATIONS, Block, Conv, DenseBlock, Down, ResidualBlock, Up
 
 __all__ = ["Branch", "Constant", "Decoder", "Encoder", "PriorNet", "Shared"]
@@ -266,7 +266,7 @@ class Constant(nn.Module):
         self.params = nn.Parameter(_HEAD_SCALE * torch.randn(params))
         scale = limit = None
         if grid is not None:
-            scale = 2.0 ** grid[0]
+            scale = grid_scale(grid[0])
             limit = grid[1] / scale
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("limit", limit, persistent=False)

@@ -134,7 +134,7 @@ class IntegerConv(Conv):
         largest = weight.detach().abs().amax((1, 2, 3)).float().view(-1, 1)
         fits = (largest < (_LARGEST + 0.5) / self.powers.float()).sum(1)
         at = torch.where(largest.view(-1) > 0, (fits - 1).clamp(min=0), _SHIFTS + 7)
-        return self.powers.take(at).view(-1, 1, 1, 1)
+        return self.powers.index_select(0, at).view(-1, 1, 1, 1)
 
     def _normalised(self) -> Tensor:
         weight = super()._normalised()
@@ -220,7 +220,7 @@ class IntegerActivation(nn.Module):
         """2^-j, a scalar."""
         j = torch.round(self.log_step.detach()).clamp(-_STEPS[1], -_STEPS[0])
         # not by an index, which would be copied to the CPU
-        return self.powers.take((j + _SHIFTS).long()).to(self.log_step.dtype)
+        return self.powers.index_select(0, (j + _SHIFTS).long().view(1))[0].to(self.log_step.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.initialising:

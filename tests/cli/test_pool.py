@@ -1,5 +1,6 @@
 """A folder's files on several cores; and that metadata pass through the commands."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from codec_models import INTEGER, integer, photo_like
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -17,7 +19,7 @@ import selfvae
 from selfvae import hub
 from selfvae.cli import main
 from selfvae.cli import pool as pools
-from selfvae.codec import Codec
+from selfvae.codec import Archive, Codec
 from selfvae.data import pictures
 from selfvae.data.metadata import Metadata
 
@@ -132,3 +134,69 @@ def test_metadata_and_alpha_are_kept_where_the_codec_takes_them(
     lost = "WEBP files do not hold texts of this picture" in capsys.readouterr().err
     assert lost != strip
     assert Image.open(tmp_path / "b.png").mode == "RGBA"
+
+
+# kills itself without warning when the third file, or the archive, is complete but has not got its name
+_KILLED = """
+import os, pathlib, signal, sys
+from selfvae.cli import main
+plain, files = pathlib.Path.replace, []
+def replace(self, target):
+    if pathlib.Path(target).suffix in (".svae", ".svaes"):
+        files.append(target)
+        if len(files) == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, target)
+pathlib.Path.replace = replace
+if __name__ == "__main__":
+    main(sys.argv[2:])
+"""
+
+
+def _marked(mark: str) -> list[int]:
+    """Processes with a word in their environment."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in file.read_bytes():
+                found.append(int(file.parent.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+@pytest.mark.parametrize("command", ["compress --jobs 1", "compress --jobs 2", "pack"])
+def test_a_killed_command_leaves_whole_files_and_is_done_again(command: str, tmp_path: Path) -> None:
+    name, *jobs = command.split()
+    hub.save(integer(**INTEGER["halve"]), tmp_path / "run")
+    for i in range(5):
+        pictures.write(photo_like(20, 30, seed=i)[0], tmp_path / f"in/{i}.png")
+    out, mark = tmp_path / ("all.svaes" if name == "pack" else "out"), f"SELFVAE_MARK={tmp_path}"
+    args = [name, str(tmp_path / "in"), str(out), "--model", str(tmp_path / "run")]
+    script = tmp_path / "killed.py"
+    script.write_text(_KILLED)
+    with (tmp_path / "log").open("w") as log:  # no pipe: a process that is left would keep it open
+        done = subprocess.run(
+            [sys.executable, str(script), "1" if name == "pack" else "3", *args, *jobs],
+            stdout=log, stderr=log, env={**os.environ, "SELFVAE_MARK": str(tmp_path)}, timeout=300,
+        )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    end = time.monotonic() + 20
+    while (left := _marked(mark)) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not left, f"processes {left} outlived the one that started them"
+    codec = Codec(hub.load(tmp_path / "run"))
+    if name == "pack":
+        assert not out.exists()
+    else:
+        files = sorted(out.glob("*.svae"))
+        assert [file.stem for file in files] == ["0", "1"]
+        for i, file in enumerate(files):
+            assert torch.equal(codec.decompress(file.read_bytes()), photo_like(20, 30, seed=i))
+    assert main([*args, *(["--jobs", "1"] if name == "compress" else [])]) == 0
+    if name == "pack":
+        found = dict(Archive(codec, out.read_bytes()))
+    else:
+        found = {file.stem + ".png": codec.decompress(file.read_bytes()) for file in out.glob("*.svae")}
+    assert len(found) == 5
+    assert all(torch.equal(found[f"{i}.png"], photo_like(20, 30, seed=i)) for i in range(5))

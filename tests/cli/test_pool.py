@@ -78,7 +78,8 @@ def test_ctrl_c_ends_the_pool_with_one_line(tmp_path: Path) -> None:
         assert running.stdout.readline().startswith("out/#.svae: ")
         os.killpg(running.pid, signal.SIGINT)  # all processes get it, as from a terminal
         out, error = running.communicate(timeout=120)
-    assert running.returncode == 130 and error == "selfvae: interrupted\n" and not out
+    said = [line for line in error.splitlines() if "compiling loops" not in line]  # only the first time
+    assert running.returncode == 130 and said == ["selfvae: interrupted"] and not out
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["#.svae"]
 
 

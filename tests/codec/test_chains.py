@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -261,3 +264,37 @@ def test_what_a_wrong_decoder_returns_is_noticed(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(CodecError):
         chain.decode(parts, (30, 30))
     assert isinstance(chain.model, selfvae.SelfVAE)
+
+
+_MEMORY = """
+import resource, sys, time
+sys.path.insert(0, "tests/codec")
+import torch
+from codec_models import integer_codec
+chain, n = integer_codec().chain, int(sys.argv[1])
+ramp = (torch.arange(n) * 200 // n).byte()
+x = torch.empty(1, 3, n, n, dtype=torch.uint8)
+for i in range(0, n, 500):
+    part = x[0, :, i : i + 500]
+    part[:] = torch.randint(0, 4, part.shape, dtype=torch.uint8)
+    part += ramp + i * 40 // n
+chain.decode([data for _, data in chain.encode(x[:, :, :200, :200])], (200, 200))  # compiles
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+parts = chain.encode(x, verify=False)
+assert torch.equal(chain.decode([data for _, data in parts], (n, n))[0][..., :n, :n], x)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_large_pictures_take_little_memory() -> None:
+    """At most 20 bytes per pixel beyond 200 MB: 2 GB for 100 megapixels."""
+    n = 2400
+    done = subprocess.run(
+        [sys.executable, "-c", _MEMORY, str(n)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) * 1024 < 200e6 + 20 * n * n, f"{done.stdout} kB"

@@ -372,9 +372,7 @@ class Page:
         def compress(
             file: _Upload | None, request: gr.Request, progress: Any = gr.Progress()  # noqa: B008
         ) -> Any:  # fmt: skip
-            # writing and reading it back take equally long, the other formats less
-            steps = {name: share / 3 for name, share in coding.items()} | {"other formats": 1 / 3}
-            phases = "compressing", "checking: reading it back", "comparing with other formats"
+            steps, phases = work.compression(codec)
             with self._run(request, progress, steps, *phases) as track:
                 name, data = _required(file)
                 found = work.compress(codec, data, self.pixels, track)

@@ -32,7 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 _GAPS = ("photos-x2-v0", "photos-colour-v0", "photos-deband-v0")
-_CODEC, _SMALL, _LATENT = "photos-v0", "cifar10-2m", "cifar10-latent"
+_CODEC, _SMALL, _LATENT = "photos-v1", "cifar10-2m", "cifar10-latent"
 _LEVELS = 6  # shown of a long chain
 
 
@@ -236,13 +236,19 @@ class Packed:
 
 
 def shares(model: SelfVAE) -> dict[str, float]:
-    """The share of each level in the work of coding a picture, roughly; they sum to 1.
-
-    Integer models encode all levels together, which they call "pixels".
-    """
+    """The share of each level in the work of decoding a picture, roughly; they sum to 1."""
     left = [1 / math.prod(model.scale(k)) for k in range(len(model.levels))]
     own = {f"y{k}": left[k] - (left[k + 1] if level.keeps else 0) for k, level in enumerate(model.levels)}
-    return {"pixels": 1.0, **{name: part / sum(own.values()) for name, part in own.items()}}
+    return {name: part / sum(own.values()) for name, part in own.items()}
+
+
+def compression(codec: Codec) -> tuple[dict[str, float], tuple[str, ...]]:
+    """The shares of the steps of `compress`, and what is being done in parts of equal length, in words."""
+    others = "comparing with other formats"
+    if codec.format >= 3:  # integer models encode and check all levels together
+        return {"pixels": 1 / 2, "other formats": 1 / 2}, ("compressing and checking", others)
+    levels = {name: share / 3 for name, share in shares(codec.model).items()}
+    return {**levels, "other formats": 1 / 3}, ("compressing", "checking: reading it back", others)
 
 
 def compress(codec: Codec, data: bytes, pixels: int, track: Track = no_progress) -> Packed:

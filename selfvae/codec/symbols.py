@@ -79,6 +79,38 @@ def _tanh(x: Decimal) -> Decimal:
     return (up - down) / (up + down)
 
 
+def _whole(values: Iterable[Decimal]) -> list[int]:
+    """Evaluate to 50 digits and round."""
+    with localcontext(Context(prec=50)):
+        return [int(value.to_integral_value()) for value in values]
+
+
+@functools.cache
+def _curves() -> tuple[list[int], list[int], list[int]]:
+    """Tabulate the tail of a logistic, weights of components, and coefficients."""
+    logit_bits, (coefficient_bits, most) = pixels.LOGIT[0], pixels.COEFFICIENT
+    span = (Decimal(i) / 2**coefficient_bits for i in range(-most, most + 1))
+    return (
+        _whole(2**_MASS / (1 + (Decimal(i) / 2**_STEPS).exp()) for i in range(_FAR + 1)),
+        _whole(2**_MASS * (-Decimal(i) / 2**logit_bits).exp() for i in range(256)),
+        _whole(2**_COEFFICIENT * _tanh(c) for c in span),
+    )
+
+
+@functools.cache
+def _inverse_scales(start: float, half: Fraction) -> list[int]:
+    """Tabulate the inverse scales that outputs stand for, given half the largest value."""
+    floor, top = Decimal(pixels.LOG_SCALE_FLOOR), Decimal(pixels.LOG_SCALE_TOP)
+    scale_bits, scale_steps = pixels.SCALE
+
+    def inverse(i: int) -> Decimal:
+        scale = Decimal(i) / 2**scale_bits + Decimal(start)
+        log_scale = min(floor + _softplus(scale - floor), top)
+        return (-log_scale).exp() * 2**_INVERSE * half.denominator / half.numerator
+
+    return _whole(map(inverse, range(-scale_steps, scale_steps + 2)))
+
+
 @functools.cache
 def tables(num_values: int, channels: int, components: int, anchored: bool, residual: bool) -> Tables:
     """Tabulate by decimal arithmetic, never by the platform's mathematical functions.
@@ -93,29 +125,14 @@ def tables(num_values: int, channels: int, components: int, anchored: bool, resi
     start, reach = pixels.LOG_SCALE_START, pixels.REACH
     if anchored:
         start, reach = pixels.LOG_SCALE_START_RESIDUAL, pixels.REACH_RESIDUAL
-    floor, top = Decimal(pixels.LOG_SCALE_FLOOR), Decimal(pixels.LOG_SCALE_TOP)
     half, bits = Fraction(num_values - 1, 2), _MEAN - (num_values - 1).bit_length()
-    scale_bits, scale_steps = pixels.SCALE
-
-    def inverse(i: int) -> Decimal:
-        scale = Decimal(i) / 2**scale_bits + Decimal(start)
-        log_scale = min(floor + _softplus(scale - floor), top)
-        return (-log_scale).exp() * 2**_INVERSE * half.denominator / half.numerator
-
-    def put(at: int, values: Iterable[Decimal]) -> None:
-        whole = [int(value.to_integral_value()) for value in values]
-        array[at : at + len(whole)] = whole
-
     array = np.zeros(_END, np.int64)
     step = round(Fraction(str(reach)) * half * 2 ** (bits + _REACH) / 2 ** pixels.MEAN[0])
     array[:6] = bits, num_values - 1, residual, channels, components, step
-    logit_bits, (coefficient_bits, most) = pixels.LOGIT[0], pixels.COEFFICIENT
-    with localcontext(Context(prec=50)):
-        put(_TAIL, (2**_MASS / (1 + (Decimal(i) / 2**_STEPS).exp()) for i in range(_FAR + 1)))
-        put(_WEIGHTS, (2**_MASS * (-Decimal(i) / 2**logit_bits).exp() for i in range(256)))
-        put(_INVERSES, map(inverse, range(-scale_steps, scale_steps + 2)))
-        span = (Decimal(i) / 2**coefficient_bits for i in range(-most, most + 1))
-        put(_COEFFICIENTS, (2**_COEFFICIENT * _tanh(c) for c in span))
+    tail, weights, coefficients = _curves()
+    sections = (_TAIL, tail), (_WEIGHTS, weights), (_COEFFICIENTS, coefficients)
+    for at, values in (*sections, (_INVERSES, _inverse_scales(start, half))):
+        array[at : at + len(values)] = values
     array[_FALL : _FALL + _FAR] = -np.diff(array[_TAIL : _TAIL + _FAR + 1])
     # where (i + 1/2) / 1024 of a logistic's mass lies, and scales; only the speed depends on these
     share = (np.arange(1024) + 0.5) / 1024

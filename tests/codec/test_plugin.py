@@ -179,14 +179,15 @@ def test_the_model_is_found_when_it_is_not_named(
     assert main(["pack", str(pictures), album, *own]) == 0
     capsys.readouterr()
     monkeypatch.delenv("SELFVAE_MODELS", raising=False)
-    assert main(["decompress", str(packed), str(tmp_path / "some")]) == 1
+    alone = ["--jobs", "1"]  # worker processes take seconds to start; cli/test_pool.py tests them
+    assert main(["decompress", str(packed), str(tmp_path / "some"), *alone]) == 1
     told = capsys.readouterr().err
     assert "mine.svae: the file needs the model with the fingerprint " in told
     assert "none of photos-v1," in told and "--model" in told and "SELFVAE_MODELS" in told
     assert main(["unpack", album, str(tmp_path / "out")]) == 2
     assert "the file needs the model" in capsys.readouterr().err
     monkeypatch.setenv("SELFVAE_MODELS", str(tmp_path / "models"))
-    assert main(["decompress", str(packed), str(tmp_path / "back")]) == 0
+    assert main(["decompress", str(packed), str(tmp_path / "back"), *alone]) == 0
     assert main(["unpack", album, str(tmp_path / "out")]) == 0
     for file in (tmp_path / "back/mine.png", tmp_path / "back/usual.png", tmp_path / "out/a.png"):
         assert np.array_equal(np.asarray(Image.open(file)), np.asarray(Image.open(pictures / "a.png")))
@@ -207,8 +208,8 @@ def test_commands(picture: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture
     image.save(pictures / "a.png")
     image.convert("L").save(pictures / "deep" / "b.png")
     packed, back = tmp_path / "packed", tmp_path / "back"
-    assert main(["compress", str(pictures), str(packed), *run]) == 0
-    assert main(["decompress", str(packed), str(back), *run]) == 0
+    assert main(["compress", str(pictures), str(packed), "--jobs", "1", *run]) == 0
+    assert main(["decompress", str(packed), str(back), "--jobs", "1", *run]) == 0
     for name in ("a.png", "deep/b.png"):
         one, two = Image.open(pictures / name), Image.open(back / name)
         assert one.mode == two.mode and one.tobytes() == two.tobytes()

@@ -289,7 +289,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.slow
 def test_large_pictures_take_little_memory() -> None:
     """At most 20 bytes per pixel beyond 200 MB: 2 GB for 100 megapixels."""
-    n = 2400
+    n = 1800
     done = subprocess.run(
         [sys.executable, "-c", _MEMORY, str(n)],
         cwd=Path(__file__).parents[2],

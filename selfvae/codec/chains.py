@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selfvae.codec.adaptation import Adaptation, Collector, Neighbours
 from selfvae.codec.container import CodecError, Reader, varint
 from selfvae.codec.exact import ExactNetwork, Steps
 from selfvae.codec.symbols import Ints, Mixture, SlotDecoder, SlotEncoder, Tables, tables
@@ -36,11 +37,13 @@ from selfvae.progress import Track, no_progress
 from selfvae.transforms import Support
 from selfvae.transforms.base import round_up
 
-__all__ = ["ChainCodec", "side_by_side"]
+__all__ = ["ChainCodec", "Fit", "side_by_side"]
 
 _BAND = 1 << 14  # positions in a band; part of the format
 _JOINED = 1 << 12  # positions in the coarsest levels that share a stream; part of the format
 _STRIP = 1 << 16  # positions that a network sees at once
+_FITTED = 1 << 18  # positions to which corrections are fitted
+_WORTH = 8  # bytes that corrections must save beyond their own
 _BEYOND = 2  # rows of blocks beyond a strip that a transform's estimate depends on
 
 _CHECKED: set[tuple[bytes, str]] = set()  # models and devices whose answer was right
@@ -48,6 +51,22 @@ _CHECKED: set[tuple[bytes, str]] = set()  # models and devices whose answer was 
 Coder = SlotEncoder | SlotDecoder
 Size = tuple[int, int]
 T = TypeVar("T")
+
+
+class Fit(NamedTuple):
+    """Corrections that fit a picture, and what was computed on the way.
+
+    Attributes:
+        data: The corrections, for `ChainCodec.decode`; empty if none are worth their bytes.
+        adaptations: The same by level.
+        images: All y[k], padded.
+        outputs: Of networks, by level and first row of blocks of a strip.
+    """
+
+    data: bytes
+    adaptations: dict[int, Adaptation]
+    images: list[Tensor]
+    outputs: dict[tuple[int, int], _Outputs]
 
 
 class _Grid(NamedTuple):
@@ -147,7 +166,26 @@ class _LevelCoder:
         guess = level.transform.estimate(y.float(), level.spec) if level.residual_mean else None
         return _Outputs(wide, steps, guess, y).part(rows, grid)
 
-    def code(self, outputs: _Outputs, coder: Coder, y: Tensor | None, coded: Tensor | None) -> Tensor:
+    @property
+    def adapts(self) -> bool:
+        """Whether corrections can be fitted: the level keeps pixels and has estimates of the others."""
+        return self.level.keeps is not None and self.level.residual_mean
+
+    def counts(self) -> list[int]:
+        """Return the number of weights of each step, see `adaptation`."""
+        assert self.level.keeps is not None
+        kept = len(self.level.keeps.kept)
+        groups = math.prod(self.level.keeps.block) - kept
+        return Neighbours.counts(kept, groups, self.level.spec.channels)
+
+    def code(
+        self,
+        outputs: _Outputs,
+        coder: Coder,
+        y: Tensor | None,
+        coded: Tensor | None,
+        adaptation: Adaptation | Collector | None = None,
+    ) -> Tensor:
         """Code the pixels of some rows of blocks.
 
         Args:
@@ -155,6 +193,7 @@ class _LevelCoder:
             coder: Encodes or decodes.
             y: The pixels, uint8 (B, C, H, W); None: decode them.
             coded: Whether each pixel is coded, bool of y's shape; None: all are.
+            adaptation: Corrections, or what they are fitted by; for one picture.
 
         Returns:
             The pixels, uint8 (B, C, H, W).
@@ -179,6 +218,10 @@ class _LevelCoder:
         v = self._begin(support, (b, len(groups), spec.channels, h, w), y, mask)
         n, everything = b * h * w, np.ones(b * h * w, np.bool_)
         bounds = np.zeros(n, np.int64), np.full(n, spec.max_value)
+        near = None
+        if adaptation is not None and level.keeps:
+            kept = level.keeps.stack_kept(outputs.above)[0].unflatten(0, (-1, spec.channels))
+            near = Neighbours(kept.numpy(), t.bits)
         for g, (rows, at) in enumerate(groups):
             prediction = self._prediction(support, g, guess, v, steps, t)
             values = np.ascontiguousarray(v[:, g].permute(0, 2, 3, 1).numpy()).reshape(n, -1)
@@ -188,7 +231,15 @@ class _LevelCoder:
                 if support.truncates:
                     lo, hi = support.step_bounds(v, g, c)
                     bounds = lo.reshape(-1).numpy(), hi.reshape(-1).numpy()
-                coder.code(mixture, c, *bounds, here)
+                step, by = g * spec.channels + c, None
+                if isinstance(adaptation, Collector) and near is not None:
+                    adaptation.add(near, step, mixture, c)
+                elif isinstance(adaptation, Adaptation) and near is not None:
+                    moments = mixture.moments(c)
+                    by = near.correct(moments, adaptation.weights[step], adaptation.factors[step])
+                coder.code(mixture, c, *bounds, here, by)
+                if by is not None and near is not None:
+                    near.add(np.ascontiguousarray(values[:, c]), moments)
                 if y is None and support.truncates:
                     v[:, g, c] = torch.from_numpy(values[:, c]).view(b, h, w)
             v[:, g] = torch.from_numpy(values).view(b, h, w, -1).permute(0, 3, 1, 2)
@@ -286,15 +337,86 @@ class ChainCodec:
         return k
 
     @torch.no_grad()
+    def fit(self, x: Tensor, track: Track = no_progress) -> Fit:
+        """Fit corrections to a picture.
+
+        Args:
+            x: uint8 (1, C, H, W), of any size and of the model's channels.
+            track: Receives the parts of the work and its name, and yields them, to show progress.
+        """
+        size, threads = (x.shape[2], x.shape[3]), torch.get_num_threads()
+        images, jobs, keys = self._images(x, size), [], []
+        for k in range(self.joined(size)):
+            if self._levels[k].adapts:
+                bands = self._grid(k, size).bands()
+                step = -(-len(bands) * _BAND // _FITTED)
+                strips = (
+                    [[band] for band in bands[::step]] if step > 1 else self._grid(k, size).strips(threads)
+                )
+                jobs += [partial(self._collect, k, strip, images, size) for strip in strips]
+                keys += [(k, strip[0].start, step) for strip in strips]
+        collected: dict[int, Collector] = {}
+        outputs, steps = {}, {}
+        with side_by_side(threads) as run:
+            for (k, start, step), (found, collector) in zip(keys, run(jobs, track, "fit"), strict=True):
+                collected[k] = collected[k].joined(collector) if k in collected else collector
+                steps[k] = step
+                if step == 1:
+                    outputs[k, start] = found
+        adaptations, data = {}, b""
+        for k in reversed(range(self.joined(size))):
+            own = b""
+            if k in collected:
+                adaptation, saved = collected[k].solve()
+                own = adaptation.to_bytes()
+                if saved * steps[k] > 8 * (len(own) + _WORTH):
+                    adaptations[k] = adaptation
+                else:
+                    own = b""
+            data += varint(len(own)) + own
+        return Fit(data if adaptations else b"", adaptations, images, outputs)
+
+    def _collect(
+        self, k: int, strip: list[slice], images: list[Tensor], size: Size
+    ) -> tuple[_Outputs, Collector]:
+        """Evaluate the network for some neighbouring bands of y[k], and collect what corrections need."""
+        coder, grid = self._levels[k], self._grid(k, size)
+        outputs = coder.outputs(self._above(k, images), slice(strip[0].start, strip[-1].stop), grid)
+        collector = Collector(coder.counts())
+        for rows in strip:
+            mask = self._inside(k, size, slice(rows.start * grid.block[0], rows.stop * grid.block[0]))
+            y = _rows(images[k], rows, grid.block[0])
+            coder.code(outputs.part(rows, grid), SlotEncoder(), y, mask, collector)
+        return outputs, collector
+
+    def _adaptations(self, data: bytes, size: Size) -> dict[int, Adaptation]:
+        """Return the corrections in `Fit.data`, by level.
+
+        Raises:
+            CodecError: The data are damaged.
+        """
+        reader, found = Reader(data, "the corrections"), {}
+        for k in reversed(range(self.joined(size))) if data else ():
+            own = reader.take(reader.varint())
+            if own and not self._levels[k].adapts:
+                raise CodecError("the file is damaged: it corrects a level that has no corrections")
+            if own:
+                found[k] = Adaptation.from_bytes(own, self._levels[k].counts())
+        if reader.at != len(data):
+            raise CodecError("the file is damaged: bytes follow its corrections")
+        return found
+
+    @torch.no_grad()
     def encode(
-        self, x: Tensor, *, verify: bool = True, track: Track = no_progress
+        self, x: Tensor, fit: Fit | None = None, *, verify: bool = True, track: Track = no_progress
     ) -> list[tuple[int, bytes]]:
         """Encode a picture.
 
         Args:
             x: uint8 (1, C, H, W), of any size and of the model's channels.
+            fit: Corrections that fit it; None: none.
             verify: Decode every stream and compare.
-            track: Receives the parts of the work and its name, and yields them, to show progress.
+            track: As for `fit`.
 
         Returns:
             The number k of a level and the bytes that complete y[k], coarsest first.
@@ -303,10 +425,10 @@ class ChainCodec:
             CodecError: The pixels do not come back.
         """
         size = x.shape[2], x.shape[3]
-        images = self._images(x, size)
-        joined, threads = self.joined(size), torch.get_num_threads()
+        fit = fit or Fit(b"", {}, self._images(x, size), {})
+        images, joined, threads = fit.images, self.joined(size), torch.get_num_threads()
         jobs: list[tuple[int, Callable[[], list[bytes]]]] = [
-            (k, partial(self._encode, k, strip, images, size, verify))
+            (k, partial(self._encode, k, strip, fit, size, verify))
             for k in range(joined)
             for strip in self._grid(k, size).strips(threads)
         ]
@@ -357,29 +479,37 @@ class ChainCodec:
         assert own is not None
         return own[:, :0]
 
-    def _encode(
-        self, k: int, strip: list[slice], images: list[Tensor], size: Size, verify: bool
-    ) -> list[bytes]:
+    def _encode(self, k: int, strip: list[slice], fit: Fit, size: Size, verify: bool) -> list[bytes]:
         """Return the streams of some neighbouring bands of y[k]."""
-        coder, grid, above = self._levels[k], self._grid(k, size), self._above(k, images)
-        outputs = coder.outputs(above, slice(strip[0].start, strip[-1].stop), grid)
+        coder, grid, adaptation = self._levels[k], self._grid(k, size), fit.adaptations.get(k)
+        outputs = fit.outputs.get((k, strip[0].start))
+        if outputs is None:
+            above = self._above(k, fit.images)
+            outputs = coder.outputs(above, slice(strip[0].start, strip[-1].stop), grid)
         streams = []
         for rows in strip:
             part = outputs.part(rows, grid)
-            y = _rows(images[k], rows, grid.block[0])
+            y = _rows(fit.images[k], rows, grid.block[0])
             mask = self._inside(k, size, slice(rows.start * grid.block[0], rows.stop * grid.block[0]))
             encoder = SlotEncoder()
-            coder.code(part, encoder, y, mask)
+            coder.code(part, encoder, y, mask, adaptation)
             streams.append(encoder.finish(_checksum(y)))
             if verify:
                 decoder = SlotDecoder(streams[-1])
-                again = coder.code(part, decoder, None, mask)
+                again = coder.code(part, decoder, None, mask, adaptation)
                 decoder.finish(_checksum(again))
                 _check_equal(again, y)
         return streams
 
     def _decode(
-        self, k: int, strip: list[slice], streams: list[bytes], above: Tensor, y: Tensor, size: Size
+        self,
+        k: int,
+        strip: list[slice],
+        streams: list[bytes],
+        adaptation: Adaptation | None,
+        above: Tensor,
+        y: Tensor,
+        size: Size,
     ) -> None:
         """Decode some neighbouring bands of y[k] into y."""
         coder, grid = self._levels[k], self._grid(k, size)
@@ -387,7 +517,7 @@ class ChainCodec:
         for rows, stream in zip(strip, streams, strict=True):
             mask = self._inside(k, size, slice(rows.start * grid.block[0], rows.stop * grid.block[0]))
             decoder = SlotDecoder(stream)
-            part = coder.code(outputs.part(rows, grid), decoder, None, mask)
+            part = coder.code(outputs.part(rows, grid), decoder, None, mask, adaptation)
             decoder.finish(_checksum(part))
             _rows(y, rows, grid.block[0])[:] = part
 
@@ -466,7 +596,12 @@ class ChainCodec:
 
     @torch.no_grad()
     def decode(
-        self, parts: Sequence[bytes], size: Size, upto: int = 0, track: Track = no_progress
+        self,
+        parts: Sequence[bytes],
+        size: Size,
+        upto: int = 0,
+        track: Track = no_progress,
+        corrections: bytes = b"",
     ) -> dict[int, Tensor]:
         """Decode a picture.
 
@@ -474,7 +609,8 @@ class ChainCodec:
             parts: What `encode` returned, or the first ones of it.
             size: Height and width of the picture, in pixels.
             upto: The number k of the finest image wanted.
-            track: As for `encode`.
+            track: As for `fit`.
+            corrections: Those with which the picture was encoded: `Fit.data`.
 
         Returns:
             uint8 (1, C, h, w) by level, padded; not those finer than `upto` or than the parts tell.
@@ -483,6 +619,7 @@ class ChainCodec:
             CodecError: A part is damaged.
         """
         joined, threads = self.joined(size), torch.get_num_threads()
+        adaptations = self._adaptations(corrections, size)
         coarse = self.decode_together(parts[0], joined, 1, size, upto)
         images = dict(enumerate(coarse, len(self._levels) - len(coarse)))
         with side_by_side(threads) as run:
@@ -493,7 +630,9 @@ class ChainCodec:
                 jobs = []
                 for strip in grid.strips(threads):
                     own = [streams[bands.index(rows)] for rows in strip]
-                    jobs.append(partial(self._decode, k, strip, own, images[k + 1], y, size))
+                    jobs.append(
+                        partial(self._decode, k, strip, own, adaptations.get(k), images[k + 1], y, size)
+                    )
                 for _ in run(jobs, track, f"y{k}"):
                     pass
                 images[k] = y

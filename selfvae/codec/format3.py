@@ -13,6 +13,7 @@ alpha. Parts come in this order:
 
     METADATA  colour profile, EXIF, XMP, texts (`data.metadata.Metadata`); absent without
     then either
+    CORRECTIONS   what makes the model's mixtures fit the picture (`codec.adaptation`); absent without
     LEVEL     one or more, coarsest first, the last one of level 0: the colours, coded with the model. They
               contain a check of what they decode to; a prefix of them decodes to a coarser image.
     ALPHA     before the last LEVEL, if there is alpha: the plane as a lossless WebP or PNG file
@@ -55,6 +56,7 @@ class Kind(IntEnum):
     LEVEL = 2
     ALPHA = 3
     PIXELS = 4
+    CORRECTIONS = 5
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class PartEntry:
 
     @property
     def name(self) -> str:
-        """For messages and tables: "metadata", "y3", "alpha" or "pixels"."""
+        """For messages and tables: "metadata", "corrections", "y3", "alpha" or "pixels"."""
         return f"y{self.level}" if self.kind == Kind.LEVEL else self.kind.name.lower()
 
 
@@ -266,6 +268,8 @@ def _check(header: PictureHeader) -> None:
     coded = [Kind.LEVEL] * len(levels)
     if h.has_alpha:
         coded[-1:-1] = [Kind.ALPHA]
+    if levels and Kind.CORRECTIONS in kinds:
+        coded.insert(0, Kind.CORRECTIONS)
     descending = all(a > b for a, b in itertools.pairwise(levels))
     if Kind.METADATA in kinds[1:] or (
         pixels != [Kind.PIXELS] and (pixels != coded or levels[-1:] != [0] or not descending)

@@ -5,8 +5,9 @@ For this WebP is written as well, which takes 20 to 50 s of CPU time per megapix
 has an option against it.
 The model enters as two functions:
 
-    code_levels(x), x uint8 (1, C, H, W), C = 1 or 3 -> [(k, bytes), ...], from the coarsest level to 0
-    decode_levels(header, [(k, bytes), ...], upto) -> y[upto], uint8 (1, c, h, w)
+    code_levels(x), x uint8 (1, C, H, W), C = 1 or 3 -> corrections, or b"", and [(k, bytes), ...], from the
+        coarsest level to 0
+    decode_levels(header, corrections, [(k, bytes), ...], upto) -> y[upto], uint8 (1, c, h, w)
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from selfvae.codec.format3 import (
 )
 from selfvae.data.metadata import Metadata
 
-__all__ = ["CodeLevels", "DecodeLevels", "decode", "encode", "read_header", "read_metadata"]
+__all__ = ["CodeLevels", "DecodeLevels", "Levels", "decode", "encode", "read_header", "read_metadata"]
 
-CodeLevels = Callable[[Tensor], list[tuple[int, bytes]]]
-DecodeLevels = Callable[[PictureHeader, list[tuple[int, bytes]], int], Tensor]
+Levels = list[tuple[int, bytes]]
+CodeLevels = Callable[[Tensor], tuple[bytes, Levels]]
+DecodeLevels = Callable[[PictureHeader, bytes, Levels, int], Tensor]
 
 
 def encode(
@@ -116,7 +118,9 @@ def _coded(
 ) -> bytes:
     """The file with the colours coded by the model."""
     colours = x[:, :-1] if header.has_alpha else x
-    parts = [PicturePart(Kind.LEVEL, data, k) for k, data in code_levels(colours.contiguous())]
+    corrections, levels = code_levels(colours.contiguous())
+    parts = [PicturePart(Kind.CORRECTIONS, corrections)] if corrections else []
+    parts += [PicturePart(Kind.LEVEL, data, k) for k, data in levels]
     if header.has_alpha:
         alpha = encode_alpha(x[:, -1:])
         if not torch.equal(decode_pixels(alpha, 1, header.height, header.width), x[:, -1:]):
@@ -165,7 +169,7 @@ def decode(
         raise CodecError("the file is cut short before the end of its coarsest part")
     if decode_levels is None:
         raise CodecError(f"the file needs the model {header.fingerprint.hex()}: decode it with that")
-    y = decode_levels(header, levels, upto).cpu()
+    y = decode_levels(header, found.get(Kind.CORRECTIONS, b""), levels, upto).cpu()
     if upto == 0 and y.shape != (1, header.channels - header.has_alpha, header.height, header.width):
         raise CodecError(f"y0 {CHANGED}")
     if Kind.ALPHA not in found:

@@ -100,9 +100,10 @@ class Codec:
                 raise CodecError("the picture came back changed: please report this, with the picture")
             return data
 
-        def code_levels(colours: Tensor) -> list[tuple[int, bytes]]:
+        def code_levels(colours: Tensor) -> tuple[bytes, picture.Levels]:
             wide = colours.expand(-1, self.model.spec.channels, -1, -1)
-            return chain.encode(wide, verify=verify, track=track)
+            fit = chain.fit(wide, track)
+            return fit.data, chain.encode(wide, fit, verify=verify, track=track)
 
         return picture.encode(
             x, metadata, code_levels, self.fingerprint, num_values=self.model.spec.num_values,
@@ -141,8 +142,10 @@ class Codec:
         if isinstance(header, Header):
             return self._float64.decompress(data, upto, partial, track, **how)
 
-        def decode_levels(header: PictureHeader, parts: list[tuple[int, bytes]], k: int) -> Tensor:
-            return self._decode_levels(header, parts, k, track, how)
+        def decode_levels(
+            header: PictureHeader, corrections: bytes, parts: picture.Levels, k: int
+        ) -> Tensor:
+            return self._decode_levels(header, corrections, parts, k, track, how)
 
         def coarser(x: Tensor, k: int) -> Tensor:
             return self._coarser(x, k)
@@ -153,7 +156,8 @@ class Codec:
     def _decode_levels(
         self,
         header: PictureHeader,
-        parts: list[tuple[int, bytes]],
+        corrections: bytes,
+        parts: picture.Levels,
         k: int,
         track: Track,
         how: SamplingOptions,
@@ -164,7 +168,7 @@ class Codec:
         joined = self.chain.joined(size)
         if [level for level, _ in parts] != list(range(joined, joined - len(parts), -1)):
             raise CodecError("the header does not fit the model that it names: the file is damaged")
-        images = self.chain.decode([data for _, data in parts], size, k, track)
+        images = self.chain.decode([data for _, data in parts], size, k, track, corrections)
         if k not in images:
             options: SamplingOptions = {"decode": "mode", **how}
             known = {f"y{j}": y for j, y in images.items()}

@@ -15,6 +15,7 @@ Source: Duda 2013; Salimans et al. 2017 (PixelCNN++), section 2.1, for the mixtu
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from decimal import Context, Decimal, localcontext
 from fractions import Fraction
@@ -28,7 +29,22 @@ from selfvae.codec.container import CodecError
 from selfvae.compiled import compiled
 from selfvae.distributions import pixels
 
-__all__ = ["Bools", "Ints", "Mixture", "Params", "SlotDecoder", "SlotEncoder", "Tables", "tables"]
+__all__ = [
+    "CONTEXTS",
+    "FACTORS",
+    "NO_FACTOR",
+    "WEIGHT_BITS",
+    "Bools",
+    "Corrected",
+    "Ints",
+    "Mixture",
+    "Params",
+    "SlotDecoder",
+    "SlotEncoder",
+    "Tables",
+    "find_contexts",
+    "tables",
+]
 
 Ints = npt.NDArray[np.int64]
 Params = npt.NDArray[np.int16]
@@ -43,6 +59,13 @@ _COEFFICIENT = 14  # fractional bits of a coefficient
 _REACH = 20  # fractional bits of the width of a step of a mean
 _MEAN = 15  # bits of the range of means, that is, steps of 1/128 grey level for 256 values
 _FAR = 1408  # where the tail ends, in steps of the table
+WEIGHT_BITS = 10  # fractional bits of the weights of corrections
+CONTEXTS = 16  # of the factors by which corrections multiply scales: 8 ratios times 2 spreads
+FACTORS = tuple(i / 10 for i in range(-7, 9))  # their logarithms
+NO_FACTOR = FACTORS.index(0)
+_FACTOR = 14  # fractional bits of a factor
+_RATIO = 8  # fractional bits of the ratios' borders
+_WIDE = 256  # the spread, in steps of the means of 256 values, from which the second contexts count
 _LOWEST = 1 << 31  # the lowest state of the coder
 _FARTHEST = 1 << 24  # the largest absolute value of a mean
 
@@ -226,6 +249,130 @@ def _components(
             c[_INSIDE, m] = _edge(hi + 1, c[_MEANS, m], c[_INV, m], t) - c[_UNDER, m]
 
 
+def _exponentials(exponents: Iterable[float], bits: int) -> Ints:
+    with localcontext(Context(prec=50)):
+        return np.array([int((Decimal(str(x)).exp() * 2**bits).to_integral_value()) for x in exponents])
+
+
+_HALF = 1 << (WEIGHT_BITS - 1)
+_LOG2 = np.array([round(2**16 * math.log2(1 + (i + 0.5) / 256)) for i in range(256)])  # of a mantissa
+_WIDER, _NARROWER = _exponentials(FACTORS, _FACTOR), _exponentials((-x for x in FACTORS), _FACTOR)
+_BORDERS = np.array([128, 161, 203, 256, 323, 406, 512])  # of the ratios: 1/2 to 2 in steps of 2^(1/3)
+
+
+@compiled
+def _moments(
+    rows: Any, at: int, channel: int, prediction: Any, values: Any, means: Any, weights: Any, t: Any,
+    own: Any,
+) -> None:  # fmt: skip
+    """Compute each mixture's mean and spread, in steps of the means, into own[:, 0] and own[:, 1]."""
+    c = np.zeros((8, t[_COMPONENTS]), np.int64)
+    at_scale = at + (1 + t[_CHANNELS] + channel) * t[_COMPONENTS]
+    for i in range(len(rows)):
+        _components(rows, i, at, channel, prediction, values, 0, t[_TOP], means, c, t)
+        total = 1 << (_WEIGHT - 1)
+        for m in range(t[_COMPONENTS]):
+            total += weights[i, m] * c[_MEANS, m]
+        mean = total >> _WEIGHT
+        total = 0
+        for m in range(t[_COMPONENTS]):
+            scale = t[_SCALES + ((255 + rows[i, at_scale + m]) & 511)]
+            # values of a logistic are 1.39 scales from its mean, on average; in practice fewer
+            total += weights[i, m] * (abs(c[_MEANS, m] - mean) + ((scale * 307) >> 8))
+        own[i, 0], own[i, 1] = mean, (total >> _WEIGHT) + 19
+
+
+@compiled
+def _sample(
+    rows: Any, at: int, channel: int, prediction: Any, values: Any, means: Any, weights: Any, t: Any,
+    which: Any, out: Any,
+) -> None:  # fmt: skip
+    """Compute the components of some positions."""
+    c = np.zeros((8, t[_COMPONENTS]), np.int64)
+    for k in range(len(which)):
+        i = which[k]
+        _components(rows, i, at, channel, prediction, values, 0, t[_TOP], means, c, t)
+        for m in range(t[_COMPONENTS]):
+            out[k, 0, m], out[k, 1, m], out[k, 2, m] = weights[i, m], c[_MEANS, m], c[_INV, m]
+
+
+@compiled
+def _correct(i: int, own: Any, seen: Any, fit: Any, c: Any, t: Any) -> None:
+    """Shift the means of a position and multiply its scales; see `Corrected`."""
+    row = i // fit[0]
+    left = (row + 1) * (fit[0] + 2) + i - row * fit[0]
+    above = left - fit[0] - 1
+    shift = fit[1] * seen[0, left] + fit[2] * seen[0, above]
+    shift += fit[3] * seen[0, above - 1] + fit[4] * seen[0, above + 1]
+    missed = own[i, 3] + abs(seen[0, left]) + abs(seen[0, above])
+    missed += abs(seen[0, above - 1]) + abs(seen[0, above + 1])
+    expected = own[i, 4] + seen[1, left] + seen[1, above] + seen[1, above - 1] + seen[1, above + 1]
+    factor = fit[5 + _context(missed, expected, own[i, 1])] & 15
+    _move(own[i, 0], own[i, 1], (own[i, 2] + shift + _HALF) >> WEIGHT_BITS, factor, c, t)
+
+
+@compiled
+def _context(missed: int, expected: int, spread: int) -> int:
+    """Return the number of a context, from sums of absolute misses and of spreads near by."""
+    context = 1 if spread >= _WIDE else 0
+    for j in range(len(_BORDERS)):
+        if (missed << _RATIO) >= _BORDERS[j] * expected:
+            context += 2
+    return context
+
+
+@compiled
+def _move(mean: int, spread: int, shift: int, factor: int, c: Any, t: Any) -> None:
+    """Shift means, at most by 8 spreads, and multiply scales by a factor, given by its number."""
+    shift = min(max(shift, -8 * spread), 8 * spread)
+    for m in range(t[_COMPONENTS]):
+        moved = mean + shift + (((c[_MEANS, m] - mean) * _WIDER[factor]) >> _FACTOR)
+        c[_MEANS, m] = min(max(moved, -_FARTHEST), _FARTHEST)
+        c[_INV, m] = max((c[_INV, m] * _NARROWER[factor]) >> _FACTOR, 1)
+
+
+@compiled
+def _find_contexts(own: Any, seen: Any, columns: int, out: Any) -> None:
+    """Find the context of each position, from misses that are known (see `Corrected`)."""
+    for i in range(len(own)):
+        row = i // columns
+        left = (row + 1) * (columns + 2) + i - row * columns
+        above = left - columns - 1
+        missed = own[i, 3] + abs(seen[0, left]) + abs(seen[0, above])
+        missed += abs(seen[0, above - 1]) + abs(seen[0, above + 1])
+        expected = own[i, 4] + seen[1, left] + seen[1, above] + seen[1, above - 1] + seen[1, above + 1]
+        out[i] = _context(missed, expected, own[i, 1])
+
+
+@compiled
+def _try(
+    parts: Any, values: Any, moments: Any, shifts: Any, factors: Any, t: Any, weights: Any, out: Any
+) -> None:
+    """Compute what values cost with shifted means and scaled ones, in units of 2^-16 bits, into out (k,).
+
+    parts (k, 3, M): see `Mixture.sample`; weights (1, M): scratch space; factors (k,): their numbers.
+    """
+    c = np.zeros((8, t[_COMPONENTS]), np.int64)
+    for k in range(len(parts)):
+        for m in range(t[_COMPONENTS]):
+            weights[0, m], c[_MEANS, m], c[_INV, m] = parts[k, 0, m], parts[k, 1, m], parts[k, 2, m]
+        _move(moments[k, 0], moments[k, 1], shifts[k], factors[k] & 15, c, t)
+        first = _slots(values[k], 0, t[_TOP], weights, 0, c, _BELOW, t)
+        number = _slots(values[k] + 1, 0, t[_TOP], weights, 0, c, _ABOVE, t) - first
+        digits = 0
+        while number >> digits > 1:
+            digits += 1
+        mantissa = ((number << 8) >> digits) & 255
+        out[k] = ((_SLOTS - digits) << 16) - _LOG2[mantissa]
+
+
+@compiled
+def _remember(i: int, value: int, own: Any, seen: Any, fit: Any, t: Any) -> None:
+    """Note by how much a value missed its mixture's mean."""
+    row = i // fit[0]
+    seen[0, (row + 1) * (fit[0] + 2) + i - row * fit[0] + 1] = (value << t[_BITS]) - own[i, 0]
+
+
 @compiled
 def _share(weights: Any, i: int, total: int) -> None:
     """Scale the weights of a position, which add to `total` < 2^47, such that they add to 2^16."""
@@ -271,16 +418,19 @@ def _observe(weights: Any, i: int, c: Any) -> None:
 @compiled
 def _find(
     rows: Any, at: int, channel: int, prediction: Any, values: Any, coded: Any, lo: Any, hi: Any,
-    means: Any, weights: Any, t: Any, slots: Any,
+    means: Any, weights: Any, t: Any, own: Any, seen: Any, fit: Any, slots: Any,
 ) -> int:  # fmt: skip
     """Find the slots of one channel's values: first and number, into slots (n, 2); return how many."""
     c, found = np.zeros((8, t[_COMPONENTS]), np.int64), 0
     for i in range(len(rows)):
         a, b = lo[i], hi[i]
+        value = values[i, channel]
         _components(rows, i, at, channel, prediction, values, a, b, means, c, t)
+        if len(own):
+            _correct(i, own, seen, fit, c, t)
+            _remember(i, value, own, seen, fit, t)
         if not coded[i] or a == b:
             continue
-        value = values[i, channel]
         first = _slots(value, a, b, weights, i, c, _BELOW, t)
         slots[found, 0] = first
         slots[found, 1] = _slots(value + 1, a, b, weights, i, c, _ABOVE, t) - first
@@ -311,7 +461,7 @@ def _keep(c: Any, source: int, to: int) -> None:
 @compiled
 def _decode(
     rows: Any, at: int, channel: int, prediction: Any, values: Any, coded: Any, lo: Any, hi: Any,
-    means: Any, weights: Any, t: Any, words: Any, state: Any,
+    means: Any, weights: Any, t: Any, own: Any, seen: Any, fit: Any, words: Any, state: Any,
 ) -> bool:  # fmt: skip
     """Decode one channel's values; state: of the coder, and the next word. Return whether words last."""
     c = np.zeros((8, t[_COMPONENTS]), np.int64)
@@ -320,7 +470,11 @@ def _decode(
     for i in range(len(rows)):
         a, b = lo[i], hi[i]
         _components(rows, i, at, channel, prediction, values, a, b, means, c, t)
+        if len(own):
+            _correct(i, own, seen, fit, c, t)
         if not coded[i]:
+            if len(own):
+                _remember(i, values[i, channel], own, seen, fit, t)
             continue
         if a == b:
             values[i, channel] = a
@@ -353,6 +507,8 @@ def _decode(
                 beyond, end = middle, edge
                 _keep(c, _PARTS, _ABOVE)
         values[i, channel] = value
+        if len(own):
+            _remember(i, value, own, seen, fit, t)
         x = (end - first) * (x >> _SLOTS) + slot - first
         if x < _LOWEST:
             if at_word >= len(words):
@@ -386,13 +542,15 @@ class SlotEncoder:
     def __init__(self) -> None:
         self._slots: list[Ints] = []
 
-    def code(self, mixture: Mixture, channel: int, lo: Ints, hi: Ints, coded: Bools) -> None:
+    def code(
+        self, mixture: Mixture, channel: int, lo: Ints, hi: Ints, coded: Bools, by: Corrected | None = None
+    ) -> None:
         """Add one channel's values, `mixture.values[:, channel]` where `coded` is true."""
-        m = mixture
+        m, by = mixture, by or _UNCORRECTED
         slots = np.empty((len(m.rows), 2), np.int64)
         found = _find(
             m.rows, m.at, channel, m.prediction, m.values, coded, lo, hi, m.means, m.weights,
-            m.tables.array, slots,
+            m.tables.array, *by, slots,
         )  # fmt: skip
         self._slots.append(slots[:found])
 
@@ -421,16 +579,18 @@ class SlotDecoder:
         self._words = np.frombuffer(data, "<u4", offset=8).astype(np.uint32)
         self._state = np.array([state, 0], np.int64)
 
-    def code(self, mixture: Mixture, channel: int, lo: Ints, hi: Ints, coded: Bools) -> None:
+    def code(
+        self, mixture: Mixture, channel: int, lo: Ints, hi: Ints, coded: Bools, by: Corrected | None = None
+    ) -> None:
         """Decode one channel's values into `mixture.values[:, channel]` where `coded` is true.
 
         Raises:
             CodecError: The stream ends too early.
         """
-        m = mixture
+        m, by = mixture, by or _UNCORRECTED
         if not _decode(
             m.rows, m.at, channel, m.prediction, m.values, coded, lo, hi, m.means, m.weights,
-            m.tables.array, self._words, self._state,
+            m.tables.array, *by, self._words, self._state,
         ):  # fmt: skip
             raise CodecError("the file is damaged: a stream of it ends too early")
 
@@ -442,6 +602,26 @@ class SlotDecoder:
         """
         if int(self._state[1]) != len(self._words) or int(self._state[0]) != _LOWEST + checksum:
             raise CodecError(container.CHANGED)
+
+
+class Corrected(NamedTuple):
+    """What corrects the mixtures of one channel at the positions of a band (see `adaptation`): int64.
+
+    Attributes:
+        own: Of each position its mean, its spread, 2^10 times the shift without causal neighbours, the sum
+            of absolute misses of earlier steps near by, and of spreads: (n, 5), in steps of the means.
+        seen: Misses, which are filled in, and spreads, with a column of zeros on both sides and a row of
+            zeros above: (2, (rows + 1) (columns + 2)).
+        fit: Number of columns, weights of the neighbours left, above, above left and above right, in steps
+            of 2^-10, and the number of the factor of each context: (5 + `CONTEXTS`,).
+    """
+
+    own: Ints
+    seen: Ints
+    fit: Ints
+
+
+_UNCORRECTED = Corrected(np.zeros((0, 5), np.int64), np.zeros((2, 0), np.int64), np.zeros(0, np.int64))
 
 
 class Mixture:
@@ -461,3 +641,50 @@ class Mixture:
         self.means = np.zeros((n, tables.channels, tables.components), np.int64)
         self.weights = np.zeros((n, tables.components), np.int64)
         _start(rows, at, self.weights, tables.array)
+
+    def moments(self, channel: int) -> Ints:
+        """Return the mean and the spread of a channel's mixtures, given earlier channels: (n, 2)."""
+        own = np.empty((len(self.rows), 2), np.int64)
+        _moments(
+            self.rows, self.at, channel, self.prediction, self.values, self.means, self.weights,
+            self.tables.array, own,
+        )  # fmt: skip
+        return own
+
+    def sample(self, channel: int, which: Ints) -> Ints:
+        """Return weights, means and inverse scales of a channel's components at some positions.
+
+        Args:
+            channel: Whose values are not known yet.
+            which: Numbers of the positions, (k,).
+
+        Returns:
+            (k, 3, M), int64: in units of 2^-16, steps of the means, and units of 2^-26 per grey level.
+        """
+        out = np.empty((len(which), 3, self.tables.components), np.int64)
+        _sample(
+            self.rows, self.at, channel, self.prediction, self.values, self.means, self.weights,
+            self.tables.array, which, out,
+        )  # fmt: skip
+        return out
+
+    def cost(self, parts: Ints, values: Params, moments: Ints, shifts: Ints, factors: Ints) -> Ints:
+        """Return what values would cost with corrections, in units of 2^-16 bits.
+
+        Args:
+            parts: Of k positions, see `sample`.
+            values: (k,).
+            moments: See `moments`: (k, 2).
+            shifts: Of the means, in their steps: (k,).
+            factors: Numbers of the factors of the scales: (k,).
+        """
+        out, weights = np.empty(len(parts), np.int64), np.empty((1, self.tables.components), np.int64)
+        _try(parts, values, moments, shifts, factors, self.tables.array, weights, out)
+        return out
+
+
+def find_contexts(own: Ints, seen: Ints, columns: int) -> Ints:
+    """Return the number of the context of each position: (n,); arguments as in `Corrected`."""
+    out = np.empty(len(own), np.int64)
+    _find_contexts(own, seen, columns, out)
+    return out

@@ -46,6 +46,7 @@ def files(draw: st.DrawFn) -> tuple[PictureHeader, list[PicturePart]]:
     parts = [PicturePart(Kind.METADATA, draw(content))] if draw(st.booleans()) else []
     if draw(st.booleans()):
         return header, [*parts, PicturePart(Kind.PIXELS, draw(content))]
+    parts += [PicturePart(Kind.CORRECTIONS, draw(content))] if draw(st.booleans()) else []
     coarse = draw(st.sets(st.integers(1, 200), max_size=8))
     parts += [PicturePart(Kind.LEVEL, draw(content), k) for k in sorted(coarse, reverse=True)]
     parts += [PicturePart(Kind.ALPHA, draw(content))] if header.has_alpha else []

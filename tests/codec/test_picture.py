@@ -10,25 +10,27 @@ from torch import Tensor
 from selfvae.codec import CodecError
 from selfvae.codec.fallback import decode_pixels, encode_alpha, encode_pixels
 from selfvae.codec.format3 import NO_MODEL, PictureHeader, read_header
-from selfvae.codec.picture import decode, encode, read_metadata
+from selfvae.codec.picture import Levels, decode, encode, read_metadata
 from selfvae.data.metadata import Metadata
 from selfvae.data.pictures import encode_lossless, to_image
 
 MODEL = b"zlib zip"
+CORRECTIONS = b"none"
 METADATA = Metadata(b"profile" * 99, b"II*\0exif", b"<xmp/>", (("Title", "猫"),))
 
 
-def code_levels(x: Tensor) -> list[tuple[int, bytes]]:
+def code_levels(x: Tensor) -> tuple[bytes, Levels]:
     """Every second pixel, then all of them."""
-    return [
+    return CORRECTIONS, [
         (1, zlib.compress(x[..., ::2, ::2].numpy().tobytes(), 9)),
         (0, zlib.compress(x.numpy().tobytes(), 9)),
     ]
 
 
-def decode_levels(header: PictureHeader, parts: list[tuple[int, bytes]], upto: int) -> Tensor:
+def decode_levels(header: PictureHeader, corrections: bytes, parts: Levels, upto: int) -> Tensor:
     if header.fingerprint != MODEL:
         raise CodecError("another model")
+    assert corrections in (CORRECTIONS, b"")
     for level, data in parts:
         step = level + 1
         shape = 1, header.channels - header.has_alpha, -(-header.height // step), -(-header.width // step)
@@ -75,11 +77,13 @@ def test_every_kind_of_picture_comes_back(channels: int, metadata: Metadata | No
 def test_the_smaller_one_is_taken() -> None:
     noise = encode(_random(3), None, code_levels, MODEL)
     assert read_header(noise).parts[0].name == "pixels" and read_header(noise).fingerprint == NO_MODEL
-    file = encode(_random(3), METADATA, lambda x: [(2, b"a"), (0, b"b")], MODEL)
+    file = encode(_random(3), METADATA, lambda x: (b"", [(2, b"a"), (0, b"b")]), MODEL)
     assert [part.name for part in read_header(file).parts] == ["metadata", "y2", "y0"]
     assert read_header(file).fingerprint == MODEL
     with pytest.raises(CodecError):  # a model that does not give the picture back
-        encode(_random(3), None, lambda x: [(1, b"a"), (0, b"b")], MODEL, decode_levels=decode_levels)
+        encode(
+            _random(3), None, lambda x: (b"", [(1, b"a"), (0, b"b")]), MODEL, decode_levels=decode_levels
+        )
 
 
 def test_the_slow_encoder_is_spared_where_the_model_is_better(
@@ -96,10 +100,10 @@ def test_the_slow_encoder_is_spared_where_the_model_is_better(
     for x, size, tried in (
         (few, 800, [0]), (few, 920, [0, 1]), (few, 960, [0, 1, 2]), (many, 700, [0]), (many, 820, [0, 2]),
     ):  # fmt: skip
-        encode(x, None, lambda x, n=size: [(0, bytes(n))], MODEL, thorough=False)
+        encode(x, None, lambda x, n=size: (b"", [(0, bytes(n))]), MODEL, thorough=False)
         assert calls == tried
         calls.clear()
-    encode(few, None, lambda x: [(0, bytes(10))], MODEL)
+    encode(few, None, lambda x: (b"", [(0, bytes(10))]), MODEL)
     assert calls == [2]
 
 
@@ -109,7 +113,7 @@ def test_smaller_versions_and_truncated_files(channels: int) -> None:
     coded, stored = _files(x)
     assert torch.equal(decode(coded, decode_levels, 1)[0], x[..., ::2, ::2])
     with pytest.raises(CodecError, match="holds y2, y0; got 'y1'"):
-        decode(encode(x, None, lambda x: [(2, b"a"), (0, b"b")], MODEL), decode_levels, 1)
+        decode(encode(x, None, lambda x: (b"", [(2, b"a"), (0, b"b")]), MODEL), decode_levels, 1)
     with pytest.raises(CodecError, match=f"needs the model {MODEL.hex()}"):
         decode(coded)
     end = dict(read_header(coded).ends())["y1"]

@@ -156,7 +156,7 @@ def test_prefixes_in_the_benchmark_of_formats(tiny_integer: selfvae.SelfVAE) -> 
 
     codec = Codec(tiny_integer)
     x = torch.from_numpy(photo("coffee", 2)[None, :, :100, :160].copy())
-    names = [name for name, _ in read_header(codec.compress(x)).ends()]
+    names = [name for name, _ in read_header(codec.compress(x)).ends() if name != "corrections"]
     assert names[-1] == "y0" and len(names) > 1
     result = bench.bench(codec, [x])
     assert [row["setting"] for row in result["lossy"]["selfvae"]] == names[:-1]

@@ -42,7 +42,7 @@ __all__ = ["ChainCodec", "Fit", "side_by_side"]
 _BAND = 1 << 14  # positions in a band; part of the format
 _JOINED = 1 << 12  # positions in the coarsest levels that share a stream; part of the format
 _STRIP = 1 << 16  # positions that a network sees at once
-_FITTED = 1 << 18  # positions to which corrections are fitted
+_FITTED = 16  # bands whose outputs are kept until they are coded; of more, half as many are fitted
 _WORTH = 8  # bytes that corrections must save beyond their own
 _BEYOND = 2  # rows of blocks beyond a strip that a transform's estimate depends on
 
@@ -348,28 +348,32 @@ class ChainCodec:
         images, jobs, keys = self._images(x, size), [], []
         for k in range(self.joined(size)):
             if self._levels[k].adapts:
-                bands = self._grid(k, size).bands()
-                step = -(-len(bands) * _BAND // _FITTED)
-                strips = (
-                    [[band] for band in bands[::step]] if step > 1 else self._grid(k, size).strips(threads)
-                )
-                jobs += [partial(self._collect, k, strip, images, size) for strip in strips]
-                keys += [(k, strip[0].start, step) for strip in strips]
-        collected: dict[int, Collector] = {}
-        outputs, steps = {}, {}
+                grid = self._grid(k, size)
+                bands = grid.bands()
+                fitted = bands[:: 2 if len(bands) > 3 else 1]
+                strips = grid.strips(threads)
+                if len(bands) > _FITTED:  # too many to keep what the networks say
+                    fitted = bands[:: -(-2 * len(bands) // _FITTED)]
+                    strips = [[band] for band in fitted]
+                jobs += [partial(self._collect, k, strip, fitted, images, size) for strip in strips]
+                keys += [(k, strip[0].start, len(bands) / len(fitted)) for strip in strips]
+        collected: dict[int, tuple[Collector, float]] = {}
+        outputs = {}
         with side_by_side(threads) as run:
-            for (k, start, step), (found, collector) in zip(keys, run(jobs, track, "fit"), strict=True):
-                collected[k] = collected[k].joined(collector) if k in collected else collector
-                steps[k] = step
-                if step == 1:
+            for (k, start, share), (found, collector) in zip(keys, run(jobs, track, "fit"), strict=True):
+                before = collected.get(k)
+                collected[k] = (before[0].joined(collector) if before else collector), share
+                if found is not None:
                     outputs[k, start] = found
+            solve = [collector.solve for collector, _ in collected.values()]
+            solved = dict(zip(collected, run(solve, no_progress, "fit"), strict=True))
         adaptations, data = {}, b""
         for k in reversed(range(self.joined(size))):
             own = b""
-            if k in collected:
-                adaptation, saved = collected[k].solve()
+            if k in solved:
+                adaptation, saved = solved[k]
                 own = adaptation.to_bytes()
-                if saved * steps[k] > 8 * (len(own) + _WORTH):
+                if saved * collected[k][1] > 8 * (len(own) + _WORTH):
                     adaptations[k] = adaptation
                 else:
                     own = b""
@@ -377,17 +381,21 @@ class ChainCodec:
         return Fit(data if adaptations else b"", adaptations, images, outputs)
 
     def _collect(
-        self, k: int, strip: list[slice], images: list[Tensor], size: Size
-    ) -> tuple[_Outputs, Collector]:
-        """Evaluate the network for some neighbouring bands of y[k], and collect what corrections need."""
+        self, k: int, strip: list[slice], fitted: list[slice], images: list[Tensor], size: Size
+    ) -> tuple[_Outputs | None, Collector]:
+        """Evaluate the network for some neighbouring bands of y[k]; collect from those that are fitted.
+
+        The outputs are returned unless the strip is one of many.
+        """
         coder, grid = self._levels[k], self._grid(k, size)
         outputs = coder.outputs(self._above(k, images), slice(strip[0].start, strip[-1].stop), grid)
         collector = Collector(coder.counts())
         for rows in strip:
-            mask = self._inside(k, size, slice(rows.start * grid.block[0], rows.stop * grid.block[0]))
-            y = _rows(images[k], rows, grid.block[0])
-            coder.code(outputs.part(rows, grid), SlotEncoder(), y, mask, collector)
-        return outputs, collector
+            if rows in fitted:
+                mask = self._inside(k, size, slice(rows.start * grid.block[0], rows.stop * grid.block[0]))
+                y = _rows(images[k], rows, grid.block[0])
+                coder.code(outputs.part(rows, grid), SlotEncoder(), y, mask, collector)
+        return (outputs if len(grid.bands()) <= _FITTED else None), collector
 
     def _adaptations(self, data: bytes, size: Size) -> dict[int, Adaptation]:
         """Return the corrections in `Fit.data`, by level.

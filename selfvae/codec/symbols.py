@@ -480,25 +480,26 @@ def _decode(
             values[i, channel] = a
             continue
         slot = x & ((1 << _SLOTS) - 1)
-        # find the value with first <= slot < end: in growing steps from a guess, then by halving
-        value, step = _guess(slot, rows, at_scale, weights, i, c, a, b, t), 1
+        # find the value with first <= slot < end: in growing steps from a guess, then by interpolation
+        value = _guess(slot, rows, at_scale, weights, i, c, a, b, t)
+        beyond = value + 1
         first = _slots(value, a, b, weights, i, c, _BELOW, t)
-        beyond, end = value, first
-        if first <= slot:
-            beyond = value + 1
+        end = _slots(beyond, a, b, weights, i, c, _ABOVE, t)
+        while end <= slot:
+            step = max((slot - end) * (beyond - value) // (end - first), 2 * (beyond - value) - 1)
+            value, first = beyond, end
+            _keep(c, _ABOVE, _BELOW)
+            beyond = min(beyond + step, b + 1)
             end = _slots(beyond, a, b, weights, i, c, _ABOVE, t)
-            while end <= slot:
-                value, first = beyond, end
-                _keep(c, _ABOVE, _BELOW)
-                beyond, step = min(beyond + step, b + 1), 2 * step
-                end = _slots(beyond, a, b, weights, i, c, _ABOVE, t)
         while first > slot:
+            step = max((first - slot) * (beyond - value) // (end - first), 2 * (beyond - value) - 1)
             beyond, end = value, first
             _keep(c, _BELOW, _ABOVE)
-            value, step = max(value - step, a), 2 * step
+            value = max(value - step, a)
             first = _slots(value, a, b, weights, i, c, _BELOW, t)
+        middle = (slot - first) * (beyond - value) // (end - first) + value
         while beyond - value > 1:
-            middle = (value + beyond) >> 1
+            middle = min(max(middle, value + 1), beyond - 1)
             edge = _slots(middle, a, b, weights, i, c, _PARTS, t)
             if edge <= slot:
                 value, first = middle, edge
@@ -506,6 +507,7 @@ def _decode(
             else:
                 beyond, end = middle, edge
                 _keep(c, _PARTS, _ABOVE)
+            middle = (value + beyond) >> 1
         values[i, channel] = value
         if len(own):
             _remember(i, value, own, seen, fit, t)

@@ -1,9 +1,10 @@
 """Sizes of pictures that are no photographs, drawn here, as .svae, WebP, PNG and JPEG XL files.
 
-    python -m benchmarks.pictures [--scale 1] [--json FILE]
+    python -m benchmarks.pictures [--model photos-v2] [--scale 1] [--json FILE]
 
-Each file of format 3 is decoded and compared with its picture, and must be at most 64 bytes larger than the
-WebP file. The columns "quick" are the time and size of WebP with quick settings (`codec.fallback`).
+With a model, files are what `selfvae compress` writes; without, they contain WebP. Each file of format 3 is
+decoded and compared with its picture, and must be at most 64 bytes larger than the WebP file. The
+columns "quick" are the time and size of WebP with quick settings (`codec.fallback`).
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import selfvae
 from benchmarks.measure import seconds
+from selfvae.codec import Codec
 from selfvae.codec.bench import lossless_sizes
 from selfvae.codec.fallback import encode_pixels
-from selfvae.codec.picture import CodeLevels, DecodeLevels, decode, encode
+from selfvae.codec.picture import decode, encode
 from selfvae.data.pictures import from_image
 
 __all__ = ["PICTURES", "measure", "table"]
@@ -137,19 +140,12 @@ PICTURES: dict[str, Callable[[int], Image.Image]] = {
 }
 
 
-def measure(
-    image: Image.Image,
-    code_levels: CodeLevels | None = None,
-    decode_levels: DecodeLevels | None = None,
-    fingerprint: bytes = bytes(8),
-) -> dict[str, float]:
+def measure(image: Image.Image, codec: Codec | None = None) -> dict[str, float]:
     """Measure a picture's bytes in each format, and the seconds that WebP and the .svae file take.
 
     Args:
         image: Of mode 1, L, LA, RGB or RGBA.
-        code_levels: The model, as for `codec.picture.encode`; by default none.
-        decode_levels: The same.
-        fingerprint: The model's.
+        codec: Of an integer model; None: the .svae file contains WebP.
 
     Raises:
         AssertionError: The .svae file is too large, or does not give the picture back.
@@ -158,13 +154,14 @@ def measure(
     x, files = from_image(image), dict[str, bytes]()
 
     def svae() -> None:
-        files["svae"] = encode(x, None, code_levels, fingerprint)
+        files["svae"] = codec.compress(x) if codec else encode(x)
 
     def quick() -> None:
         files["quick"] = encode_pixels(x, effort=1)
 
     spent = {"seconds": seconds(svae), "quick s": seconds(quick)}
-    assert torch.equal(decode(files["svae"], decode_levels)[0], x), "the picture came back changed"
+    again = codec.decompress(files["svae"]) if codec else decode(files["svae"])[0]
+    assert torch.equal(again, x), "the picture came back changed"
     sizes = lossless_sizes(image)
     assert len(files["svae"]) <= sizes["WebP"] + OVERHEAD, f"{len(files['svae'])} > {sizes['WebP']} + 64"
     own = {".svae": len(files["svae"]), "quick": len(files["quick"])}
@@ -186,8 +183,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--scale", type=int, default=1, help="1: 320 x 240 pixels")
     parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--model", help="folder or name of an integer model")
     flags = parser.parse_args()
-    results = {name: measure(draw(flags.scale)) for name, draw in PICTURES.items()}
+    codec = Codec(selfvae.load(flags.model)) if flags.model else None
+    results = {name: measure(draw(flags.scale), codec) for name, draw in PICTURES.items()}
     print(table(results))
     if flags.json:
         flags.json.write_text(json.dumps(results, indent=1) + "\n")

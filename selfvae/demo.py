@@ -32,7 +32,7 @@ from selfvae.transforms import MeanDownscale
 
 __all__ = ["demo", "train_demo"]
 
-_CODEC = "photos-v1"
+_CODEC = "photos-v2"
 
 
 def demo(

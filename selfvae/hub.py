@@ -53,7 +53,7 @@ __all__ = [
 
 _FILES = ("config.json", "model.safetensors")
 _BUNDLED = Path(__file__).parent / "models"
-_USUAL = "photos-v1"  # the bundled model that compresses photographs
+_USUAL = "photos-v2"  # the bundled model that compresses photographs
 _MODELS = "SELFVAE_MODELS"  # the environment variable
 # options that came later, as they were before: they leave the fingerprints of older models alone
 _PLAIN: dict[str, Any] = {

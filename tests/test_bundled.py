@@ -20,7 +20,7 @@ from selfvae.transforms import MeanDownscale
 
 NAMES = (
     "cifar10-2m", "cifar10-latent", "photos-colour-v0", "photos-deband-v0", "photos-v0", "photos-v1",
-    "photos-x2-v0",
+    "photos-v2", "photos-x2-v0",
 )  # fmt: skip
 
 
@@ -82,11 +82,11 @@ def test_demo(tmp_path: Path) -> None:
     lines: list[str] = []
     result = demo(tmp_path, fast=True, report=lines.append)
     rates = result["bits_per_subpixel"]
-    assert rates["photos-v1"] < 0.97 * rates["WebP"] < rates["PNG"]
+    assert rates["photos-v2"] < 0.97 * rates["WebP"] < rates["PNG"]
     assert all(score["photos-x2-v0"] > 25 for score in result["psnr"].values())
     assert Image.open(tmp_path / "figure.png").width > 600
     for name, sizes in result["bytes"].items():
-        assert (tmp_path / f"{name}.svae").stat().st_size == sizes["photos-v1"]
+        assert (tmp_path / f"{name}.svae").stat().st_size == sizes["photos-v2"]
     assert "less than PNG" in lines[1]
 
 

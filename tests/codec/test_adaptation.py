@@ -38,7 +38,7 @@ def size_of(parts: list[tuple[int, bytes]]) -> int:
 
 
 def test_corrections_save_bytes_and_come_back() -> None:
-    codec = Codec(selfvae.load("photos-v1"))
+    codec = Codec(selfvae.load("photos-v2"))
     x = picture()
     assert codec.chain is not None
     fit = codec.chain.fit(x)
@@ -54,7 +54,7 @@ def test_corrections_save_bytes_and_come_back() -> None:
 
 
 def test_what_is_saved_is_about_what_was_estimated() -> None:
-    codec, x = Codec(selfvae.load("photos-v1")).chain, picture()
+    codec, x = Codec(selfvae.load("photos-v2")).chain, picture()
     assert codec is not None
     fit, saved = codec.fit(x), 0.0
     for k in fit.adaptations:

@@ -98,7 +98,7 @@ def test_the_slow_encoder_is_spared_where_the_model_is_better(
     monkeypatch.setattr("selfvae.codec.picture.encode_pixels", pixels)
     few, many = torch.zeros(1, 3, 9, 9).byte(), torch.zeros(1, 3, 64, 64).byte()  # over, under 2 bits
     for x, size, tried in (
-        (few, 800, [0]), (few, 920, [0, 1]), (few, 960, [0, 1, 2]), (many, 700, [0]), (many, 820, [0, 2]),
+        (few, 800, [0]), (few, 920, [0, 1]), (few, 960, [0, 1, 2]), (many, 500, [0]), (many, 820, [0, 2]),
     ):  # fmt: skip
         encode(x, None, lambda x, n=size: (b"", [(0, bytes(n))]), MODEL, thorough=False)
         assert calls == tried

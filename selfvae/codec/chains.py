@@ -46,7 +46,7 @@ _FITTED = 16  # bands whose outputs are kept until they are coded; of more, half
 _WORTH = 8  # bytes that corrections must save beyond their own
 _BEYOND = 2  # rows of blocks beyond a strip that a transform's estimate depends on
 
-_CHECKED: set[tuple[bytes, str]] = set()  # models and devices whose answer was right
+_CHECKED: set[tuple[bytes, str, str]] = set()  # models, answers and devices that were right
 
 Coder = SlotEncoder | SlotDecoder
 Size = tuple[int, int]
@@ -286,13 +286,19 @@ class ChainCodec:
         mark: Its fingerprint.
 
     Raises:
-        ValueError: A network may exceed what float32 computes exactly.
+        ValueError: A network may exceed what float32 computes exactly, or a transform's estimate depends on
+            the machine.
         CodecError: This machine computes another answer than the model's `answer`.
     """
 
     def __init__(self, model: SelfVAE, mark: bytes) -> None:
         self.model = model
         for k, level in enumerate(model.levels):
+            if not level.transform.exact_estimate:
+                raise ValueError(
+                    f"the estimate of y{k} by {level.transform} differs between machines, so the model cannot "
+                    "be used for files: choose means of blocks of 2, 4, 8 or 16, or kept pixels"
+                )
             try:
                 check_exact(level.decoder)
             except ValueError as error:
@@ -302,7 +308,7 @@ class ChainCodec:
 
     def _check_answer(self, mark: bytes) -> None:
         """Check once in a process that this machine computes the networks exactly."""
-        model, where = self.model, (mark, str(self.model.device))
+        model, where = self.model, (mark, str(self.model.answer), str(self.model.device))
         if model.answer is None or where in _CHECKED:
             return
         networks = {coder.level: coder.network for coder in self._levels}

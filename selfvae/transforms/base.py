@@ -205,6 +205,11 @@ class Transform(nn.Module):
     scale: tuple[int, int] = (1, 1)  # rows and columns of x per row and column of y
 
     @property
+    def exact_estimate(self) -> bool:
+        """Whether `estimate` gives the same numbers on every machine, as files of integer models need."""
+        return True
+
+    @property
     def block(self) -> tuple[int, int]:
         """Rows and columns of a block: the height and width of x must be multiples of these."""
         return self.scale
@@ -318,6 +323,10 @@ class Chain(Transform):
 
     def _steps(self) -> list[Transform]:
         return [t for t in self.transforms if isinstance(t, Transform)]
+
+    @property
+    def exact_estimate(self) -> bool:
+        return all(t.exact_estimate for t in self._steps())
 
     @property
     def block(self) -> tuple[int, int]:

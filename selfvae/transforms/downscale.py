@@ -87,6 +87,11 @@ class MeanDownscale(Transform):
     def support(self, y: Tensor, spec: ImageSpec) -> Support:
         return _MeanSupport(y, spec, self.scale)
 
+    @property
+    def exact_estimate(self) -> bool:
+        # then all weights are multiples of a power of two, and all sums exact
+        return all(n & (n - 1) == 0 and n <= 16 for n in self.scale)
+
     def estimate(self, y: Tensor, spec: ImageSpec) -> Tensor:
         size = (y.shape[2] * self.scale[0], y.shape[3] * self.scale[1])
         return F.interpolate(at_least_float32(y), size, mode="bilinear", align_corners=False)
@@ -132,6 +137,10 @@ class BicubicDownscale(Transform):
         check_image(x)
         self.size(*x.shape[2:])
         return separable(x, functools.partial(_bicubic_weights, self.scale[0]))
+
+    @property
+    def exact_estimate(self) -> bool:
+        return False  # float32 does not hold all sums
 
     def estimate(self, y: Tensor, spec: ImageSpec) -> Tensor:
         size = (y.shape[2] * self.scale[0], y.shape[3] * self.scale[1])

@@ -241,6 +241,14 @@ def test_archives_take_no_alpha(which: str, channels: int) -> None:
         pack(integer_codec(which), [("a.png", as_channels(photo_like(8, 8), channels))])
 
 
+def test_estimates_that_differ_between_machines_are_refused() -> None:
+    for name in ("bicubic2", "mean3", "grey+bicubic2"):
+        model = integer("selfvae", image_shape=(3, 12, 12), transforms=(name,))
+        with pytest.raises(ValueError, match=r"the estimate of y0 by .* differs between machines"):
+            Codec(model)
+    assert Codec(integer("selfvae", transforms=("mean4",))).chain
+
+
 def test_a_model_with_other_weights_reads_nothing() -> None:
     codec, other = integer_codec("halve"), Codec(integer(**{**INTEGER["halve"], "components": 1}))
     data = coded_always(codec, photo_like(9, 9))

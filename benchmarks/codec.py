@@ -14,7 +14,7 @@ picture), so that nothing is compiled during the measurement. Every file is deco
 
 Of integer models also the parts, each with one thread: the networks (seconds, GFLOP, GFLOP/s; a
 multiplication and an addition are two FLOP) and the coder of mixtures (MB/s, 10^6 sub-pixels per second,
-encoding and decoding).
+encoding and decoding, without corrections), and the bytes of all streams without corrections.
 
 JPEG XL has effort 7 (pillow-jxl-plugin) and as many threads; WebP is lossless, quality 100, method 6, and
 uses one thread. Prints a table in Markdown, and writes OUT/codec.json, which has all figures, and
@@ -194,11 +194,12 @@ def parts(codec: Codec, pictures: dict[str, Tensor], repeats: int) -> dict[str, 
 
     Returns:
         {"network_s", "network_gflop", "network_gflop_s", "encode_s", "encode_mb_s", "decode_s",
-        "decode_mb_s"}: sums over the pictures of the medians of the repeats; MB/s are of all sub-pixels.
+        "decode_mb_s", "plain_bytes"}: sums over the pictures of the medians of the repeats; MB/s are of all
+        sub-pixels. The mixtures are coded without corrections, in so many bytes.
     """
     assert codec.chain is not None
     chain, total = codec.chain, dict.fromkeys(("network", "encode", "decode"), 0.0)
-    flops = subpixels = 0
+    flops = subpixels = plain = 0
     with _threads(1):
         for x in pictures.values():
             wide = x.expand(-1, codec.model.spec.channels, -1, -1)
@@ -224,6 +225,7 @@ def parts(codec: Codec, pictures: dict[str, Tensor], repeats: int) -> dict[str, 
                 found["decode"].append(watch.seconds["decode"] + watch.seconds["mixture"] - half)
             for name, times in found.items():
                 total[name] += statistics.median(times)
+            plain += sum(len(data) for _, data in streams)
     megabytes, gigaflops = subpixels / 1e6, flops / 1e9
     return {
         "network_s": total["network"],
@@ -233,6 +235,7 @@ def parts(codec: Codec, pictures: dict[str, Tensor], repeats: int) -> dict[str, 
         "encode_mb_s": megabytes / total["encode"],
         "decode_s": total["decode"],
         "decode_mb_s": megabytes / total["decode"],
+        "plain_bytes": plain,
     }
 
 
@@ -271,11 +274,12 @@ def table(result: dict[str, Any]) -> str:
         lines += [
             "",
             "| one core | networks, s | GFLOP | GFLOP/s | mixtures: encoding, s | MB/s | decoding, s | "
-            "MB/s |",
-            "|---|--:|--:|--:|--:|--:|--:|--:|",
+            "MB/s | bytes without corrections |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
         ]
     for name, own in result["parts"].items():
-        lines.append(f"| {name} | {' | '.join(f'{value:.3g}' for value in own.values())} |")
+        *times, size = own.values()
+        lines.append(f"| {name} | {' | '.join(f'{value:.3g}' for value in times)} | {size:,} |")
     return "\n".join(lines) + "\n"
 
 

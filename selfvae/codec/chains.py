@@ -296,8 +296,8 @@ class ChainCodec:
         for k, level in enumerate(model.levels):
             if not level.transform.exact_estimate:
                 raise ValueError(
-                    f"the estimate of y{k} by {level.transform} differs between machines, so the model cannot "
-                    "be used for files: choose means of blocks of 2, 4, 8 or 16, or kept pixels"
+                    f"the estimate of y{k} by {level.transform} differs between machines, so that files "
+                    "cannot be exchanged: choose means of blocks of 2, 4, 8 or 16, or kept pixels"
                 )
             try:
                 check_exact(level.decoder)

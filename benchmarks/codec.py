@@ -195,7 +195,7 @@ def parts(codec: Codec, pictures: dict[str, Tensor], repeats: int) -> dict[str, 
     Returns:
         {"network_s", "network_gflop", "network_gflop_s", "encode_s", "encode_mb_s", "decode_s",
         "decode_mb_s", "plain_bytes"}: sums over the pictures of the medians of the repeats; MB/s are of all
-        sub-pixels. The mixtures are coded without corrections, in so many bytes.
+        sub-pixels. `plain_bytes` is the size without corrections.
     """
     assert codec.chain is not None
     chain, total = codec.chain, dict.fromkeys(("network", "encode", "decode"), 0.0)

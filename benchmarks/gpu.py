@@ -153,7 +153,7 @@ def peak_memory(found: dict[str, float], device: str) -> Iterator[None]:
 
 
 def rate(task: Task, images: int, device: str, peak: float, flops: int) -> dict[str, float]:
-    """Images per second of a task over so many images, and the share of the ceiling that it reaches."""
+    """Images per second of a task over n images, and the share of the ceiling that it reaches."""
     found: dict[str, float] = {}
     with peak_memory(found, device):
         spent = seconds_of(task, device)
@@ -233,7 +233,7 @@ def measure_speed(results: Results, name: str, size: str, batch: int, device: st
 
 
 def train(results: Results, name: str, size: str, data: str, seconds: float, flags: list[str]) -> object:
-    """Train for so many seconds, or go on; the curve, and bits/dim on 1,000 test images."""
+    """Train for a number of seconds, or go on; the curve, and bits/dim on 1,000 test images."""
     run = results.out / "runs" / name
 
     def command(*words: object) -> str:

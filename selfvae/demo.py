@@ -92,7 +92,8 @@ def _comparison(sizes: dict[str, int]) -> str:
     """Return the sizes of a picture in words."""
     own, png = sizes[_CODEC], sizes["PNG"]
     others = ", ".join(f"{name} {n / 1000:.1f} kB" for name, n in sizes.items() if name != _CODEC)
-    return f"{own / 1000:.1f} kB, {1 - own / png:.0%} less than PNG ({others})"
+    missing = "" if "JPEG XL" in sizes else "; JPEG XL: pip install pillow-jxl-plugin"
+    return f"{own / 1000:.1f} kB, {1 - own / png:.0%} less than PNG ({others}{missing})"
 
 
 def _progressive(codec: Codec, file: bytes, name: str) -> tuple[str, Tensor]:

@@ -70,7 +70,7 @@ class DecoderPart(nn.Module):
     """y_up = y[k+1] and z = z[k] -> the parameters of p(y[k] given them), as `PixelMixture` takes them.
 
     y_up is uint8 (B, c, h, w), z float (B, Z, h', w'), left out where the level has none. Returns
-    (B, P, h'', w''), at y[k]'s resolution, or one position a block where y[k+1] keeps pixels of y[k].
+    (B, P, h'', w''), at y[k]'s resolution, or one position per block where y[k+1] keeps pixels of y[k].
     """
 
     output = "params"

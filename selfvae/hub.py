@@ -247,7 +247,7 @@ def load(path: str | Path) -> SelfVAE:
     try:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
-        raise ValueError(f"{folder}/config.json is no JSON: {error}") from None
+        raise ValueError(f"{folder}/config.json is not valid JSON: {error}") from None
     if not isinstance(config, dict) or "model" not in config or config.get("format") not in (1, FORMAT):
         raise ValueError(
             f"{folder}/config.json must be {{'format': {FORMAT}, 'model': ...}}; got {str(config)[:50]}: "

@@ -77,6 +77,10 @@ class _TiledDistribution:
         """The mode of the whole (B, C, h, w)."""
         return self.level.assemble(self.name, lambda p: p.mode(), self.part, self.inputs)
 
+    def mean(self) -> Tensor:
+        """The mean of the whole (B, C, h, w), of an image."""
+        return self.level.assemble(self.name, lambda p: p.mean(), self.part, self.inputs)
+
     def log_prob(self, z: Tensor) -> Tensor:
         """Raise: a tile's margin would be counted twice."""
         raise ValueError("a tiled model draws, and does not score: take the model that it was made of")

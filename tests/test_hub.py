@@ -221,7 +221,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         selfvae.tiled(model)(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     hub.save(model, tmp_path / "run")
     for text, message in (
-        ("{", "is no JSON"),
+        ("{", "is not valid JSON"),
         ('{"format": 1, "model": null}', "describes no model"),
         ('{"format": 2, "model": {"levels": "x"}}', "describes no model: num_values must be"),
         ('{"format": 1, "model": {"prior": "flow"}}', "dense networks of format 1 have been replaced"),
@@ -303,7 +303,7 @@ def test_the_writer_of_a_file_is_found_by_its_fingerprint(
     for _ in range(2):
         assert hub.find_writer(mark) == tmp_path / "models/mine"
     assert loaded == ["broken", "mine", "broken"]
-    with pytest.raises(FileNotFoundError, match=r"models/broken \(unreadable: .*is no JSON"):
+    with pytest.raises(FileNotFoundError, match=r"models/broken \(unreadable: .*is not valid JSON"):
         hub.find_writer(b"12345678")
     # weights that have changed are looked at again, and so is everything without the cache
     hub.save(selfvae.build("selfvae-halve", "tiny", (3, 8, 8), width=0.06), tmp_path / "models/mine")

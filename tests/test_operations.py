@@ -79,7 +79,7 @@ def test_one_pixel_with_every_transform(transform: str, images: torch.Tensor) ->
         0, level.transform.output_spec(level.spec).num_values, (2, 3, 1, 1), dtype=torch.uint8
     )
     y = y[:, : level.transform.output_spec(level.spec).channels]
-    for how in ({}, {"temperature": 0.3}, {"decode": "mode"}):
+    for how in ({}, {"temperature": 0.3}, {"decode": "mode"}, {"decode": "mean"}):
         x = enhance(model, y, **how)
         assert x.shape[2:] == level.transform.scale
         if level.transform.support(y, level.spec).restricts:
@@ -185,7 +185,7 @@ def test_temperature_by_variable_and_modes(images: torch.Tensor) -> None:
     assert torch.equal(only[0]["y2"], only[1]["y2"]) and not torch.equal(only[0]["y1"], only[1]["y1"])
     with pytest.raises(ValueError, match="finite and 0 or more; got -1"):
         generate(model, 1, temperature=-1)
-    with pytest.raises(ValueError, match="'sample' or 'mode'; got 'best'"):
+    with pytest.raises(ValueError, match="'sample', 'mode' or 'mean'; got 'best'"):
         generate(model, 1, decode="best")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown variable 'y7'"):
         generate(model, 1, temperature={"y7": 1.0})

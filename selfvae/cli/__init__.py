@@ -34,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
             ):  # libraries may turn it into errors of their own
                 _say("interrupted")
                 return _INTERRUPTED
+            if isinstance(error, BrokenPipeError):  # as in `selfvae --help | head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 0
             if not isinstance(error, ValueError | OSError | ImportError | FloatingPointError):
                 raise
             _say(str(error))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from selfvae.cli.common import load_model
-from selfvae.cli.files import check_exists, each_file, read_picture, targets
+from selfvae.cli.files import check_exists, each_file, note_lost, read_picture, targets
 from selfvae.cli.flags import In, Out, positive
 from selfvae.cli.pool import cores, in_worker
 from selfvae.cli.progress import FileProgress, note, progress
@@ -175,7 +175,8 @@ class _Decompress:
         from selfvae.data import pictures
         from selfvae.transforms import ImageSpec
 
-        kind, data = pictures.check_ending(target), file.read_bytes()
+        pictures.check_ending(target)  # before the work
+        data = file.read_bytes()
         header = read_header(data)
         codec, began = self.load().of(header.fingerprint), time.perf_counter()
         try:
@@ -189,8 +190,7 @@ class _Decompress:
             raise ValueError(str(error).replace("partial=True", "--partial")) from None
         seconds = time.perf_counter() - began
         metadata = read_metadata(data)
-        if lost := metadata.lost(kind):
-            note(f"{target}: {kind} files do not hold {', '.join(lost)} of this picture; .png does")
+        note_lost(metadata, target)
         shown = pictures.show(x[0], spec)
         size = f"{x.shape[3]} x {x.shape[2]} pixels"
         line = f"{target}: {size}, {x.numel() / 1e6 / seconds:.3g} MB/s"
@@ -280,7 +280,7 @@ def decompress(
             bundled models and those in the folder that the environment variable SELFVAE_MODELS names.
         upto: stop at this level: y1, y2, ... is the exact smaller or greyer version of the picture, from
             the first bytes of the file; y0 is the picture itself. Metadata are kept with all of them.
-        partial: accept a truncated file and fill in what is missing with the most likely values.
+        partial: accept a truncated file and fill in the mean of what is missing.
         devices: number of GPUs or processes that share a folder's files.
         jobs: as for compress.
     """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from selfvae.cli.common import load_images, load_model, sampling
-from selfvae.cli.files import alpha_of, check_free, each_picture, read_picture
+from selfvae.cli.files import check_free, each_picture, read_picture, write_like
 from selfvae.cli.flags import In, Out, Run, SamplingFlags, positive
 from selfvae.cli.progress import FileProgress, note, progress
 
@@ -111,7 +111,7 @@ def enhance(
                 how["seed"] = drawing.seed + i
                 shown.append(pictures.show(operations.enhance(fitting, y, level, **how)[0], net.spec))
         if n == 1:
-            pictures.write(shown[0], target, alpha_of(picture, net.spec))
+            write_like(picture, shown[0], target, net.spec)
         else:
             given = sheets.magnify(pictures.show(y, net.levels[level].spec), rows, cols)
             sheet = [sheets.to_rgb(x) for x in (given, *(x[None] for x in shown))]
@@ -166,7 +166,7 @@ def reconstruct(
         with FileProgress(("reconstructing",), file.name, x[0, 0].numel(), parts) as bar:
             fitting = tiled_if_large(net, x[0, 0].numel(), bar.track)
             drawn = operations.reconstruct(fitting, x, chosen, **how)
-        pictures.write(pictures.show(drawn[0], net.spec), target, alpha_of(picture, net.spec))
+        write_like(picture, pictures.show(drawn[0], net.spec), target, net.spec)
 
     return each_picture(source, out, work, net.spec.channels in (1, 3), convert)
 

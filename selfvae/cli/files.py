@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,21 @@ from selfvae.cli.pool import Task, describe, run
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from selfvae.data.metadata import Metadata
     from selfvae.data.pictures import Picture
     from selfvae.transforms import ImageSpec
 
-__all__ = ["alpha_of", "check_free", "each", "each_file", "each_picture", "read_picture", "targets"]
+__all__ = [
+    "alpha_of",
+    "check_free",
+    "each",
+    "each_file",
+    "each_picture",
+    "note_lost",
+    "read_picture",
+    "targets",
+    "write_like",
+]
 
 
 def check_free(source: Path, out: Path) -> None:
@@ -48,6 +60,27 @@ def read_picture(file: Path, convert: bool) -> Picture:
 def alpha_of(picture: Picture, spec: ImageSpec) -> Tensor | None:
     """The picture's alpha channel, unless the model itself has drawn one."""
     return None if picture.alpha is None or spec.channels in (2, 4) else picture.alpha[0, 0]
+
+
+def write_like(picture: Picture, x: Tensor, target: Path, spec: ImageSpec) -> None:
+    """Write x, (C, H, W), with the alpha and the metadata of the picture that it was made of."""
+    from selfvae.data import pictures
+
+    metadata = picture.metadata
+    if (x.shape[0] < 3) != (picture.pixels.shape[1] < 3):  # the profile is for grey or for colours
+        metadata = replace(metadata, icc=b"")
+    note_lost(metadata, target)
+    pictures.write(x, target, alpha_of(picture, spec), metadata)
+
+
+def note_lost(metadata: Metadata, target: Path) -> None:
+    """Say which metadata a file cannot hold."""
+    from selfvae.cli.progress import note
+    from selfvae.data import pictures
+
+    kind = pictures.check_ending(target)
+    if lost := metadata.lost(kind):
+        note(f"{target}: {kind} files do not hold {', '.join(lost)} of this picture; .png does")
 
 
 def targets(names: Sequence[str], out: Path, ending: str, keep: Collection[str] = ()) -> list[Path]:

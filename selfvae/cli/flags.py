@@ -44,13 +44,13 @@ class SamplingFlags:
     Args:
         temperature: sampling temperature: one number, or one per variable, e.g. y0=0.3,z1=1. Below 1 gives
             less noise; 0 takes the mode (the most likely value).
-        decode: sample draws images; mode takes the most likely image at every level, whatever the
-            temperature of the latents.
+        decode: sample draws images; mode takes the most likely image at every level, mean the mean of its
+            distribution, whatever the temperature of the latents.
         seed: random seed.
     """
 
     temperature: str = "1"
-    decode: Literal["sample", "mode"] = "sample"
+    decode: Literal["sample", "mode", "mean"] = "sample"
     seed: int = 0
 
 

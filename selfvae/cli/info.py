@@ -46,14 +46,10 @@ def _presets(json: bool) -> None:
 def _describe_model(model: Path, json: bool) -> None:
     check_model(model)
     from selfvae import hub
+    from selfvae.model import describe
 
     net = hub.load(model)
-    levels = [
-        f"{level.spec.channels} channels, {level.spec.num_values} values per channel"
-        + (f", latent z{k}" if level.has_latent else "")
-        + (f", y{k + 1} by {level.transform}" if k + 1 < len(net.levels) else "")
-        for k, level in enumerate(net.levels)
-    ]
+    levels = [line.partition(": ")[2] for line in describe(net)]
     config = net.config.to_dict()
     config = {"preset": config.pop("name"), **config}
     if not net.has_latents and not json:  # settings that mean nothing

@@ -1,4 +1,4 @@
-"""Compression without loss: files whose size is the model's likelihood, the same on every machine.
+"""Compression without loss: files about as long as the model's likelihood says.
 
 codec = Codec(selfvae.load("runs/halve"))
 data = codec.compress(x)           # bytes

@@ -60,9 +60,9 @@ _FINE = 3  # fractional bits of a grey level in the regression
 _HEAVIEST = 1 << 14  # the weight of a position whose spread is 1/8 grey level
 _RIDGE, _PRIOR = 1e-5, 2e6  # of the diagonal: relative to it, and absolute
 _LARGEST = 2**15 - 1  # of a weight, in steps
-_TRIED = 3  # scales are also tried with so many factors more and less
-_REGRESSED = 2  # one of so many positions takes part in the regression
-_SAMPLE = 3  # one of so many of these decides about the factors
+_TRIED = 3  # scales are also tried this many factors higher and lower
+_REGRESSED = 2  # every second position, on average, takes part in the regression
+_SAMPLE = 3  # every third of these decides about the factors
 
 Floats = npt.NDArray[np.float64]
 

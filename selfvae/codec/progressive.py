@@ -126,7 +126,7 @@ class Codec:
             upto: "y0" for the picture; "y1", ... for a coarser image, exactly, without decoding the rest.
             partial: Accept a truncated file; the missing variables are drawn.
             track: As for `compress`.
-            how: How they are drawn, see `operations.SamplingOptions`; by default the most likely picture.
+            how: How they are drawn, see `operations.SamplingOptions`; by default the mean.
 
         Returns:
             uint8 (1, C, H, W), identical to the original.
@@ -170,7 +170,7 @@ class Codec:
             raise CodecError("the header does not fit the model that it names: the file is damaged")
         images = self.chain.decode([data for _, data in parts], size, k, track, corrections)
         if k not in images:
-            options: SamplingOptions = {"decode": "mode", **how}
+            options: SamplingOptions = {"decode": "mean", **how}
             known = {f"y{j}": y for j, y in images.items()}
             images[k] = complete(tiled(self.model), known, (1, *size), **options)[f"y{k}"]
         y = self._cropped(images[k], k, size)

@@ -99,7 +99,7 @@ class _Components:
 
 
 @dataclass(frozen=True)
-class _Logistics:
+class Logistics:
     """Logistics of one channel, one per entry: means in grey levels and inverse scales, of one shape."""
 
     mean: Tensor
@@ -133,6 +133,21 @@ class _Logistics:
         below = torch.where(at_bottom, 0.0, below)
         ratio = _log_sigmoid_ratio(b, above) + _log_sigmoid_ratio(minus_a, below)
         return ratio + log1mexp(width) - log1mexp(full)
+
+    def expectation(self, lo: Tensor, hi: Tensor) -> Tensor:
+        """Return the means of values that lie in lo..hi, inclusive; in a far tail the nearest value.
+
+        With clamp(x) = min(max(x, lo), hi) and bin edges a and b, the integral of clamp(x) f(x) from a to b
+        is hi F(b) - lo F(a) minus that of F from lo to hi, which is a difference of softplus functions.
+        """
+        inv, lo, hi = self.inverse_scale, lo.to(self.mean.dtype), hi.to(self.mean.dtype)
+        below = torch.where(lo <= 0, 0.0, torch.sigmoid((lo - 0.5 - self.mean) * inv))
+        above = torch.where(hi >= self.max_value, 1.0, torch.sigmoid((hi + 0.5 - self.mean) * inv))
+        area = (F.softplus((hi - self.mean) * inv) - F.softplus((lo - self.mean) * inv)) / inv
+        mass = above - below
+        inside = (hi * above - lo * below - area) / mass.clamp(min=1e-2)
+        at = torch.where(mass > 1e-2, inside, self.mean)
+        return torch.maximum(torch.minimum(at, hi), lo)
 
     def sample(
         self, bounds: tuple[Tensor, Tensor], temperature: float, generator: torch.Generator | None
@@ -230,7 +245,7 @@ class PixelMixture:
     def _components(self, v: Tensor) -> _Components:
         return _Components(self.means(v), self.inverse_scales, self.coefs)
 
-    def _channel(self, c: int, v: Tensor, p: _Components) -> _Logistics:
+    def _channel(self, c: int, v: Tensor, p: _Components) -> Logistics:
         """Return the logistics of channel c, (B, G, M, h, w), given the entries v before it."""
         mean, first = p.means[:, :, c], c * (c - 1) // 2
         for j in range(c):
@@ -240,7 +255,7 @@ class PixelMixture:
             else:
                 known = known - self.spec.max_value / 2  # PixelCNN++ works on [-1, 1]
             mean = mean + p.coefs[:, :, first + j] * known
-        return _Logistics(mean, p.inverse_scales[:, :, c], self.spec.max_value)
+        return Logistics(mean, p.inverse_scales[:, :, c], self.spec.max_value)
 
     def _component_masses(self, v: Tensor, channels: int) -> Tensor:
         """Return ln of each component's weight times the mass of its first channels: (B, G, M, h, w)."""
@@ -277,7 +292,7 @@ class PixelMixture:
         weight = torch.log_softmax(self._component_masses(v, channel)[:, group], 1)  # B, M, h, w
         logistics = self._channel(channel, v, self._components(v))
         mean, inverse_scale = logistics.mean[:, one, ..., None], logistics.inverse_scale[:, one, ..., None]
-        logistics = _Logistics(mean, inverse_scale, self.spec.max_value)
+        logistics = Logistics(mean, inverse_scale, self.spec.max_value)
         values = torch.arange(self.spec.num_values, device=v.device, dtype=weight.dtype)
         bounds = self._bounds(v)
         if bounds is None:
@@ -314,7 +329,7 @@ class PixelMixture:
             for channel in range(channels):
                 lo, hi = self.support.step_bounds(v, group, channel)
                 both = self._channel(channel, v[:, group : group + 1], chosen)
-                own = _Logistics(both.mean[:, 0, 0], both.inverse_scale[:, 0, 0], self.spec.max_value)
+                own = Logistics(both.mean[:, 0, 0], both.inverse_scale[:, 0, 0], self.spec.max_value)
                 if temperature is None:
                     value = torch.round(own.mean.clamp(0, self.spec.max_value)).long().clamp(lo, hi)
                 else:
@@ -353,3 +368,32 @@ class PixelMixture:
     def mode(self) -> Tensor:
         """Return the mean of the most likely component, rounded to a possible value: uint8 (B, C, H, W)."""
         return self._fill(self.logits.argmax(2), None)
+
+    @torch.no_grad()
+    def mean(self) -> Tensor:
+        """Return the mean, rounded to possible values: uint8 (B, C, H, W).
+
+        Groups and channels follow each other in coding order: where values are restricted, the mean of each
+        component is that of the interval which the values before leave possible.
+        """
+        b, groups, channels, _, h, w = self.offsets.shape
+        weights, half = self.logits.exp(), self.spec.max_value / 2
+        v = torch.zeros(b, groups, channels, h, w, dtype=torch.long, device=self.offsets.device)
+        expected = self.offsets.new_zeros(v.shape)
+        for group in range(groups):
+            means = self.offsets[:, group]
+            if self.prediction is not None:
+                means = means + self.support.refine_group(self.prediction, expected, group)[:, :, None]
+            for c in range(channels):
+                mean = means[:, c]
+                if self.coefficients == "raw":  # residuals, in contrast, are 0 in the mean
+                    for j in range(c):
+                        coefficient = self.coefs[:, group, c * (c - 1) // 2 + j]
+                        mean = mean + coefficient * (expected[:, group, j, None] - half)
+                lo, hi = self.support.step_bounds(v, group, c)
+                own = Logistics(mean, self.inverse_scales[:, group, c], self.spec.max_value)
+                expected[:, group, c] = (weights[:, group] * own.expectation(lo[:, None], hi[:, None])).sum(
+                    1
+                )
+                v[:, group, c] = expected[:, group, c].round().long().clamp(lo, hi)
+        return self.support.merge(v).to(torch.uint8)

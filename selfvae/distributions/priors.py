@@ -134,7 +134,13 @@ class LogisticPrior(_TopPrior):
 
 
 class FlowDistribution:
-    """The distribution of z = flow.inverse(noise) for Gaussian noise."""
+    """The distribution of z = flow.inverse(noise) for Gaussian noise; log_prob is in nats, (B,).
+
+    Args:
+        flow: maps latents (B, C, h, w) to noise of that shape, and returns ln |det| (B,) with it.
+        shape: (B, C, h, w).
+        like: a tensor of the dtype and on the device of the draws.
+    """
 
     def __init__(self, flow: RealNVP, shape: tuple[int, int, int, int], like: Tensor) -> None:
         self.flow, self.shape, self.device, self.dtype = flow, shape, like.device, like.dtype

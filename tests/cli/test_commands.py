@@ -453,3 +453,35 @@ def test_errors_name_a_file_once(runs: Path, tmp_path: Path, capsys: pytest.Capt
     for source, out in (("in/broken.png", "o.svae"), ("in", "out")):
         assert main(["compress", str(tmp_path / source), str(tmp_path / out), *model]) > 0
         assert capsys.readouterr().err.count(str(tmp_path / "in/broken.png")) == 1
+
+
+def test_enhancing_keeps_alpha_and_metadata(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = torch.randint(0, 256, (4, 16, 16), dtype=torch.uint8)
+    pictures.to_image(x).save(
+        tmp_path / "a.png", icc_profile=b"profile", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0"
+    )
+    for command, side in (("enhance", 32), ("reconstruct", 16)):
+        words = [
+            command,
+            str(tmp_path / "a.png"),
+            str(tmp_path / "b.png"),
+            "--model",
+            str(runs / "selfvae"),
+        ]
+        assert main(words) == 0
+        found = pictures.read(tmp_path / "b.png")
+        assert found.pixels.shape[2:] == (side, side) and found.alpha is not None
+        assert found.metadata.icc == b"profile" and not capsys.readouterr().err.count("do not hold")
+    grey = tmp_path / "grey.png"
+    pictures.to_image(x[:1]).save(grey, icc_profile=b"grey")
+    assert main(["enhance", str(grey), str(tmp_path / "c.png"), "--model", str(runs / "selfvae")]) == 0
+    assert pictures.read(tmp_path / "c.png").metadata.icc in (b"", b"grey")
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m selfvae.cli --help | head -1", shell=True, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr

@@ -189,3 +189,50 @@ def test_wrong_number_of_parameters() -> None:
 
 def test_to_unit() -> None:
     assert to_unit(torch.tensor([0, 7], dtype=torch.uint8), 8).tolist() == [-1.0, 1.0]
+
+
+@pytest.mark.parametrize("coefficients", ["raw", "residual"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_mean_of_the_first_entries_is_that_of_their_probabilities(name: str, coefficients: str) -> None:
+    p, _ = make(name, coefficients=coefficients, residual_mean=True, scale=1.0)
+    found = p.support.split(p.mean()).long()
+    values = torch.arange(256.0)
+    expected = (p.log_pmf(torch.zeros_like(found), 0, 0).exp() * values).sum(-1)
+    error = (found[:, 0, 0] - expected).abs()
+    assert error.quantile(0.95) < 1 and error.mean() < 0.5  # rounded; far tails are approximate
+    assert p.support.allows(p.mean()).all()
+
+
+@pytest.mark.parametrize("name", ["blank", "mean2", "bits3", "checkerboard", "columns"])
+def test_the_mean_is_near_that_of_many_draws(name: str) -> None:
+    p, x = make(name, coefficients="residual", residual_mean=True, scale=0.3)
+    draws = torch.stack([p.sample() for _ in range(400)]).float()
+    error = (p.mean().float() - draws.mean(0)).abs()
+    # the error of 400 draws, rounding, and that the mean of an image is no image
+    assert (error < 5 * draws.std(0) / 20 + 1.5).float().mean() > 0.98
+    assert (p.mean() - x).shape == x.shape
+    spread = (draws - p.mean()).square().mean()
+    assert spread < (draws - p.mode()).square().mean() * 1.001
+
+
+def test_expectations_are_integrals() -> None:
+    from selfvae.distributions.pixels import Logistics
+
+    mean = torch.tensor([-40.0, 3.0, 100.0, 130.0, 400.0])[:, None].double()
+    scale = torch.tensor([0.3, 2.0, 30.0]).double()
+    for lo, hi in ((96, 127), (0, 63), (192, 255), (0, 255)):
+        own = Logistics(mean.expand(5, 3), 1 / scale.expand(5, 3), 255)
+        found = own.expectation(torch.tensor(lo), torch.tensor(hi))
+        values = torch.arange(lo, hi + 1).double()
+        at = (values - mean[..., None]) / scale[:, None]
+        half = 0.5 / scale[:, None]
+        ends = torch.sigmoid(at - half), torch.sigmoid(at + half)
+        if lo == 0:
+            ends[0][..., 0] = 0
+        if hi == 255:
+            ends[1][..., -1] = 1
+        mass = (ends[1] - ends[0]).sum(-1)
+        expected = ((ends[1] - ends[0]) * values).sum(-1) / mass
+        seen = mass > 2e-2
+        assert torch.allclose(found[seen], expected[seen], atol=0.3)  # bins of width 1
+        assert ((found >= lo) & (found <= hi)).all() and not found.isnan().any()

@@ -228,7 +228,7 @@ class Float64Codec:
         size = header.height, header.width
         found = self._decode(header, parts[: names.index(upto) + 1], track)
         if upto not in found:
-            how = {"decode": "mode", **how}
+            how = {"decode": "mean", **how}
             found |= complete(
                 self._drawing,
                 {n: v.z.float() if isinstance(v, Latent) else v for n, v in found.items()},

@@ -61,8 +61,8 @@ class SamplingOptions(TypedDict, total=False):
     Attributes:
         temperature: of every draw, from priors, likelihoods and posteriors: below 1 less varied, 0 the
             modes. A mapping sets it by variable, e.g. {"z1": 0.7, "y0": 0}; it is 1 for those left out.
-        decode: "sample" draws images; "mode" takes the most likely image at every level, and "mean" the mean
-            of its distribution, which is nearest to the truth on average; both at any temperature.
+        decode: "sample" draws images; "mode" takes the most likely image at every level, "mean" the mean of
+            its distribution, which is nearest to the truth on average; both at any temperature.
         seed: of the draws: the same as a new generator with that seed.
         generator: of the draws, on the model's device; not together with a seed. With neither, draws come
             from torch's global random state.

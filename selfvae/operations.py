@@ -211,6 +211,8 @@ def _draw(p: Distribution | Posterior, temperature: float, generator: torch.Gene
 def _pad(y: Tensor, size: tuple[int, int]) -> Tensor:
     """Repeat the last row and column up to a height and width."""
     for dim, n in zip((2, 3), size, strict=True):
+        if y.shape[dim] == n:
+            continue
         y = y.index_select(dim, torch.arange(n, device=y.device).clamp(max=y.shape[dim] - 1))
     return y
 

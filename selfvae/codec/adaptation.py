@@ -38,6 +38,8 @@ from selfvae.codec.symbols import (
     Ints,
     Mixture,
     Params,
+    Tables,
+    cost,
     find_contexts,
 )
 from selfvae.compiled import compiled
@@ -231,18 +233,22 @@ class Neighbours:
 
 
 class _Sample(NamedTuple):
-    """Some positions of a step: what `Mixture.cost` takes, features (N, k), and numbers of contexts."""
+    """Some positions of a step: what `cost` takes, features (N, k), and numbers of contexts."""
 
-    mixture: Mixture
-    parts: Ints
+    tables: Tables
+    parts: npt.NDArray[np.int32]
     values: Params
     moments: Ints
-    features: Ints
+    features: npt.NDArray[np.int32]
     contexts: Ints
 
     def bits(self, shifts: Ints, factors: Ints) -> Ints:
         """Return what the values cost, in units of 2^-16 bits: (k,)."""
-        return self.mixture.cost(self.parts, self.values, self.moments, shifts, factors)
+        return cost(self.parts, self.values, self.moments, shifts, factors, self.tables)
+
+    def shifts(self, weights: Ints) -> Ints:
+        """Return by how much weights shift the means: (k,)."""
+        return (weights @ self.features.astype(np.int64) + _HALF) >> WEIGHT_BITS
 
 
 class Collector:
@@ -277,20 +283,19 @@ class Collector:
         seen.seen[0].reshape(near.h + 1, near.w + 2)[1:, 1:-1] = misses.reshape(near.h, near.w)
         contexts = find_contexts(seen.own, seen.seen, near.w)
         sample = _Sample(
-            mixture, mixture.sample(channel, which), values[which], moments[which], features,
-            contexts[which],
+            mixture.tables, mixture.sample(channel, which), values[which], moments[which],
+            features.astype(np.int32), contexts[which],
         )  # fmt: skip
         self._samples[s].append(sample)
         near.add(values, moments)
 
-    def joined(self, other: Collector) -> Collector:
-        """Return what both collected, of bands in this order."""
+    def join(self, other: Collector) -> None:
+        """Add what another one collected."""
         for mine, more in ((self._squares, other._squares), (self._products, other._products)):
             for own, further in zip(mine, more, strict=True):
                 own += further
         for samples, others in zip(self._samples, other._samples, strict=True):
             samples += others
-        return self
 
     def solve(self) -> tuple[Adaptation, float]:
         """Return the corrections, and how many bits they save at the positions seen, about."""
@@ -324,7 +329,7 @@ def _factors(samples: list[_Sample], weights: Ints) -> tuple[Ints, int]:
     """Return the factors of a step, and how much its corrections save at its samples."""
     sums, before = np.zeros((3, CONTEXTS), np.int64), 0
     tried = NO_FACTOR - _TRIED, NO_FACTOR, NO_FACTOR + _TRIED
-    shifts = [(weights @ sample.features + _HALF) >> WEIGHT_BITS for sample in samples]
+    shifts = [sample.shifts(weights) for sample in samples]
     for sample, shift in zip(samples, shifts, strict=True):
         none = np.full(len(shift), NO_FACTOR)
         before += int(sample.bits(0 * shift, none).sum())

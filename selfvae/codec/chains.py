@@ -42,7 +42,7 @@ __all__ = ["ChainCodec", "Fit", "side_by_side"]
 _BAND = 1 << 14  # positions in a band; part of the format
 _JOINED = 1 << 12  # positions in the coarsest levels that share a stream; part of the format
 _STRIP = 1 << 16  # positions that a network sees at once
-_FITTED = 16  # bands whose outputs are kept until they are coded; of more, half as many are fitted
+_FITTED = 8  # bands whose outputs are kept until they are coded; of more, at most 8 are fitted
 _WORTH = 8  # bytes that corrections must save beyond their own
 _BEYOND = 2  # rows of blocks beyond a strip that a transform's estimate depends on
 
@@ -351,39 +351,32 @@ class ChainCodec:
             track: Receives the parts of the work and its name, and yields them, to show progress.
         """
         size, threads = (x.shape[2], x.shape[3]), torch.get_num_threads()
-        images, jobs, keys = self._images(x, size), [], []
-        for k in range(self.joined(size)):
-            if self._levels[k].adapts:
-                grid = self._grid(k, size)
-                bands = grid.bands()
-                fitted = bands[:: 2 if len(bands) > 3 else 1]
-                strips = grid.strips(threads)
-                if len(bands) > _FITTED:  # too many to keep what the networks say
-                    fitted = bands[:: -(-2 * len(bands) // _FITTED)]
-                    strips = [[band] for band in fitted]
-                jobs += [partial(self._collect, k, strip, fitted, images, size) for strip in strips]
-                keys += [(k, strip[0].start, len(bands) / len(fitted)) for strip in strips]
-        collected: dict[int, tuple[Collector, float]] = {}
-        outputs = {}
+        images = self._images(x, size)
+        adaptations, outputs, data = {}, {}, b""
         with side_by_side(threads) as run:
-            for (k, start, share), (found, collector) in zip(keys, run(jobs, track, "fit"), strict=True):
-                before = collected.get(k)
-                collected[k] = (before[0].joined(collector) if before else collector), share
-                if found is not None:
-                    outputs[k, start] = found
-            solve = [collector.solve for collector, _ in collected.values()]
-            solved = dict(zip(collected, run(solve, no_progress, "fit"), strict=True))
-        adaptations, data = {}, b""
-        for k in reversed(range(self.joined(size))):
-            own = b""
-            if k in solved:
-                adaptation, saved = solved[k]
-                own = adaptation.to_bytes()
-                if saved * collected[k][1] > 8 * (len(own) + _WORTH):
-                    adaptations[k] = adaptation
-                else:
-                    own = b""
-            data += varint(len(own)) + own
+            for k in reversed(range(self.joined(size))):
+                own = b""
+                if self._levels[k].adapts:
+                    grid = self._grid(k, size)
+                    bands = grid.bands()
+                    fitted = bands[:: 2 if len(bands) > 3 else 1]
+                    strips = grid.strips(threads)
+                    if len(bands) > _FITTED:  # too many to keep what the networks say
+                        fitted = bands[:: -(-len(bands) // _FITTED)]
+                        strips = [[band] for band in fitted]
+                    jobs = [partial(self._collect, k, strip, fitted, images, size) for strip in strips]
+                    collector = Collector(self._levels[k].counts())
+                    for strip, (found, more) in zip(strips, run(jobs, track, "fit"), strict=True):
+                        collector.join(more)
+                        if found is not None:
+                            outputs[k, strip[0].start] = found
+                    adaptation, saved = collector.solve()
+                    own = adaptation.to_bytes()
+                    if saved * len(bands) / len(fitted) > 8 * (len(own) + _WORTH):
+                        adaptations[k] = adaptation
+                    else:
+                        own = b""
+                data += varint(len(own)) + own
         return Fit(data if adaptations else b"", adaptations, images, outputs)
 
     def _collect(
@@ -458,12 +451,15 @@ class ChainCodec:
         found = infer(self.model, x, [f"y{k}" for k in range(len(self._levels))])
         images = [found[f"y{k}"].cpu() for k in range(len(self._levels))]
         for k in reversed(range(len(self._levels) - 1)):
-            inside = self._inside(k, size)
-            if inside is not None:
-                level = self.model.levels[k]
-                support = level.transform.support(images[k + 1], level.spec)
-                entries = torch.where(support.split(inside), support.split(images[k]), support.nearest())
-                images[k] = support.merge(entries)
+            level, grid = self.model.levels[k], self._grid(k, size)
+            for rows in (slice(i, min(i + 64, grid.rows)) for i in range(0, grid.rows, 64)):
+                inside = self._inside(k, size, slice(rows.start * grid.block[0], rows.stop * grid.block[0]))
+                if inside is not None:
+                    own = _rows(images[k], rows, grid.block[0])
+                    support = level.transform.support(_rows(images[k + 1], rows, grid.above[0]), level.spec)
+                    own[:] = support.merge(
+                        torch.where(support.split(inside), support.split(own), support.nearest())
+                    )
         return images
 
     def _inside(self, k: int, size: Size, rows: slice | None = None) -> Tensor | None:

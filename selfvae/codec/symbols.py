@@ -42,6 +42,7 @@ __all__ = [
     "SlotDecoder",
     "SlotEncoder",
     "Tables",
+    "cost",
     "find_contexts",
     "tables",
 ]
@@ -653,7 +654,7 @@ class Mixture:
         )  # fmt: skip
         return own
 
-    def sample(self, channel: int, which: Ints) -> Ints:
+    def sample(self, channel: int, which: Ints) -> npt.NDArray[np.int32]:
         """Return weights, means and inverse scales of a channel's components at some positions.
 
         Args:
@@ -661,28 +662,32 @@ class Mixture:
             which: Numbers of the positions, (k,).
 
         Returns:
-            (k, 3, M), int64: in units of 2^-16, steps of the means, and units of 2^-26 per grey level.
+            (k, 3, M): in units of 2^-16, steps of the means, and units of 2^-26 per grey level.
         """
-        out = np.empty((len(which), 3, self.tables.components), np.int64)
+        out = np.empty((len(which), 3, self.tables.components), np.int32)
         _sample(
             self.rows, self.at, channel, self.prediction, self.values, self.means, self.weights,
             self.tables.array, which, out,
         )  # fmt: skip
         return out
 
-    def cost(self, parts: Ints, values: Params, moments: Ints, shifts: Ints, factors: Ints) -> Ints:
-        """Return what values would cost with corrections, in units of 2^-16 bits.
 
-        Args:
-            parts: Of k positions, see `sample`.
-            values: (k,).
-            moments: See `moments`: (k, 2).
-            shifts: Of the means, in their steps: (k,).
-            factors: Numbers of the factors of the scales: (k,).
-        """
-        out, weights = np.empty(len(parts), np.int64), np.empty((1, self.tables.components), np.int64)
-        _try(parts, values, moments, shifts, factors, self.tables.array, weights, out)
-        return out
+def cost(
+    parts: npt.NDArray[np.int32], values: Params, moments: Ints, shifts: Ints, factors: Ints, tables: Tables
+) -> Ints:
+    """Return what values would cost with corrections, in units of 2^-16 bits.
+
+    Args:
+        parts: Of k positions, see `Mixture.sample`.
+        values: (k,).
+        moments: See `Mixture.moments`: (k, 2).
+        shifts: Of the means, in their steps: (k,).
+        factors: Numbers of the factors of the scales: (k,).
+        tables: Of the mixture.
+    """
+    out, weights = np.empty(len(parts), np.int64), np.empty((1, tables.components), np.int64)
+    _try(parts, values, moments, shifts, factors, tables.array, weights, out)
+    return out
 
 
 def find_contexts(own: Ints, seen: Ints, columns: int) -> Ints:

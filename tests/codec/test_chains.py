@@ -288,8 +288,9 @@ for i in range(0, n, 500):
     part += ramp + i * 40 // n
 chain.decode([data for _, data in chain.encode(x[:, :, :200, :200])], (200, 200))  # compiles
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-parts = chain.encode(x, verify=False)
-assert torch.equal(chain.decode([data for _, data in parts], (n, n))[0][..., :n, :n], x)
+fit = chain.fit(x)
+parts = [data for _, data in chain.encode(x, fit, verify=False)]
+assert torch.equal(chain.decode(parts, (n, n), corrections=fit.data)[0][..., :n, :n], x)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 

@@ -114,6 +114,7 @@ def test_every_command_and_flag_in_the_documents_exists(
     assert len(known) > 15
 
 
+@pytest.mark.slow
 def test_tutorial_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tutorial's commands, one after the other, with less training."""
     monkeypatch.chdir(tmp_path)
@@ -135,6 +136,7 @@ def test_tutorial_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert Image.open("larger.png").size == (160, 144)
 
 
+@pytest.mark.slow
 def test_the_site_builds(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="the site needs mkdocs-material")
     done = subprocess.run(

@@ -78,6 +78,7 @@ def test_decoder(name: str, tmp_path: Path) -> None:
         assert np.allclose(run(tmp_path / "a.onnx", inputs), expected, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")  # torch's warnings would be printed: they must not come out
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     selfvae.save(built("means")[0], tmp_path / "run")

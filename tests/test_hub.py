@@ -145,6 +145,7 @@ selfvae.from_pretrained('me/mine', offline=True)
     assert kind.asked[-1] == "GET /mark/mark"  # nothing is asked for offline
 
 
+@pytest.mark.slow
 def test_what_the_hub_lacks_or_refuses(server: tuple[str, type[Hub]], tmp_path: Path) -> None:
     address, _ = server
     attempts = """
@@ -166,6 +167,7 @@ attempt(lambda: selfvae.push_to_hub(model, 'me/mine'))
     assert "ValueError: the hub did not take me/mine" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_command(server: tuple[str, type[Hub]], tmp_path: Path) -> None:
     address, kind = server
     selfvae.save(selfvae.build("vae", "tiny", width=0.05), tmp_path / "run")

@@ -103,6 +103,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path: Path) -> None:
     """20 steps straight against 12, kill -9, resume to 20, by the command line."""
     random = np.random.default_rng(0)

@@ -20,6 +20,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="browser tests need
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.slow,
     pytest.mark.skipif(not CHROMIUM, reason="browser tests need Chromium (Debian: apt install chromium)"),
 ]
 # where screenshots go; docs/ to renew those of the documentation

@@ -136,18 +136,18 @@ def _inverse_scales(start: float, half: Fraction) -> list[int]:
 
 
 @functools.cache
-def tables(num_values: int, channels: int, components: int, anchored: bool, residual: bool) -> Tables:
+def tables(num_values: int, channels: int, components: int, residual_mean: bool, residual: bool) -> Tables:
     """Tabulate by decimal arithmetic, never by the platform's mathematical functions.
 
     Args:
         num_values: Values per channel.
         channels: Of a pixel.
         components: Of the mixture.
-        anchored: Whether an estimate is added to the means (`PixelMixture.prediction`).
+        residual_mean: Whether an estimate is added to the means (`PixelMixture.prediction`).
         residual: Whether coefficients act on residuals.
     """
     start, reach = pixels.LOG_SCALE_START, pixels.REACH
-    if anchored:
+    if residual_mean:
         start, reach = pixels.LOG_SCALE_START_RESIDUAL, pixels.REACH_RESIDUAL
     half, bits = Fraction(num_values - 1, 2), _MEAN - (num_values - 1).bit_length()
     array = np.zeros(_END, np.int64)

@@ -227,18 +227,22 @@ def test_missing_and_wrong_values(
     assert message in told.err and told.err.count("\n") == 1 and not told.out
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_one_line(tmp_path: Path) -> None:
     """In the middle of the work: no traceback, nothing half written."""
     (tmp_path / "noise.ppm").write_bytes(b"P6 600 400 255\n" + os.urandom(600 * 400 * 3))
     with command("compress", "noise.ppm", "noise.svae", cwd=tmp_path) as running:
         assert running.stderr is not None
-        assert running.stderr.readline() == "selfvae: compressing noise.ppm, 0.24 megapixels\n"
+        while "compiling loops" in (line := running.stderr.readline()):  # only the first time
+            pass
+        assert line == "selfvae: compressing noise.ppm, 0.24 megapixels\n"
         time.sleep(0.5)
         assert running.poll() is None
         running.send_signal(signal.SIGINT)
         out, error = running.communicate(timeout=120)
     assert running.returncode == 130, error
-    assert error == "selfvae: interrupted\n" and not out
+    said = [line for line in error.splitlines() if "compiling loops" not in line]
+    assert said == ["selfvae: interrupted"] and not out
     assert [file.name for file in tmp_path.iterdir()] == ["noise.ppm"]
 
 

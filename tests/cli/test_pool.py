@@ -43,6 +43,7 @@ def files(tmp_path: Path) -> dict[Path, Path]:
     return {tmp_path / f"in/{i}": tmp_path / f"out/{i}.out" for i in range(9)}
 
 
+@pytest.mark.slow
 def test_results_come_in_order_and_failures_stop_nothing(files: dict[Path, Path], tmp_path: Path) -> None:
     found = list(pools.run(task, files, 2))
     assert found.pop(4) == ("", f"{tmp_path / 'in/4'}: nothing to be done")

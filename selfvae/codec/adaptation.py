@@ -48,15 +48,8 @@ __all__ = ["Adaptation", "Collector", "Neighbours"]
 
 _NEAR = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))
 _CROSS = _NEAR[:5]
-_BEFORE = (
-    (0, -1),
-    (-1, 0),
-    (-1, -1),
-    (-1, 1),
-)  # known neighbours of the same step, as in `symbols`
+_BEFORE = ((0, -1), (-1, 0), (-1, -1), (-1, 1))  # known in the same step, as in `symbols`
 _CAUSAL = len(_BEFORE)
-_AT_LEAST = 38  # what sums of misses and spreads begin with, in steps of the means; part of the format
-_NO_FACTOR = FACTORS.index(0)
 _AT_LEAST = 38  # what sums of misses and spreads begin with, in steps of the means; part of the format
 _FINE = 3  # fractional bits of a grey level in the regression
 _HEAVIEST = 1 << 14  # the weight of a position whose spread is 1/8 grey level

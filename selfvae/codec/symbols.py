@@ -300,22 +300,30 @@ def _sample(
 @compiled
 def _correct(i: int, own: Any, seen: Any, fit: Any, c: Any, t: Any) -> None:
     """Shift the means of a position and multiply its scales; see `Corrected`."""
-    row = i // fit[0]
-    left = (row + 1) * (fit[0] + 2) + i - row * fit[0]
+    left = _left(i, fit[0])
     above = left - fit[0] - 1
     shift = fit[1] * seen[0, left] + fit[2] * seen[0, above]
     shift += fit[3] * seen[0, above - 1] + fit[4] * seen[0, above + 1]
-    missed = own[i, 3] + abs(seen[0, left]) + abs(seen[0, above])
-    missed += abs(seen[0, above - 1]) + abs(seen[0, above + 1])
-    expected = own[i, 4] + seen[1, left] + seen[1, above] + seen[1, above - 1] + seen[1, above + 1]
-    factor = fit[5 + _context(missed, expected, own[i, 1])] & 15
+    factor = fit[5 + _context(i, own, seen, fit[0])] & 15
     _move(own[i, 0], own[i, 1], (own[i, 2] + shift + _HALF) >> WEIGHT_BITS, factor, c, t)
 
 
 @compiled
-def _context(missed: int, expected: int, spread: int) -> int:
-    """Return the number of a context, from sums of absolute misses and of spreads near by."""
-    context = 1 if spread >= _WIDE else 0
+def _left(i: int, columns: int) -> int:
+    """Return where a position's left neighbour stands in `Corrected.seen`."""
+    row = i // columns
+    return (row + 1) * (columns + 2) + i - row * columns
+
+
+@compiled
+def _context(i: int, own: Any, seen: Any, columns: int) -> int:
+    """Return the number of a position's context, by the misses and the spreads near by."""
+    left = _left(i, columns)
+    above = left - columns - 1
+    missed = own[i, 3] + abs(seen[0, left]) + abs(seen[0, above])
+    missed += abs(seen[0, above - 1]) + abs(seen[0, above + 1])
+    expected = own[i, 4] + seen[1, left] + seen[1, above] + seen[1, above - 1] + seen[1, above + 1]
+    context = 1 if own[i, 1] >= _WIDE else 0
     for j in range(len(_BORDERS)):
         if (missed << _RATIO) >= _BORDERS[j] * expected:
             context += 2
@@ -336,13 +344,7 @@ def _move(mean: int, spread: int, shift: int, factor: int, c: Any, t: Any) -> No
 def _find_contexts(own: Any, seen: Any, columns: int, out: Any) -> None:
     """Find the context of each position, from misses that are known (see `Corrected`)."""
     for i in range(len(own)):
-        row = i // columns
-        left = (row + 1) * (columns + 2) + i - row * columns
-        above = left - columns - 1
-        missed = own[i, 3] + abs(seen[0, left]) + abs(seen[0, above])
-        missed += abs(seen[0, above - 1]) + abs(seen[0, above + 1])
-        expected = own[i, 4] + seen[1, left] + seen[1, above] + seen[1, above - 1] + seen[1, above + 1]
-        out[i] = _context(missed, expected, own[i, 1])
+        out[i] = _context(i, own, seen, columns)
 
 
 @compiled
@@ -370,8 +372,7 @@ def _try(
 @compiled
 def _remember(i: int, value: int, own: Any, seen: Any, fit: Any, t: Any) -> None:
     """Note by how much a value missed its mixture's mean."""
-    row = i // fit[0]
-    seen[0, (row + 1) * (fit[0] + 2) + i - row * fit[0] + 1] = (value << t[_BITS]) - own[i, 0]
+    seen[0, _left(i, fit[0]) + 1] = (value << t[_BITS]) - own[i, 0]
 
 
 @compiled

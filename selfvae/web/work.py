@@ -236,10 +236,13 @@ class Packed:
 
 
 def shares(model: SelfVAE) -> dict[str, float]:
-    """The share of each level in the work of decoding a picture, roughly; they sum to 1."""
+    """The share of each level in the work of coding a picture, roughly; they sum to 1.
+
+    Integer models encode all levels together, which they call "pixels".
+    """
     left = [1 / math.prod(model.scale(k)) for k in range(len(model.levels))]
     own = {f"y{k}": left[k] - (left[k + 1] if level.keeps else 0) for k, level in enumerate(model.levels)}
-    return {name: part / sum(own.values()) for name, part in own.items()}
+    return {"pixels": 1.0, **{name: part / sum(own.values()) for name, part in own.items()}}
 
 
 def compression(codec: Codec) -> tuple[dict[str, float], tuple[str, ...]]:

@@ -60,6 +60,7 @@ def test_the_progress_of_an_integer_model(models: Models, x: torch.Tensor) -> No
     with Jobs().run("a", lambda *news: seen.append(news), steps, *phases) as track:
         work.compress(models.codec, png(x), PIXELS, track)
     assert seen == [(0.0, "compressing and checking"), (0.5, "comparing with other formats")]
+    assert work.shares(models.codec.model)["pixels"] == 1  # the command's bar counts by these
 
 
 def test_every_gap_is_filled_consistently(models: Models, x: torch.Tensor) -> None:

@@ -230,6 +230,7 @@ class _Sample(NamedTuple):
 
     tables: Tables
     parts: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.int32]
     values: Params
     moments: Ints
     features: npt.NDArray[np.int32]
@@ -237,7 +238,7 @@ class _Sample(NamedTuple):
 
     def bits(self, shifts: Ints, factors: Ints) -> Ints:
         """Return what the values cost, in units of 2^-16 bits: (k,)."""
-        return cost(self.parts, self.values, self.moments, shifts, factors, self.tables)
+        return cost(self.parts, self.weights, self.values, self.moments, shifts, factors, self.tables)
 
     def shifts(self, weights: Ints) -> Ints:
         """Return by how much weights shift the means: (k,)."""
@@ -258,10 +259,10 @@ class Collector:
         self._products = [np.zeros(n) for n in counts]
         self._samples: list[list[_Sample]] = [[] for _ in counts]
 
-    def add(self, near: Neighbours, s: int, mixture: Mixture, channel: int) -> None:
-        """Add step s of a band, before the channel is coded; add the step to `near` too."""
-        moments = mixture.moments(channel)
-        values = np.ascontiguousarray(mixture.values[:, channel])
+    def add(self, near: Neighbours, s: int, mixture: Mixture) -> None:
+        """Add step s of a band, a channel of a mixture; add the step to `near` too."""
+        moments = mixture.moments()
+        values = np.ascontiguousarray(mixture.values[:, mixture.channel])
         misses = (values.astype(np.int64) << near.bits) - moments[:, 0]
         which = _some(len(values), _REGRESSED)
         features, coarse = near.features(moments[:, 0], misses, which), near.bits - _FINE
@@ -276,8 +277,8 @@ class Collector:
         seen.seen[0].reshape(near.h + 1, near.w + 2)[1:, 1:-1] = misses.reshape(near.h, near.w)
         contexts = find_contexts(seen.own, seen.seen, near.w)
         sample = _Sample(
-            mixture.tables, mixture.sample(channel, which), values[which], moments[which],
-            features.astype(np.int32), contexts[which],
+            mixture.tables, mixture.parts[which].astype(np.int32), mixture.weights[which].astype(np.int32),
+            values[which], moments[which], features.astype(np.int32), contexts[which],
         )  # fmt: skip
         self._samples[s].append(sample)
         near.add(values, moments)

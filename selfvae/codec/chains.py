@@ -48,7 +48,7 @@ _BEYOND = 2  # rows of blocks beyond a strip that a transform's estimate depends
 
 _CHECKED: set[tuple[bytes, str, str]] = set()  # models, answers and devices that were right
 
-Coder = SlotEncoder | SlotDecoder
+Coder = SlotEncoder | SlotDecoder | Collector
 Size = tuple[int, int]
 T = TypeVar("T")
 
@@ -184,16 +184,16 @@ class _LevelCoder:
         coder: Coder,
         y: Tensor | None,
         coded: Tensor | None,
-        adaptation: Adaptation | Collector | None = None,
+        adaptation: Adaptation | None = None,
     ) -> Tensor:
         """Code the pixels of some rows of blocks.
 
         Args:
             outputs: For these rows.
-            coder: Encodes or decodes.
+            coder: Encodes, decodes, or collects what corrections of one picture are fitted by.
             y: The pixels, uint8 (B, C, H, W); None: decode them.
             coded: Whether each pixel is coded, bool of y's shape; None: all are.
-            adaptation: Corrections, or what they are fitted by; for one picture.
+            adaptation: Corrections of one picture.
 
         Returns:
             The pixels, uint8 (B, C, H, W).
@@ -219,7 +219,7 @@ class _LevelCoder:
         n, everything = b * h * w, np.ones(b * h * w, np.bool_)
         bounds = np.zeros(n, np.int64), np.full(n, spec.max_value)
         near = None
-        if adaptation is not None and level.keeps:
+        if level.keeps and (adaptation or isinstance(coder, Collector)):
             kept = level.keeps.stack_kept(outputs.above)[0].unflatten(0, (-1, spec.channels))
             near = Neighbours(kept.numpy(), t.bits)
         for g, (rows, at) in enumerate(groups):
@@ -231,13 +231,17 @@ class _LevelCoder:
                 if support.truncates:
                     lo, hi = support.step_bounds(v, g, c)
                     bounds = lo.reshape(-1).numpy(), hi.reshape(-1).numpy()
+                mixture.begin(c)
                 step, by = g * spec.channels + c, None
-                if isinstance(adaptation, Collector) and near is not None:
-                    adaptation.add(near, step, mixture, c)
-                elif isinstance(adaptation, Adaptation) and near is not None:
-                    moments = mixture.moments(c)
+                if isinstance(coder, Collector):
+                    assert near is not None
+                    coder.add(near, step, mixture)
+                    mixture.learn(here)
+                    continue
+                if adaptation and near is not None:
+                    moments = mixture.moments()
                     by = near.correct(moments, adaptation.weights[step], adaptation.factors[step])
-                coder.code(mixture, c, *bounds, here, by)
+                coder.code(mixture, *bounds, here, by)
                 if by is not None and near is not None:
                     near.add(np.ascontiguousarray(values[:, c]), moments)
                 if y is None and support.truncates:
@@ -393,7 +397,7 @@ class ChainCodec:
             if rows in fitted:
                 mask = self._inside(k, size, slice(rows.start * grid.block[0], rows.stop * grid.block[0]))
                 y = _rows(images[k], rows, grid.block[0])
-                coder.code(outputs.part(rows, grid), SlotEncoder(), y, mask, collector)
+                coder.code(outputs.part(rows, grid), collector, y, mask)
         return (outputs if len(grid.bands()) <= _FITTED else None), collector
 
     def _adaptations(self, data: bytes, size: Size) -> dict[int, Adaptation]:

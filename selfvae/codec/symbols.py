@@ -225,27 +225,42 @@ def _slots(edge: int, lo: int, hi: int, weights: Any, i: int, c: Any, to: int, t
 
 @compiled
 def _components(
-    rows: Any, i: int, at: int, channel: int, prediction: Any, values: Any, lo: int, hi: int, means: Any,
-    c: Any, t: Any,
-) -> None:  # fmt: skip
-    """Compute means, inverse scales and, where not all values are possible, masses below lo and of lo..hi.
+    rows: Any, at: int, channel: int, prediction: Any, values: Any, means: Any, t: Any, parts: Any
+) -> None:
+    """Compute the means and the inverse scales of a channel's components, into parts (n, 2, M).
 
     means (n, C, M): before coefficients act; those of the channel are filled in.
     """
     n, channels, residual = t[_COMPONENTS], t[_CHANNELS], t[_RESIDUAL]
     at_mean, at_scale = at + (1 + channel) * n, at + (1 + channels + channel) * n
     at_pair = at + (1 + 2 * channels + channel * (channel - 1) // 2) * n
-    for m in range(n):
-        mean = prediction[i, channel] + ((rows[i, at_mean + m] * t[_STEP] + (1 << (_REACH - 1))) >> _REACH)
-        means[i, channel, m] = mean
-        for j in range(channel):
-            coefficient = t[_COEFFICIENTS + ((1023 + rows[i, at_pair + j * n + m]) & 2047)]
-            centre = means[i, j, m] if residual else t[_TOP] << (t[_BITS] - 1)
-            known = (values[i, j] << t[_BITS]) - centre
-            mean += (coefficient * known + (1 << (_COEFFICIENT - 1))) >> _COEFFICIENT
-        c[_MEANS, m] = min(max(mean, -_FARTHEST), _FARTHEST)
-        c[_INV, m] = t[_INVERSES + ((255 + rows[i, at_scale + m]) & 511)]
-        if hi - lo < t[_TOP]:
+    for i in range(len(rows)):
+        for m in range(n):
+            mean = prediction[i, channel] + (
+                (rows[i, at_mean + m] * t[_STEP] + (1 << (_REACH - 1))) >> _REACH
+            )
+            means[i, channel, m] = mean
+            for j in range(channel):
+                coefficient = t[_COEFFICIENTS + ((1023 + rows[i, at_pair + j * n + m]) & 2047)]
+                centre = means[i, j, m] if residual else t[_TOP] << (t[_BITS] - 1)
+                known = (values[i, j] << t[_BITS]) - centre
+                mean += (coefficient * known + (1 << (_COEFFICIENT - 1))) >> _COEFFICIENT
+            parts[i, 0, m] = min(max(mean, -_FARTHEST), _FARTHEST)
+            parts[i, 1, m] = t[_INVERSES + ((255 + rows[i, at_scale + m]) & 511)]
+
+
+@compiled
+def _load(parts: Any, i: int, c: Any) -> None:
+    """Copy the components of a position to where the functions below look for them."""
+    for m in range(parts.shape[2]):
+        c[_MEANS, m], c[_INV, m] = parts[i, 0, m], parts[i, 1, m]
+
+
+@compiled
+def _limit(lo: int, hi: int, c: Any, t: Any) -> None:
+    """Compute the components' masses below lo and of lo..hi, unless all values are possible."""
+    if hi - lo < t[_TOP]:
+        for m in range(t[_COMPONENTS]):
             c[_UNDER, m] = _edge(lo, c[_MEANS, m], c[_INV, m], t)
             c[_INSIDE, m] = _edge(hi + 1, c[_MEANS, m], c[_INV, m], t) - c[_UNDER, m]
 
@@ -262,39 +277,19 @@ _BORDERS = np.array([128, 161, 203, 256, 323, 406, 512])  # of the ratios: 1/2 t
 
 
 @compiled
-def _moments(
-    rows: Any, at: int, channel: int, prediction: Any, values: Any, means: Any, weights: Any, t: Any,
-    own: Any,
-) -> None:  # fmt: skip
-    """Compute each mixture's mean and spread, in steps of the means, into own[:, 0] and own[:, 1]."""
-    c = np.zeros((8, t[_COMPONENTS]), np.int64)
-    at_scale = at + (1 + t[_CHANNELS] + channel) * t[_COMPONENTS]
-    for i in range(len(rows)):
-        _components(rows, i, at, channel, prediction, values, 0, t[_TOP], means, c, t)
+def _moments(rows: Any, scales_at: int, parts: Any, weights: Any, t: Any, own: Any) -> None:
+    """Compute each mixture's mean and spread, in steps of the means, into own (n, 2)."""
+    for i in range(len(parts)):
         total = 1 << (_WEIGHT - 1)
         for m in range(t[_COMPONENTS]):
-            total += weights[i, m] * c[_MEANS, m]
+            total += weights[i, m] * parts[i, 0, m]
         mean = total >> _WEIGHT
         total = 0
         for m in range(t[_COMPONENTS]):
-            scale = t[_SCALES + ((255 + rows[i, at_scale + m]) & 511)]
+            scale = t[_SCALES + ((255 + rows[i, scales_at + m]) & 511)]
             # values of a logistic are 1.39 scales from its mean, on average; in practice fewer
-            total += weights[i, m] * (abs(c[_MEANS, m] - mean) + ((scale * 307) >> 8))
+            total += weights[i, m] * (abs(parts[i, 0, m] - mean) + ((scale * 307) >> 8))
         own[i, 0], own[i, 1] = mean, (total >> _WEIGHT) + 19
-
-
-@compiled
-def _sample(
-    rows: Any, at: int, channel: int, prediction: Any, values: Any, means: Any, weights: Any, t: Any,
-    which: Any, out: Any,
-) -> None:  # fmt: skip
-    """Compute the components of some positions."""
-    c = np.zeros((8, t[_COMPONENTS]), np.int64)
-    for k in range(len(which)):
-        i = which[k]
-        _components(rows, i, at, channel, prediction, values, 0, t[_TOP], means, c, t)
-        for m in range(t[_COMPONENTS]):
-            out[k, 0, m], out[k, 1, m], out[k, 2, m] = weights[i, m], c[_MEANS, m], c[_INV, m]
 
 
 @compiled
@@ -349,19 +344,15 @@ def _find_contexts(own: Any, seen: Any, columns: int, out: Any) -> None:
 
 @compiled
 def _try(
-    parts: Any, values: Any, moments: Any, shifts: Any, factors: Any, t: Any, weights: Any, out: Any
+    parts: Any, weights: Any, values: Any, moments: Any, shifts: Any, factors: Any, t: Any, out: Any
 ) -> None:
-    """Compute what values cost with shifted means and scaled ones, in units of 2^-16 bits, into out (k,).
-
-    parts (k, 3, M): see `Mixture.sample`; weights (1, M): scratch space; factors (k,): their numbers.
-    """
+    """Compute what values cost with moved means and scales, in units of 2^-16 bits, into out (k,)."""
     c = np.zeros((8, t[_COMPONENTS]), np.int64)
     for k in range(len(parts)):
-        for m in range(t[_COMPONENTS]):
-            weights[0, m], c[_MEANS, m], c[_INV, m] = parts[k, 0, m], parts[k, 1, m], parts[k, 2, m]
+        _load(parts, k, c)
         _move(moments[k, 0], moments[k, 1], shifts[k], factors[k] & 15, c, t)
-        first = _slots(values[k], 0, t[_TOP], weights, 0, c, _BELOW, t)
-        number = _slots(values[k] + 1, 0, t[_TOP], weights, 0, c, _ABOVE, t) - first
+        first = _slots(values[k], 0, t[_TOP], weights, k, c, _BELOW, t)
+        number = _slots(values[k] + 1, 0, t[_TOP], weights, k, c, _ABOVE, t) - first
         digits = 0
         while number >> digits > 1:
             digits += 1
@@ -418,21 +409,37 @@ def _observe(weights: Any, i: int, c: Any) -> None:
 
 
 @compiled
+def _learn(parts: Any, values: Any, coded: Any, weights: Any, t: Any) -> None:
+    """Update the weights by the values (n,) of a channel, where these are coded."""
+    c = np.zeros((8, t[_COMPONENTS]), np.int64)
+    for i in range(len(parts)):
+        if not coded[i]:
+            continue
+        _load(parts, i, c)
+        _slots(values[i], 0, t[_TOP], weights, i, c, _BELOW, t)
+        _slots(values[i] + 1, 0, t[_TOP], weights, i, c, _ABOVE, t)
+        _observe(weights, i, c)
+
+
+@compiled
 def _find(
-    rows: Any, at: int, channel: int, prediction: Any, values: Any, coded: Any, lo: Any, hi: Any,
-    means: Any, weights: Any, t: Any, own: Any, seen: Any, fit: Any, slots: Any,
+    parts: Any, channel: int, values: Any, coded: Any, lo: Any, hi: Any, weights: Any, t: Any, own: Any,
+    seen: Any, fit: Any, slots: Any,
 ) -> int:  # fmt: skip
     """Find the slots of one channel's values: first and number, into slots (n, 2); return how many."""
     c, found = np.zeros((8, t[_COMPONENTS]), np.int64), 0
-    for i in range(len(rows)):
+    for i in range(len(parts)):
         a, b = lo[i], hi[i]
         value = values[i, channel]
-        _components(rows, i, at, channel, prediction, values, a, b, means, c, t)
         if len(own):
+            _load(parts, i, c)
             _correct(i, own, seen, fit, c, t)
             _remember(i, value, own, seen, fit, t)
         if not coded[i] or a == b:
             continue
+        if not len(own):
+            _load(parts, i, c)
+            _limit(a, b, c, t)
         first = _slots(value, a, b, weights, i, c, _BELOW, t)
         slots[found, 0] = first
         slots[found, 1] = _slots(value + 1, a, b, weights, i, c, _ABOVE, t) - first
@@ -462,18 +469,19 @@ def _keep(c: Any, source: int, to: int) -> None:
 
 @compiled
 def _decode(
-    rows: Any, at: int, channel: int, prediction: Any, values: Any, coded: Any, lo: Any, hi: Any,
-    means: Any, weights: Any, t: Any, own: Any, seen: Any, fit: Any, words: Any, state: Any,
+    rows: Any, scales_at: int, parts: Any, channel: int, values: Any, coded: Any, lo: Any, hi: Any,
+    weights: Any, t: Any, own: Any, seen: Any, fit: Any, words: Any, state: Any,
 ) -> bool:  # fmt: skip
     """Decode one channel's values; state: of the coder, and the next word. Return whether words last."""
     c = np.zeros((8, t[_COMPONENTS]), np.int64)
-    at_scale = at + (1 + t[_CHANNELS] + channel) * t[_COMPONENTS]
     x, at_word = state[0], state[1]
-    for i in range(len(rows)):
+    for i in range(len(parts)):
         a, b = lo[i], hi[i]
-        _components(rows, i, at, channel, prediction, values, a, b, means, c, t)
+        _load(parts, i, c)
         if len(own):
             _correct(i, own, seen, fit, c, t)
+        else:
+            _limit(a, b, c, t)
         if not coded[i]:
             if len(own):
                 _remember(i, values[i, channel], own, seen, fit, t)
@@ -483,7 +491,7 @@ def _decode(
             continue
         slot = x & ((1 << _SLOTS) - 1)
         # find the value with first <= slot < end: in growing steps from a guess, then by interpolation
-        value = _guess(slot, rows, at_scale, weights, i, c, a, b, t)
+        value = _guess(slot, rows, scales_at, weights, i, c, a, b, t)
         beyond = value + 1
         first = _slots(value, a, b, weights, i, c, _BELOW, t)
         end = _slots(beyond, a, b, weights, i, c, _ABOVE, t)
@@ -546,16 +554,11 @@ class SlotEncoder:
     def __init__(self) -> None:
         self._slots: list[Ints] = []
 
-    def code(
-        self, mixture: Mixture, channel: int, lo: Ints, hi: Ints, coded: Bools, by: Corrected | None = None
-    ) -> None:
-        """Add one channel's values, `mixture.values[:, channel]` where `coded` is true."""
+    def code(self, mixture: Mixture, lo: Ints, hi: Ints, coded: Bools, by: Corrected | None = None) -> None:
+        """Add the values of the mixture's channel where `coded` is true."""
         m, by = mixture, by or _UNCORRECTED
         slots = np.empty((len(m.rows), 2), np.int64)
-        found = _find(
-            m.rows, m.at, channel, m.prediction, m.values, coded, lo, hi, m.means, m.weights,
-            m.tables.array, *by, slots,
-        )  # fmt: skip
+        found = _find(m.parts, m.channel, m.values, coded, lo, hi, m.weights, m.tables.array, *by, slots)
         self._slots.append(slots[:found])
 
     def finish(self, checksum: int) -> bytes:
@@ -583,18 +586,16 @@ class SlotDecoder:
         self._words = np.frombuffer(data, "<u4", offset=8).astype(np.uint32)
         self._state = np.array([state, 0], np.int64)
 
-    def code(
-        self, mixture: Mixture, channel: int, lo: Ints, hi: Ints, coded: Bools, by: Corrected | None = None
-    ) -> None:
-        """Decode one channel's values into `mixture.values[:, channel]` where `coded` is true.
+    def code(self, mixture: Mixture, lo: Ints, hi: Ints, coded: Bools, by: Corrected | None = None) -> None:
+        """Decode the values of the mixture's channel where `coded` is true.
 
         Raises:
             CodecError: The stream ends too early.
         """
         m, by = mixture, by or _UNCORRECTED
         if not _decode(
-            m.rows, m.at, channel, m.prediction, m.values, coded, lo, hi, m.means, m.weights,
-            m.tables.array, *by, self._words, self._state,
+            m.rows, m.scales_at, m.parts, m.channel, m.values, coded, lo, hi, m.weights, m.tables.array,
+            *by, self._words, self._state,
         ):  # fmt: skip
             raise CodecError("the file is damaged: a stream of it ends too early")
 
@@ -637,57 +638,65 @@ class Mixture:
         prediction: Estimates of the values in steps of the means: int32 (n, C).
         values: int16 (n, C): the known values, or where to put decoded ones.
         tables: Of the mixture.
+
+    Attributes:
+        channel: Of which the following are.
+        parts: Means of the components, in their steps, and inverse scales, in units of 2^-26 per grey
+            level: int64 (n, 2, M).
+        weights: Of the components, in units of 2^-16, given earlier channels: int64 (n, M).
     """
 
     def __init__(self, rows: Params, at: int, prediction: Ints, values: Params, tables: Tables) -> None:
         self.rows, self.at, self.prediction, self.values, self.tables = rows, at, prediction, values, tables
         n = len(rows)
-        self.means = np.zeros((n, tables.channels, tables.components), np.int64)
-        self.weights = np.zeros((n, tables.components), np.int64)
+        self.channel = 0
+        self.parts = np.empty((n, 2, tables.components), np.int64)
+        self.weights = np.empty((n, tables.components), np.int64)
+        self._means = np.empty((n, tables.channels, tables.components), np.int64)
         _start(rows, at, self.weights, tables.array)
 
-    def moments(self, channel: int) -> Ints:
-        """Return the mean and the spread of a channel's mixtures, given earlier channels: (n, 2)."""
-        own = np.empty((len(self.rows), 2), np.int64)
-        _moments(
-            self.rows, self.at, channel, self.prediction, self.values, self.means, self.weights,
-            self.tables.array, own,
+    def begin(self, channel: int) -> None:
+        """Compute the components of a channel: 0, 1, ..., each when the values before it are known."""
+        self.channel = channel
+        _components(
+            self.rows, self.at, channel, self.prediction, self.values, self._means, self.tables.array,
+            self.parts,
         )  # fmt: skip
+
+    @property
+    def scales_at(self) -> int:
+        """Where the outputs that stand for the channel's scales begin."""
+        return self.at + (1 + self.tables.channels + self.channel) * self.tables.components
+
+    def moments(self) -> Ints:
+        """Return the mean and the spread of each position's mixture, in steps of the means: (n, 2)."""
+        own = np.empty((len(self.rows), 2), np.int64)
+        _moments(self.rows, self.scales_at, self.parts, self.weights, self.tables.array, own)
         return own
 
-    def sample(self, channel: int, which: Ints) -> npt.NDArray[np.int32]:
-        """Return weights, means and inverse scales of a channel's components at some positions.
-
-        Args:
-            channel: Whose values are not known yet.
-            which: Numbers of the positions, (k,).
-
-        Returns:
-            (k, 3, M): in units of 2^-16, steps of the means, and units of 2^-26 per grey level.
-        """
-        out = np.empty((len(which), 3, self.tables.components), np.int32)
-        _sample(
-            self.rows, self.at, channel, self.prediction, self.values, self.means, self.weights,
-            self.tables.array, which, out,
-        )  # fmt: skip
-        return out
+    def learn(self, coded: Bools) -> None:
+        """Update the weights by the channel's values where `coded` is true, as coding does."""
+        if self.channel + 1 < self.tables.channels:
+            values = np.ascontiguousarray(self.values[:, self.channel])
+            _learn(self.parts, values, coded, self.weights, self.tables.array)
 
 
 def cost(
-    parts: npt.NDArray[np.int32], values: Params, moments: Ints, shifts: Ints, factors: Ints, tables: Tables
-) -> Ints:
+    parts: npt.NDArray[np.int32], weights: npt.NDArray[np.int32], values: Params, moments: Ints,
+    shifts: Ints, factors: Ints, tables: Tables,
+) -> Ints:  # fmt: skip
     """Return what values would cost with corrections, in units of 2^-16 bits.
 
     Args:
-        parts: Of k positions, see `Mixture.sample`.
+        parts, weights: Of k positions, see `Mixture`.
         values: (k,).
         moments: See `Mixture.moments`: (k, 2).
         shifts: Of the means, in their steps: (k,).
         factors: Numbers of the factors of the scales: (k,).
         tables: Of the mixture.
     """
-    out, weights = np.empty(len(parts), np.int64), np.empty((1, tables.components), np.int64)
-    _try(parts, values, moments, shifts, factors, tables.array, weights, out)
+    out = np.empty(len(parts), np.int64)
+    _try(parts, weights, values, moments, shifts, factors, tables.array, out)
     return out
 
 

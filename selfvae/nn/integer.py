@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from selfvae.nn.layers import Conv, ResidualLayer
 
 __all__ = [
+    "EXACT",
     "FRACTION",
     "LINES",
     "IntegerActivation",
@@ -54,7 +55,7 @@ LINES: dict[str, tuple[tuple[float, int], ...]] = {
 _LARGEST = 127  # absolute value of a weight, in steps
 _VALUES = 256  # of an activation
 _SLOPES = 5  # the largest numerator of a slope
-_EXACT = 2**24  # float32 holds all whole numbers up to here
+EXACT = 2**24  # float32 holds all whole numbers up to here
 _SHIFTS = 24  # the largest absolute value of e
 _STEPS = 3, 7  # the range of an activation's j
 
@@ -268,9 +269,9 @@ def check_exact(decoder: nn.Module) -> None:
     largest, step, stream = 1.0, 2.0**-FRACTION, 0.0  # of the input; of the residual stream
 
     def check(name: str, steps: float) -> None:
-        if not steps < _EXACT:
+        if not steps < EXACT:
             raise ValueError(
-                f"{name}: a sum may reach {steps:.3g} steps, and float32 is exact up to {_EXACT:.3g}: "
+                f"{name}: a sum may reach {steps:.3g} steps, and float32 is exact up to {EXACT:.3g}: "
                 "use fewer channels, or smaller weights (train with weight decay)"
             )
 

@@ -161,16 +161,17 @@ def test_costs_are_those_of_the_coder() -> None:
     seen: list[float] = []
 
     class Keeps(Collector):
-        def add(self, near: Neighbours, s: int, mixture: symbols.Mixture, channel: int) -> None:
-            every, moments = np.arange(len(mixture.rows)), mixture.moments(channel)
-            none = np.zeros(len(every), np.int64)
-            parts, values = mixture.sample(channel, every), mixture.values[:, channel].copy()
-            costs = symbols.cost(parts, values, moments, none, none + NO_FACTOR, mixture.tables)
+        def add(self, near: Neighbours, s: int, mixture: symbols.Mixture) -> None:
+            values, moments = mixture.values[:, mixture.channel].copy(), mixture.moments()
+            none = np.zeros(len(values), np.int64)
+            parts, weights = mixture.parts.astype(np.int32), mixture.weights.astype(np.int32)
+            costs = symbols.cost(parts, weights, values, moments, none, none + NO_FACTOR, mixture.tables)
             seen.append(costs.sum() / 2**16)
-            near.add(mixture.values[:, channel], moments)
+            near.add(values, moments)
 
     encoder = SlotEncoder()
-    coder.code(outputs, encoder, images[0], None, Keeps(coder.counts()))
+    coder.code(outputs, Keeps(coder.counts()), images[0], None)
+    coder.code(outputs, encoder, images[0], None)
     assert sum(seen) == pytest.approx(8 * len(encoder.finish(0)), rel=0.002, abs=100)
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 import selfvae
 from selfvae import compiled, hub
-from selfvae.codec import Codec
+from selfvae.codec import Codec, exact
 from selfvae.codec.exact import ExactNetwork
 from selfvae.level import Level
+from selfvae.nn.integer import IntegerActivation, IntegerConv
 
 
 def contexts(model: selfvae.SelfVAE, n: int = 1, side: int = 48) -> list[tuple[Level, Tensor]]:
@@ -78,9 +79,33 @@ def test_the_same_numbers_however_they_are_computed() -> None:
                             assert np.array_equal(network(x[:n]), expected[:n])
                             assert np.array_equal(reference(level, x[:n]), expected[:n])
         torch.set_num_threads(1)
-        wide = copy.deepcopy(level).double()
-        exact = wide.decoder(context.double(), None)
-        assert np.array_equal(in_steps(wide, exact), expected)
+        wide = copy.deepcopy(level).double().decoder(context.double(), None)
+        assert np.array_equal(in_steps(level, wide), expected)
+
+
+@torch.no_grad()
+def test_convolutions_of_bytes_are_refused_where_sums_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As processors do that add two products in 16 bits."""
+    level, context = contexts(integer(**WIDE))[0]
+    convolution = exact._ByteConvolution.__call__
+
+    def cut(self: exact._ByteConvolution, x: np.ndarray) -> np.ndarray:
+        return convolution(self, x).clip(-32768, 32767)
+
+    expected = reference(level, context)
+    monkeypatch.setattr(exact._ByteConvolution, "__call__", cut)
+    assert np.array_equal(ExactNetwork(level.decoder)(context), expected)
+
+
+def test_a_sum_beyond_float32_is_not_convolved_as_bytes() -> None:
+    torch.manual_seed(0)
+    act, found = exact._Activation(IntegerActivation("elu")), []
+    for wide in (32, 600):
+        conv = IntegerConv(wide, 4)
+        with torch.no_grad():
+            conv.direction.fill_(1.0)  # all weights are the largest
+            found.append(exact._ByteConvolution(conv, act, 256.0)._fits)
+    assert found == [True, False]
 
 
 _SCRIPT = """

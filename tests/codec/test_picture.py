@@ -96,9 +96,11 @@ def test_the_slow_encoder_is_spared_where_the_model_is_better(
         return bytes(1000)
 
     monkeypatch.setattr("selfvae.codec.picture.encode_pixels", pixels)
-    few, many = torch.zeros(1, 3, 9, 9).byte(), torch.zeros(1, 3, 64, 64).byte()  # over, under 2 bits
+    few, many = torch.zeros(1, 3, 9, 9).byte(), torch.zeros(1, 3, 64, 64).byte()  # over, under 2.5 bits
+    clear = torch.zeros(1, 4, 64, 64).byte()
     for x, size, tried in (
-        (few, 800, [0]), (few, 920, [0, 1]), (few, 960, [0, 1, 2]), (many, 500, [0]), (many, 820, [0, 2]),
+        (few, 800, [0]), (few, 900, [0, 1]), (few, 960, [0, 1, 2]), (many, 800, [0, 1]),
+        (many, 900, [0, 1, 2]), (clear, 500, [0, 1]), (clear, 700, [0, 1, 2]),
     ):  # fmt: skip
         encode(x, None, lambda x, n=size: (b"", [(0, bytes(n))]), MODEL, thorough=False)
         assert calls == tried

@@ -37,8 +37,8 @@ class Drawn(NamedTuple):
         """Code all channels; values int16 (n, C) are read or filled in."""
         mixture = Mixture(self.rows, 0, self.prediction, values, self.tables)
         for c in range(self.tables.channels):
-            args = (np.ascontiguousarray(a[:, c]) for a in (self.lo, self.hi, self.coded))
-            coder.code(mixture, c, *args)
+            mixture.begin(c)
+            coder.code(mixture, *(np.ascontiguousarray(a[:, c]) for a in (self.lo, self.hi, self.coded)))
         return values
 
     def encode(self) -> bytes:
@@ -91,12 +91,12 @@ def counts_of(d: Drawn) -> list[list[np.ndarray]]:
     m = Mixture(d.rows, 0, d.prediction, d.values, d.tables)
     found = []
     for channel in range(d.tables.channels):
+        m.begin(channel)
         c, own = np.zeros((8, d.tables.components), np.int64), []
         for i in range(len(d.rows)):
             a, b = int(d.lo[i, channel]), int(d.hi[i, channel])
-            symbols._components(
-                m.rows, i, 0, channel, m.prediction, m.values, a, b, m.means, c, d.tables.array
-            )
+            symbols._load(m.parts, i, c)
+            symbols._limit(a, b, c, d.tables.array)
             edges = [
                 symbols._slots(v, a, b, m.weights, i, c, symbols._PARTS, d.tables.array)
                 for v in range(a, b + 2)
@@ -299,15 +299,18 @@ def counts_of_plain(d: Drawn) -> list[list[np.ndarray]]:
     rows, prediction, values = _Whole(d.rows), _Whole(d.prediction), _Whole(d.values)
     n, channels, components = len(d.rows), d.tables.channels, d.tables.components
     means, weights = _Whole(np.zeros((n, channels, components))), _Whole(np.zeros((n, components)))
+    parts = _Whole(np.zeros((n, 2, components)))
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "PLAIN", True)
         symbols._start(rows, 0, weights, t)
         for channel in range(channels):
             c, own = _Whole(np.zeros((8, components))), []
+            symbols._components(rows, 0, channel, prediction, values, means, t, parts)
             for i in range(n):
                 a, b = int(d.lo[i, channel]), int(d.hi[i, channel])
-                symbols._components(rows, i, 0, channel, prediction, values, a, b, means, c, t)
+                symbols._load(parts, i, c)
+                symbols._limit(a, b, c, t)
                 edges = [symbols._slots(v, a, b, weights, i, c, symbols._PARTS, t) for v in range(a, b + 2)]
                 own.append(np.diff(np.array(edges, object)))
                 if a < b:

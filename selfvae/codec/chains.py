@@ -42,7 +42,8 @@ __all__ = ["ChainCodec", "Fit", "side_by_side"]
 _BAND = 1 << 14  # positions in a band; part of the format
 _JOINED = 1 << 12  # positions in the coarsest levels that share a stream; part of the format
 _STRIP = 1 << 16  # positions that a network sees at once
-_FITTED = 8  # bands whose outputs are kept until they are coded; of more, at most 8 are fitted
+_FITTED = 8  # bands of a level, at most, to which corrections are fitted
+_KEPT = 16  # bands of a level, at most, of which the network's outputs are kept from fitting to coding
 _WORTH = 8  # bytes that corrections must save beyond their own
 _BEYOND = 2  # rows of blocks beyond a strip that a transform's estimate depends on
 
@@ -83,9 +84,9 @@ class _Grid(NamedTuple):
         return [slice(i * self.rows // n, (i + 1) * self.rows // n) for i in range(n)]
 
     def strips(self, threads: int) -> list[list[slice]]:
-        """Collect neighbouring bands to strips, at least one for each thread if there are enough bands."""
+        """Collect neighbouring bands to strips, as many for each thread if there are enough bands."""
         bands = self.bands()
-        n = min(len(bands), max(threads, -(-self.rows * self.cols // _STRIP)))
+        n = min(len(bands), threads * -(-self.rows * self.cols // (_STRIP * threads)))
         return [bands[i * len(bands) // n : (i + 1) * len(bands) // n] for i in range(n)]
 
 
@@ -355,33 +356,41 @@ class ChainCodec:
             track: Receives the parts of the work and its name, and yields them, to show progress.
         """
         size, threads = (x.shape[2], x.shape[3]), torch.get_num_threads()
-        images = self._images(x, size)
-        adaptations, outputs, data = {}, {}, b""
+        images, joined = self._images(x, size), self.joined(size)
+        levels = [k for k in range(joined) if self._levels[k].adapts]
+        collectors = {k: Collector(self._levels[k].counts()) for k in levels}
+        fitted = {k: self._fitted(k, size) for k in levels}
+        jobs = [(k, strip) for k in levels for strip in self._strips(k, size, threads)]
+        outputs, adaptations, data = {}, {}, b""
         with side_by_side(threads) as run:
-            for k in reversed(range(self.joined(size))):
-                own = b""
-                if self._levels[k].adapts:
-                    grid = self._grid(k, size)
-                    bands = grid.bands()
-                    fitted = bands[:: 2 if len(bands) > 3 else 1]
-                    strips = grid.strips(threads)
-                    if len(bands) > _FITTED:  # too many to keep what the networks say
-                        fitted = bands[:: -(-len(bands) // _FITTED)]
-                        strips = [[band] for band in fitted]
-                    jobs = [partial(self._collect, k, strip, fitted, images, size) for strip in strips]
-                    collector = Collector(self._levels[k].counts())
-                    for strip, (found, more) in zip(strips, run(jobs, track, "fit"), strict=True):
-                        collector.join(more)
-                        if found is not None:
-                            outputs[k, strip[0].start] = found
-                    adaptation, saved = collector.solve()
-                    own = adaptation.to_bytes()
-                    if saved * len(bands) / len(fitted) > 8 * (len(own) + _WORTH):
-                        adaptations[k] = adaptation
-                    else:
-                        own = b""
-                data += varint(len(own)) + own
+            parts = [partial(self._collect, k, strip, fitted[k], images, size) for k, strip in jobs]
+            for (k, strip), (found, more) in zip(jobs, run(parts, track, "fit"), strict=True):
+                collectors[k].join(more)
+                if found is not None:
+                    outputs[k, strip[0].start] = found
+            solved = dict(
+                zip(levels, run([collectors[k].solve for k in levels], no_progress, ""), strict=True)
+            )
+        for k in reversed(range(joined)):
+            own = b""
+            if k in solved:
+                adaptation, saved = solved[k]
+                packed = adaptation.to_bytes()
+                if saved * len(self._grid(k, size).bands()) / len(fitted[k]) > 8 * (len(packed) + _WORTH):
+                    adaptations[k], own = adaptation, packed
+            data += varint(len(own)) + own
         return Fit(data if adaptations else b"", adaptations, images, outputs)
+
+    def _fitted(self, k: int, size: Size) -> list[slice]:
+        """Return the bands of y[k] to which corrections are fitted."""
+        bands = self._grid(k, size).bands()
+        return bands[:: max(-(-len(bands) // _FITTED), 2 if len(bands) > 3 else 1)]
+
+    def _strips(self, k: int, size: Size, threads: int) -> list[list[slice]]:
+        """Return the strips of y[k] that fitting evaluates; all if their outputs are kept."""
+        grid = self._grid(k, size)
+        keeps = len(grid.bands()) <= _KEPT
+        return grid.strips(threads) if keeps else [[band] for band in self._fitted(k, size)]
 
     def _collect(
         self, k: int, strip: list[slice], fitted: list[slice], images: list[Tensor], size: Size
@@ -398,7 +407,7 @@ class ChainCodec:
                 mask = self._inside(k, size, slice(rows.start * grid.block[0], rows.stop * grid.block[0]))
                 y = _rows(images[k], rows, grid.block[0])
                 coder.code(outputs.part(rows, grid), collector, y, mask)
-        return (outputs if len(grid.bands()) <= _FITTED else None), collector
+        return (outputs if len(grid.bands()) <= _KEPT else None), collector
 
     def _adaptations(self, data: bytes, size: Size) -> dict[int, Adaptation]:
         """Return the corrections in `Fit.data`, by level.

@@ -18,9 +18,10 @@ Source: docs/codec.md. Least squares fitted to a picture go back to Tsai et al. 
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,6 +59,7 @@ _LARGEST = 2**15 - 1  # of a weight, in steps
 _TRIED = 3  # scales are also tried this many factors higher and lower
 _REGRESSED = 2  # every second position, on average, takes part in the regression
 _SAMPLE = 3  # every third of these decides about the factors
+_CHUNK = 1024  # positions at a time, which the fastest cache holds
 
 Floats = npt.NDArray[np.float64]
 
@@ -111,10 +113,34 @@ class Adaptation:
 
 
 class _Feature(NamedTuple):
-    """A known image near a position, and what is subtracted from it; None: the mixture's mean."""
+    """An image at a place near a position, minus another one at the position; numbers of images."""
 
-    image: Ints
-    minus: Ints | None
+    image: int
+    down: int
+    right: int
+    minus: int
+
+
+# the images of `Neighbours`: zeros, means of mixtures, kept pixels, and each step's values and misses
+_ZEROS, _MEANS, _KEPT = range(3)
+
+
+@functools.cache
+def _features(kept: int, channels: int, step: int) -> list[_Feature]:
+    """Return the features of a step, the causal neighbours first."""
+    group = step // channels
+    values = [_KEPT + kept * channels + 2 * s for s in range(step + 1)]
+    known = [*values[group * channels : step], _MEANS]
+    found = [_Feature(values[step] + 1, *place, _ZEROS) for place in _BEFORE]
+    for s in range(step):
+        found += [_Feature(values[s] + 1, *place, _ZEROS) for place in _CROSS]
+    for i in range(kept):
+        for j, minus in enumerate(known):
+            found += [_Feature(_KEPT + i * channels + j, *place, minus) for place in _NEAR]
+    for g in range(group):
+        for j, minus in enumerate(known):
+            found += [_Feature(values[g * channels + j], *place, minus) for place in _CROSS]
+    return found
 
 
 class Neighbours:
@@ -122,80 +148,32 @@ class Neighbours:
 
     Args:
         kept: The pixels that the level keeps, (n, C, h, w) with n kept pixels per block.
+        groups: Of pixels that it does not keep.
         bits: A grey level has 2^bits steps.
     """
 
-    def __init__(self, kept: Params, bits: int) -> None:
-        self.channels, self.h, self.w = kept.shape[1:]
-        self.bits = bits
-        # repeated beyond the borders
-        self._kept = np.pad(kept.astype(np.int64) << bits, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
-        self._values: list[Ints] = []
-        # 0 beyond the borders
-        self._misses: list[Ints] = []
-        self._spreads: list[Ints] = []
+    def __init__(self, kept: Params, groups: int, bits: int) -> None:
+        n, channels, self.h, self.w = kept.shape
+        self.bits, self._kept, self._channels, self._step = bits, n, channels, 0
+        # all with a border: of zeros, but pixels are repeated
+        self._images = np.zeros((_KEPT + (n + 2 * groups) * channels, self.h + 2, self.w + 2), np.int32)
+        known = kept.reshape(-1, self.h, self.w).astype(np.int32) << bits
+        self._images[_KEPT : _KEPT + n * channels] = np.pad(known, ((0, 0), (1, 1), (1, 1)), mode="edge")
+        # sums over earlier steps: of absolute misses and of spreads
+        self._energy = np.zeros((2, self.h + 2, self.w + 2), np.int64)
 
     @staticmethod
     def counts(kept: int, groups: int, channels: int) -> list[int]:
         """Return the number of features of each step, with the causal neighbours."""
-        return [
-            _CAUSAL + len(_CROSS) * (g * channels + c + g * (c + 1)) + len(_NEAR) * kept * (c + 1)
-            for g in range(groups)
-            for c in range(channels)
-        ]
-
-    def _features(self) -> Iterator[_Feature]:
-        """Yield the features of the next step, without the causal neighbours."""
-        g, c = divmod(len(self._values), self.channels)
-        for miss in self._misses:
-            for place in _CROSS:
-                yield _Feature(self._at(miss, place), _ZERO)
-        here = [self._at(self._values[g * self.channels + j], (0, 0)) for j in range(c)]
-        minus = [*here, None]
-        for kept in self._kept:
-            for j in range(c + 1):
-                for place in _NEAR:
-                    yield _Feature(self._at(kept[j], place), minus[j])
-        for group in range(g):
-            for j in range(c + 1):
-                for place in _CROSS:
-                    yield _Feature(self._at(self._values[group * self.channels + j], place), minus[j])
-
-    def _at(self, x: Ints, place: tuple[int, int]) -> Ints:
-        down, right = place
-        return x[1 + down : 1 + down + self.h, 1 + right : 1 + right + self.w]
+        return [len(_features(kept, channels, s)) for s in range(groups * channels)]
 
     def _whole(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return x.reshape(self.h, self.w)
 
-    def features(self, mean: Ints, misses: Ints, which: Ints) -> Ints:
-        """Return the features of the next step at some positions.
-
-        Args:
-            mean: Of each position's mixture, (h w,).
-            misses: Of the step itself, (h w,).
-            which: Numbers of the positions, (k,).
-
-        Returns:
-            (N, k), the causal neighbours first.
-        """
-        m, own = self._whole(mean), np.pad(self._whole(misses), 1)
-        features = [_Feature(self._at(own, place), _ZERO) for place in _BEFORE]
-        features += self._features()
-        out = np.empty((len(features), len(which)), np.int64)
-        for row, f in zip(out, features, strict=True):
-            np.take(f.image - (m if f.minus is None else f.minus), which, out=row)
-        return out
-
-    def energy(self) -> tuple[Ints, Ints]:
-        """Return the sums of absolute misses and of spreads of earlier steps near by: (h w,) each."""
-        sums = np.full((2, self.h, self.w), _AT_LEAST, np.int64)
-        for miss, spread in zip(self._misses, self._spreads, strict=True):
-            size = np.abs(miss)
-            for place in _CROSS:
-                sums[0] += self._at(size, place)
-                sums[1] += self._at(spread, place)
-        return sums[0].reshape(-1), sums[1].reshape(-1)
+    def _places(self, features: list[_Feature]) -> tuple[npt.NDArray[np.int32], Ints]:
+        """Return the images, flat, and each feature's image, distance and image to subtract: (N, 3)."""
+        table = [(f.image, f.down * (self.w + 2) + f.right, f.minus) for f in features]
+        return self._images.reshape(len(self._images), -1), np.array(table, np.int64).reshape(-1, 3)
 
     def correct(self, moments: Ints, weights: Ints, factors: Ints) -> Corrected:
         """Return what corrects the mixtures of the next step.
@@ -205,24 +183,48 @@ class Neighbours:
             weights: Of the step's features.
             factors: Of its contexts.
         """
-        m, total = self._whole(moments[:, 0]), np.zeros((self.h, self.w), np.int64)
-        for weight, f in zip(weights[_CAUSAL:], self._features(), strict=True):
-            if weight:
-                total += weight * (f.image - (m if f.minus is None else f.minus))
-        own = np.stack([moments[:, 0], moments[:, 1], total.reshape(-1), *self.energy()], 1)
+        inside = slice(1, -1)
+        self._images[_MEANS, inside, inside] = self._whole(moments[:, 0])
+        total = np.zeros((self.h + 2, self.w + 2), np.int64)
+        features = _features(self._kept, self._channels, self._step)[_CAUSAL:]
+        _add_weighted(*self._places(features), weights[_CAUSAL:], self.w + 3, total.reshape(-1))
+        energy = np.full((2, self.h, self.w), _AT_LEAST, np.int64)
+        for down, right in _CROSS:
+            energy += self._energy[:, 1 + down : 1 + down + self.h, 1 + right : 1 + right + self.w]
+        own = np.stack([*moments.T, total[inside, inside].reshape(-1), *energy.reshape(2, -1)], 1)
         seen = np.zeros((2, self.h + 1, self.w + 2), np.int64)
         seen[1, 1:, 1:-1] = self._whole(moments[:, 1])
         fit = np.concatenate([[self.w], weights[:_CAUSAL], factors])
-        return Corrected(np.ascontiguousarray(own), seen.reshape(2, -1), fit)
+        return Corrected(own, seen.reshape(2, -1), fit)
 
     def add(self, values: Params, moments: Ints) -> Ints:
-        """Add a step: its values, (h w,), and the moments; return the misses, (h w,)."""
-        own = self._whole(values).astype(np.int64) << self.bits
+        """Add the step that was corrected last: its values, (h w,); return the misses, (h w,)."""
+        inside = slice(1, -1)
+        own = self._whole(values).astype(np.int32) << self.bits
         misses = own - self._whole(moments[:, 0])
-        self._values.append(np.pad(own, 1, mode="edge"))
-        self._misses.append(np.pad(misses, 1))
-        self._spreads.append(np.pad(self._whole(moments[:, 1]), 1))
+        at = _KEPT + self._kept * self._channels + 2 * self._step
+        self._images[at] = np.pad(own, 1, mode="edge")
+        self._images[at + 1, inside, inside] = misses
+        self._energy[0, inside, inside] += np.abs(misses)
+        self._energy[1, inside, inside] += self._whole(moments[:, 1])
+        self._step += 1
         return misses.reshape(-1)
+
+    def features(self, which: Ints) -> npt.NDArray[np.int32]:
+        """Return the features of the step that was added last at some positions.
+
+        Args:
+            which: Numbers of the positions, (k,).
+
+        Returns:
+            (N, k), the causal neighbours first.
+        """
+        images, table = self._places(_features(self._kept, self._channels, self._step - 1))
+        at = which + (which // self.w) * 2 + self.w + 3
+        out = np.empty((len(table), len(which)), np.int32)
+        for row, (image, distance, minus) in zip(out, table, strict=True):
+            np.subtract(images[image].take(at + distance), images[minus].take(at), out=row)
+        return out
 
 
 class _Sample(NamedTuple):
@@ -263,9 +265,10 @@ class Collector:
         """Add step s of a band, a channel of a mixture; add the step to `near` too."""
         moments = mixture.moments()
         values = np.ascontiguousarray(mixture.values[:, mixture.channel])
-        misses = (values.astype(np.int64) << near.bits) - moments[:, 0]
-        which = _some(len(values), _REGRESSED)
-        features, coarse = near.features(moments[:, 0], misses, which), near.bits - _FINE
+        seen = near.correct(moments, np.zeros(len(self._products[s]), np.int64), _PLAIN)
+        misses = near.add(values, moments)
+        which, coarse = _some(len(values), _REGRESSED), near.bits - _FINE
+        features = near.features(which)
         rough = torch.from_numpy((features >> coarse).astype(np.float64))
         spread = np.maximum(moments[which, 1] >> coarse, 1)
         weighted = rough * torch.from_numpy(np.maximum(_HEAVIEST // spread**2, 1))
@@ -273,15 +276,13 @@ class Collector:
         self._products[s] += (weighted @ torch.from_numpy(misses[which] >> coarse).double()).numpy()
         some = _some(len(which), _SAMPLE)
         features, which = features[:, some], which[some]
-        seen = near.correct(moments, np.zeros(len(features), np.int64), _PLAIN)
         seen.seen[0].reshape(near.h + 1, near.w + 2)[1:, 1:-1] = misses.reshape(near.h, near.w)
         contexts = find_contexts(seen.own, seen.seen, near.w)
         sample = _Sample(
             mixture.tables, mixture.parts[which].astype(np.int32), mixture.weights[which].astype(np.int32),
-            values[which], moments[which], features.astype(np.int32), contexts[which],
+            values[which], moments[which], features, contexts[which],
         )  # fmt: skip
         self._samples[s].append(sample)
-        near.add(values, moments)
 
     def join(self, other: Collector) -> None:
         """Add what another one collected."""
@@ -301,6 +302,21 @@ class Collector:
             factors.append(table)
             saved += gain * _REGRESSED * _SAMPLE / 2**16
         return Adaptation(tuple(weights), tuple(factors)), saved
+
+
+@compiled
+def _add_weighted(images: Any, table: Any, weights: Any, first: int, out: Any) -> None:
+    """Add the features in a table times their weights to out, but for its first and last positions."""
+    for start in range(first, len(out) - first, _CHUNK):
+        stop = min(start + _CHUNK, len(out) - first)
+        total = out[start:stop]
+        for f in range(len(table)):
+            if weights[f] == 0:
+                continue
+            image = images[table[f, 0], start + table[f, 1] : stop + table[f, 1]]
+            minus = images[table[f, 2], start:stop]
+            for i in range(len(total)):
+                total[i] += weights[f] * (image[i] - minus[i])
 
 
 def _some(n: int, part: int) -> Ints:
@@ -370,6 +386,5 @@ def _substitute(a: Any, x: Any) -> None:
         x[i] /= a[i, i]
 
 
-_ZERO = np.zeros((1, 1), np.int64)
 _PLAIN = np.full(CONTEXTS, NO_FACTOR)
 _HALF = 1 << (WEIGHT_BITS - 1)

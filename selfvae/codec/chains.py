@@ -222,7 +222,7 @@ class _LevelCoder:
         near = None
         if level.keeps and (adaptation or isinstance(coder, Collector)):
             kept = level.keeps.stack_kept(outputs.above)[0].unflatten(0, (-1, spec.channels))
-            near = Neighbours(kept.numpy(), t.bits)
+            near = Neighbours(kept.numpy(), len(groups), t.bits)
         for g, (rows, at) in enumerate(groups):
             prediction = self._prediction(support, g, guess, v, steps, t)
             values = np.ascontiguousarray(v[:, g].permute(0, 2, 3, 1).numpy()).reshape(n, -1)

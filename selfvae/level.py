@@ -35,6 +35,7 @@ class Level(nn.Module):
         rounded: The posterior is a `UnitUniform` and the conditional prior a `NoisyLogistic`; else both
             are Gaussian.
         coefficients: How earlier channels shift later ones (see `PixelMixture`).
+        subpixel: The decoder sees y_up itself, and estimates of y are `Transform.interpolate`'s.
 
     Raises:
         ValueError: Only one of encoder and prior is given.
@@ -52,6 +53,7 @@ class Level(nn.Module):
         residual_mean: bool = False,
         rounded: bool = False,
         coefficients: Literal["raw", "residual"] = "raw",
+        subpixel: bool = False,
     ) -> None:
         super().__init__()
         if (encoder is None) != (prior is None):
@@ -60,7 +62,7 @@ class Level(nn.Module):
         self.encoder, self.prior_net, self.decoder = encoder, prior, decoder
         self.consistent = consistent and transform.restricts(spec)
         self.residual_mean, self.coefficients = residual_mean, coefficients
-        self.rounded = rounded
+        self.rounded, self.subpixel = rounded, subpixel
 
     @property
     def has_latent(self) -> bool:
@@ -97,9 +99,18 @@ class Level(nn.Module):
             return y_up.to(self.dtype)
         if self.keeps:
             y_up = self.keeps.stack_kept(y_up)
+        elif self.subpixel:
+            return to_unit(y_up, self.transform.output_spec(self.spec).num_values, self.dtype)
         else:
             y_up = self.transform.estimate(y_up.to(self.dtype), self.spec)
         return to_unit(y_up, self.spec.num_values, self.dtype)
+
+    def estimate(self, y_up: Tensor) -> Tensor:
+        """Return the transform's estimate of y, in the networks' dtype, from y_up uint8 (B, c, h, w)."""
+        transform = self.transform
+        return (transform.interpolate if self.subpixel else transform.estimate)(
+            y_up.to(self.dtype), self.spec
+        )
 
     def encode(self, y: Tensor) -> Tensor:
         """Return the parameters of q(z | y), for `q`, given y uint8 (B, C, H, W)."""
@@ -135,7 +146,7 @@ class Level(nn.Module):
             interior: Rows and columns of y_up: return the distribution of that part of y only.
         """
         params = self.decoder(self.context(y_up), z)
-        guess = self.transform.estimate(y_up.to(self.dtype), self.spec) if self.residual_mean else None
+        guess = self.estimate(y_up) if self.residual_mean else None
         if interior is not None:
             rows, cols = self.transform.scale
             high, wide = self.keeps.block if self.keeps else (1, 1)

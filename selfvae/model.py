@@ -165,23 +165,26 @@ class SelfVAE(nn.Module):
             if level.has_latent
         }
 
-    def score(self, ys: list[Tensor], posteriors: dict[str, Posterior]) -> Terms:
+    def score(self, ys: list[Tensor], posteriors: dict[str, Posterior], errors: bool = False) -> Terms:
         """The terms of the bound at one draw from the posteriors.
 
         Args:
             ys: of `pyramid`.
             posteriors: of `posteriors`, or others of the same shapes.
+            errors: fill in `Terms.errors` too.
 
         Returns:
             (B,) nats each; draws come from torch's global random state.
         """
         zero = torch.zeros(ys[0].shape[0], device=ys[0].device)
-        re, kl = [zero] * len(ys), [zero] * len(ys)
+        re, kl, missed = [zero] * len(ys), [zero] * len(ys), [zero] * (len(ys) - 1)
 
         def provider(name: str, p: Distribution) -> Tensor:
             k = int(name[1:])
             if name[0] == "y":
                 re[k] = -p.log_prob(ys[k])
+                if errors and k < len(missed) and isinstance(p, PixelMixture):
+                    missed[k] = (p.expectation() - ys[k]).abs().flatten(1).mean(1)
                 return ys[k]
             q = posteriors[name]
             z = q.sample()
@@ -189,13 +192,14 @@ class SelfVAE(nn.Module):
             return z
 
         self.walk(provider, ys[-1][:, :0])
-        return Terms(tuple(re), tuple(kl))
+        return Terms(tuple(re), tuple(kl), tuple(missed) if errors else ())
 
-    def forward(self, x: Tensor) -> Terms:
+    def forward(self, x: Tensor, errors: bool = False) -> Terms:
         """The terms of the bound, per image, at one draw of the latents.
 
         Args:
             x: uint8 (B, C, H, W).
+            errors: fill in `Terms.errors` too; needs coefficients="residual".
 
         Returns:
             (B,) nats each; draws come from torch's global random state.
@@ -208,7 +212,7 @@ class SelfVAE(nn.Module):
         """
         self.warn_uninitialised()
         ys = self.pyramid(x)
-        return self.score(ys, self.posteriors(ys))
+        return self.score(ys, self.posteriors(ys), errors)
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:

@@ -16,7 +16,7 @@ from selfvae.hints import unknown
 from selfvae.level import Level
 from selfvae.model import SelfVAE
 from selfvae.nn.layers import ACTIVATIONS, BACKBONES
-from selfvae.nn.networks import Branch, Constant, Decoder, Encoder, PriorNet, Shared
+from selfvae.nn.networks import Branch, Constant, Decoder, Encoder, PriorNet, Shared, SubPixel
 from selfvae.transforms import (
     BicubicDownscale,
     BitDepth,
@@ -114,6 +114,8 @@ class ModelConfig:
         integer: Compute the networks in whole numbers (see `nn.integer`), which compression uses; needs
             latents="none", backbone="residual", depthwise=False.
         shared: Levels with the same transform share one decoder; needs latents="none", backbone="residual".
+        subpixel: Decoders work on the grid of the smaller image above, and predict all pixels of a block at
+            once (sub-pixel convolution); needs latents="none", integer=false.
         width: Factor on the numbers of channels.
         depth: Factor on the numbers of steps per block.
 
@@ -141,6 +143,7 @@ class ModelConfig:
     depthwise: bool = False
     integer: bool = False
     shared: bool = False
+    subpixel: bool = False
     width: float = 1.0
     depth: float = 1.0
 
@@ -187,7 +190,15 @@ class ModelConfig:
             if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
                 kind = "whole number" if kinds is int else "number"
                 raise ValueError(f"{field} must be a positive {kind}; got {value!r}")
-        for field in ("consistent", "residual_mean", "shared", "inner_elu", "depthwise", "integer"):
+        for field in (
+            "consistent",
+            "residual_mean",
+            "shared",
+            "inner_elu",
+            "depthwise",
+            "integer",
+            "subpixel",
+        ):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be true or false; got {getattr(self, field)!r}")
         if self.shared and (self.latents != "none" or self.backbone != "residual"):
@@ -200,6 +211,12 @@ class ModelConfig:
             raise ValueError(
                 "integer=true needs latents=none, backbone=residual and depthwise=false; got "
                 f"latents={self.latents}, backbone={self.backbone}, depthwise={self.depthwise}"
+            )
+
+        if self.subpixel and (self.latents != "none" or self.integer):
+            raise ValueError(
+                "subpixel=true needs latents=none and integer=false; got "
+                f"latents={self.latents}, integer={self.integer}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -459,7 +476,12 @@ class _Plan:
             residual_mean=config.residual_mean and k < self.top,
             rounded=config.posterior == "uniform",
             coefficients=config.coefficients,
+            subpixel=self.subpixel(k),
         )
+
+    def subpixel(self, k: int) -> bool:
+        """Whether level k's decoder predicts all pixels of a block at once."""
+        return self.config.subpixel and not self.keeps(k) and self.transforms[k].scale != (1, 1)
 
     def _encoder(self, k: int) -> Encoder:
         part, downs = self.parts(k)["encoder"], self.downs(k)
@@ -488,6 +510,8 @@ class _Plan:
                     context + Shared.PLANES, 0, params, None, body, config.kernels[2], grid
                 )
             return Shared(self.shared[str(t), spec])
+        if self.subpixel(k):
+            context, params = up.channels, params * math.prod(t.scale)
         joint: Branch | None = None
         if not is_top and self.dense:
             joint = self.branch(self.parts(k)["joint"])
@@ -497,9 +521,10 @@ class _Plan:
             joint = self.branch(_Part(256, round(12 * part), 1), stem=256)
         latent = config.latent_channels if self.has_latent(k) else 0
         z = self._z_branch(k, scale, 0 if is_top else params) if latent else None
-        return Decoder(
+        decoder = Decoder(
             context, latent, params, z, joint, 1 if self.dense and not is_top else config.kernels[2], grid
         )
+        return SubPixel(decoder, t.scale) if self.subpixel(k) else decoder
 
     def _z_branch(self, k: int, scale: tuple[int, int], out: int) -> Branch:
         part, downs = self.parts(k)["decoder"], self.downs(k)

@@ -32,10 +32,13 @@ class Terms(NamedTuple):
         re: reconstruction errors, re[k] = -ln p(y[k] | y[k+1], z[k]): (B,) nats each.
         kl: kl[k] = ln q(z[k] | y[k]) - ln p(z[k] | y[k+1], z[k+1]), (B,) nats each, whose expectation is a
             Kullback-Leibler divergence; 0 for a level without a latent.
+        errors: mean absolute differences of y[k] and its expectation, grey levels (B,) each, of all levels
+            but the top; empty unless they were asked for.
     """
 
     re: tuple[Tensor, ...]
     kl: tuple[Tensor, ...]
+    errors: tuple[Tensor, ...] = ()
 
     @property
     def elbo(self) -> Tensor:
@@ -56,5 +59,6 @@ class Terms(NamedTuple):
 
 def gather(terms: Sequence[Terms]) -> tuple[Tensor, Tensor]:
     """Join re and kl of several batches: float64 (levels, images) each, nats."""
-    re, kl = (torch.cat([torch.stack(kind) for kind in kinds], 1) for kinds in zip(*terms, strict=True))
+    kinds = [term.re for term in terms], [term.kl for term in terms]
+    re, kl = (torch.cat([torch.stack(one) for one in kind], 1) for kind in kinds)
     return re.double(), kl.double()

@@ -112,6 +112,28 @@ def test_any_channels(channels: int) -> None:
     assert model(x).elbo.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["selfvae", "selfvae-mean-3lvl", "srvae", "selfvae-halve"])
+def test_all_pixels_of_a_block_at_once(name: str, images: torch.Tensor, tmp_path: Path) -> None:
+    options = {"latents": "none", "backbone": "residual", "coefficients": "residual"}
+    model = build(name, images, subpixel=True, **options)
+    # pixels that are kept need no other decoder
+    assert [level.subpixel for level in model.levels[:-1]] == [name != "selfvae-halve"] * (
+        len(model.levels) - 1
+    )
+    terms = model(images, errors=True)
+    assert len(terms.errors) == len(model.levels) - 1 and terms.errors[0].shape == (len(images),)
+    sum(error.mean() for error in terms.errors).backward()  # type: ignore[union-attr]
+    ys = model.pyramid(images)
+    for k, level in enumerate(model.levels[:-1]):
+        x = enhance(model, ys[k + 1], k + 1, decode="mean", seed=0)
+        assert not level.consistent or torch.equal(level.transform(model.pyramid(x)[k]), ys[k + 1])
+    selfvae.save(model, tmp_path)
+    again = selfvae.load(tmp_path)
+    assert torch.equal(again(images).elbo, model.eval()(images).elbo)
+    with pytest.raises(ValueError, match="subpixel=true needs latents=none"):
+        configure(name, subpixel=True, latents="all")
+
+
 def test_other_sizes_than_built_for(images: torch.Tensor) -> None:
     model = build("selfvae", images)
     wide = images.repeat(1, 1, 2, 3)

@@ -65,6 +65,7 @@ def enhance(
     out: Out,
     model: Path = Path("photos-x2-v0"),
     level: int = 1,
+    scale: int | None = None,
     n: int = 1,
     convert: bool = False,
     devices: int = 1,
@@ -72,21 +73,24 @@ def enhance(
 ) -> int:
     """Enlarge, colour or de-band a picture: whichever inverts the model's transform.
 
-    The default model enlarges photographs 2 times; to enlarge 4 times, apply the command twice, to its own
-    result. The picture is taken as y[LEVEL] of the model: colour is reduced to grey for a model that
-    colours, 8 bits to fewer for one that de-bands. Alpha is kept.
+    The default model enlarges photographs. The picture is taken as y[LEVEL] of the model: colour is reduced
+    to grey for a model that colours, 8 bits to fewer for one that de-bands. The result is the mean of the
+    pictures that the model finds possible, which is nearest to the truth on average; --n and --temperature
+    draw some of them. Alpha is kept.
 
     Args:
         source: picture file, or a folder: every picture in it.
         out: picture file (.png and .webp are lossless), or a folder for them.
         model: folder that selfvae train wrote, or a bundled model.
         level: which of the images that the model computes the picture is: y1, y2, ... .
+        scale: factor by which a model that enlarges does so, 2, 4, 8, ...: it is applied to its own result
+            until that is reached. By default it is applied once.
         n: number of draws; with more than one, OUT is a sheet of the picture and its draws.
         convert: reduce pictures with more than 8 bits per channel, with other colours than grey and RGB or
             with several frames to 8-bit grey or RGB, instead of refusing them.
         devices: number of GPUs or processes that share a folder's files.
-        temperature: sampling temperature: one number, or one per variable, e.g. y0=0.3,z1=1. auto is 0, the
-            most likely picture, and 1 with --n above 1.
+        temperature: sampling temperature: one number, or one per variable, e.g. y0=0.3,z1=1. auto is the
+            mean, --decode mean, at the modes of the latents, and 1 with --n above 1.
     """
     net = load_model(model, devices)
     _check_level(net, level)
@@ -99,25 +103,44 @@ def enhance(
     from selfvae.web.work import shares
 
     how = sampling(drawing, net, auto=0.0 if n == 1 else 1.0)
-    (rows, cols), parts = net.scale(level), shares(net)
+    if n == 1 and drawing.temperature == "auto" and drawing.decode == "sample":
+        how["decode"] = "mean"
+    (rows, cols), parts, times = net.scale(level), shares(net), _times(net, level, scale)
 
     def work(picture: Picture, file: Path, target: Path) -> None:
         y = pictures.to_spec(picture, net.levels[level].spec)
-        pixels = y.shape[2] * rows * y.shape[3] * cols
-        with FileProgress(("enhancing",) * n, file.name, y[0, 0].numel(), parts) as bar:
-            fitting = tiled_if_large(net, pixels, bar.track)
-            shown = []
+        shown = []
+        with FileProgress(("enhancing",) * n * times, file.name, y[0, 0].numel(), parts) as bar:
             for i in range(n):
-                how["seed"] = drawing.seed + i
-                shown.append(pictures.show(operations.enhance(fitting, y, level, **how)[0], net.spec))
+                how["seed"], x = drawing.seed + i, y
+                for _ in range(times):
+                    fitting = tiled_if_large(net, x[0, 0].numel() * rows * cols, bar.track)
+                    x = operations.enhance(fitting, x, level, **how)
+                shown.append(pictures.show(x[0], net.spec))
         if n == 1:
             write_like(picture, shown[0], target, net.spec)
         else:
-            given = sheets.magnify(pictures.show(y, net.levels[level].spec), rows, cols)
+            given = pictures.show(y, net.levels[level].spec)
+            given = sheets.magnify(given, rows**times, cols**times)
             sheet = [sheets.to_rgb(x) for x in (given, *(x[None] for x in shown))]
             sheets.save_grid(torch.cat([x.cpu() for x in sheet]), target, zoom=1)
 
     return each_picture(source, out, work, n == 1 and net.spec.channels in (1, 3), convert)
+
+
+def _times(net: SelfVAE, level: int, scale: int | None) -> int:
+    """Return how often a model is applied to enlarge by a factor; raise ValueError if it cannot do so."""
+    (rows, cols), times = net.scale(level), 1
+    if scale is None:
+        return times
+    while rows**times < scale and rows > 1:
+        times += 1
+    again = net.levels[0].spec == net.levels[level].spec  # results are such pictures as are given
+    if rows != cols or rows**times != scale or (times > 1 and not again):
+        does = f"enlarges {rows} times" if rows == cols > 1 else "does not enlarge"
+        also = " or a power of that" if rows == cols > 1 and again else ""
+        raise ValueError(f"--scale {scale}: this model {does}{also}")
+    return times
 
 
 def _check_level(net: SelfVAE, level: int) -> None:

@@ -24,8 +24,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "optimisation": (
         "steps", "max_seconds", "clock", "patience", "grad_accum", "optimizer", "lr", "min_lr",
-        "lr_decay", "schedule", "warmup", "weight_decay", "kl_warmup", "free_bits", "clip_factor",
-        "skip_factor", "ema",
+        "lr_decay", "schedule", "warmup", "weight_decay", "kl_warmup", "free_bits", "l1_weight",
+        "clip_factor", "skip_factor", "ema",
     ),
     "sampling": ("temperature", "decode"),
     "computation": (

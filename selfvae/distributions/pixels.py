@@ -369,6 +369,23 @@ class PixelMixture:
         """Return the mean of the most likely component, rounded to a possible value: uint8 (B, C, H, W)."""
         return self._fill(self.logits.argmax(2), None)
 
+    def expectation(self) -> Tensor:
+        """Return the mean without regard to what is possible: float (B, C, H, W), differentiable.
+
+        Raises:
+            ValueError: Coefficients act on values, not on residuals (these are 0 in the mean).
+        """
+        if self.coefficients != "residual":
+            raise ValueError("the expectation needs coefficients='residual'; got 'raw'")
+        offsets = (self.logits.exp()[:, :, None] * self.offsets).sum(3)
+        if self.prediction is None:
+            return self.support.merge(offsets)
+        found: list[Tensor] = []
+        for group in range(offsets.shape[1]):
+            known = torch.stack([*found, *offsets[:, group:].detach().unbind(1)], 1)
+            found.append(self.support.refine_group(self.prediction, known, group) + offsets[:, group])
+        return self.support.merge(torch.stack(found, 1))
+
     @torch.no_grad()
     def mean(self) -> Tensor:
         """Return the mean, rounded to possible values: uint8 (B, C, H, W).

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from selfvae.nn.integer import FRACTION, IntegerActivation, IntegerConv, grid_scale, round_to
 from selfvae.nn.layers import ACTIVATIONS, Block, Conv, DenseBlock, Down, ResidualBlock, Up
 
-__all__ = ["Branch", "Constant", "Decoder", "Encoder", "PriorNet", "Shared"]
+__all__ = ["Branch", "Constant", "Decoder", "Encoder", "PriorNet", "Shared", "SubPixel"]
 
 _HEAD_SCALE = 0.1
 
@@ -219,6 +219,27 @@ class Decoder(nn.Module):
             h = self.joint(h)
         out: Tensor = self.head(h)
         return out
+
+
+class SubPixel(nn.Module):
+    """A decoder on the grid of the smaller image, whose outputs are those of all pixels of a block.
+
+    Args:
+        decoder: Maps (B, C, h, w) to (B, rows * cols * params, h, w).
+        scale: Rows and columns of a block; the result is (B, params, h * rows, w * cols).
+
+    Source: Shi et al. 2016 (ESPCN), section 3.2.
+    """
+
+    def __init__(self, decoder: Decoder, scale: tuple[int, int]) -> None:
+        super().__init__()
+        self.decoder, self.scale = decoder, scale
+
+    def forward(self, y: Tensor, z: Tensor | None) -> Tensor:
+        out = self.decoder(y, z)
+        (b, _, h, w), (rows, cols) = out.shape, self.scale
+        out = out.view(b, -1, rows, cols, h, w).permute(0, 1, 4, 2, 5, 3)
+        return out.reshape(b, -1, h * rows, w * cols)
 
 
 class Shared(nn.Module):

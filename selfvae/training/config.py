@@ -30,6 +30,8 @@ class TrainConfig:
         weight_decay: of "adamw", decoupled: each step takes lr * weight_decay of all weights away.
         kl_warmup: steps over which the weight of the KL terms rises from 0 to 1.
         free_bits: bits/dim (of x) of every latent's KL, averaged over the batch, that cost nothing.
+        l1_weight: bits/dim per grey level of the mean absolute difference between each image and its
+            expectation given the one above, which is added to the bound; needs coefficients="residual".
         clip_factor: a gradient longer than this times the usual norm is shortened to that.
         skip_factor: a gradient longer than this times the usual norm is dropped.
         ema: decay of the weights' moving average, which is what gets saved and scored.
@@ -70,6 +72,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     kl_warmup: int = 0
     free_bits: float = 0.0
+    l1_weight: float = 0.0
     clip_factor: float = 2.0
     skip_factor: float = 20.0
     ema: float = 0.9999
@@ -97,7 +100,7 @@ class TrainConfig:
         for field in positive:
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be positive; got {getattr(self, field)}")
-        for field in ("warmup", "weight_decay", "kl_warmup", "free_bits", "translate", "seed",
+        for field in ("warmup", "weight_decay", "kl_warmup", "free_bits", "l1_weight", "translate", "seed",
                       "max_seconds", "patience"):  # fmt: skip
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field} must be finite and not negative; got {getattr(self, field)}")

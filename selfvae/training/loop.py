@@ -51,14 +51,17 @@ def _seed(*parts: int) -> None:
 
 
 def _loss(terms: Terms, dims: int, config: TrainConfig, step: int) -> Tensor:
-    """The training objective in bits/dim: the bound, with KL warm-up and free bits if asked for."""
+    """The training objective in bits/dim: the bound, with what was asked for beyond it."""
     loss = torch.stack([term.mean() for term in terms.re]).sum()
     weight = min(1.0, (step + 1) / config.kl_warmup) if config.kl_warmup else 1.0
     free = config.free_bits * math.log(2) * dims
     for term in terms.kl:
         kl = term.mean()
         loss = loss + weight * (kl.clamp(min=free) if free else kl)
-    return bits_per_dim(loss, dims)
+    out = bits_per_dim(loss, dims)
+    for errors in terms.errors:
+        out = out + config.l1_weight * errors.mean()
+    return out
 
 
 def _forward_backward(fabric: Fabric, model: Any, x: Tensor, config: TrainConfig, step: int) -> Terms:
@@ -66,7 +69,7 @@ def _forward_backward(fabric: Fabric, model: Any, x: Tensor, config: TrainConfig
     terms, parts = None, x.chunk(config.grad_accum)
     for i, part in enumerate(parts):
         with fabric.no_backward_sync(model, enabled=i + 1 < len(parts)):
-            terms = model(part)
+            terms = model(part, errors=config.l1_weight > 0)
             fabric.backward(_loss(terms, x[0].numel(), config, step) / len(parts))
     assert terms is not None
     return terms

@@ -242,6 +242,10 @@ class Transform(nn.Module):
         """
         return at_least_float32(y)
 
+    def interpolate(self, y: Tensor, spec: ImageSpec) -> Tensor:
+        """Estimate x from y without a network, as well as is known how; arguments and result as there."""
+        return self.estimate(y, spec)
+
     def size(self, h: int, w: int) -> tuple[int, int]:
         """Return height and width of d(x), in pixels, for x of height h and width w.
 

@@ -96,6 +96,14 @@ class MeanDownscale(Transform):
         size = (y.shape[2] * self.scale[0], y.shape[3] * self.scale[1])
         return F.interpolate(at_least_float32(y), size, mode="bilinear", align_corners=False)
 
+    def interpolate(self, y: Tensor, spec: ImageSpec) -> Tensor:
+        """Bicubic interpolation, shifted block by block such that its means are those of y."""
+        y = at_least_float32(y)
+        size = y.shape[2] * self.scale[0], y.shape[3] * self.scale[1]
+        out = F.interpolate(y, size, mode="bicubic", align_corners=False)
+        missing = y - F.avg_pool2d(out, self.scale)
+        return out + F.interpolate(missing, size, mode="nearest")
+
     def extra_repr(self) -> str:
         return f"{self.scale[0]}, {self.scale[1]}"
 

@@ -311,7 +311,7 @@ class Page:
 
     def _how(self, temperature: float) -> list[Any]:
         """Temperature and seed."""
-        heat = "temperature: 0 the most likely result, 1 everything that the model finds possible"
+        heat = "temperature: 0 without randomness, 1 everything that the model finds possible"
         seed = "seed: another number draws another result"
         return [
             gr.Slider(0, 1, temperature, step=0.05, label=heat),
@@ -345,8 +345,8 @@ class Page:
             phases = [f"drawing version {i + 1} of {n}" for i in range(n)]
             with self._run(request, progress, {"versions": 1}, *phases) as track:
                 found = work.enhance(
-                    gaps[which], _required(file).data, self.pixels, computed=computed, n=n,
-                    temperature=heat, seed=seed, track=track,
+                    gaps[which], _required(file).data, self.pixels, computed=computed, n=n, seed=seed,
+                    temperature=heat, decode="sample" if heat else "mean", track=track,
                 )  # fmt: skip
             return [(image, name) for name, image in found]
 

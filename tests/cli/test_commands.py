@@ -62,6 +62,17 @@ def test_enhance(runs: Path, photo: Path, tmp_path: Path) -> None:
     assert pictures.read(tmp_path / "sheet.webp").pixels.shape[3] == 2 * 28 + 2
 
 
+def test_enlarge_four_times(runs: Path, photo: Path, tmp_path: Path) -> None:
+    model = ["--model", str(runs / "selfvae")]
+    once, twice, both = (tmp_path / f"{name}.png" for name in ("once", "twice", "both"))
+    assert main(["enhance", str(photo), str(once), *model]) == 0
+    assert main(["enhance", str(once), str(twice), *model]) == 0
+    assert main(["enhance", str(photo), str(both), *model, "--scale", "4"]) == 0
+    assert torch.equal(pictures.read(both).pixels, pictures.read(twice).pixels)
+    assert main(["enhance", str(photo), str(both), *model, "--scale", "4", "--n", "2"]) == 0
+    assert pictures.read(both).pixels.shape[2:] == (2 * 36 + 2, 2 * 56 + 2)
+
+
 def test_pictures_much_larger_than_a_tile(runs: Path, tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (211, 223), dtype=np.uint8)).save(large)
@@ -132,6 +143,11 @@ def test_a_folder_goes_on_past_a_broken_file(
         (["enhance", "PHOTO", "o.png", "--model", "vae-normal"], "computes no image"),
         (["enhance", "PHOTO", "o.png", "--model", "selfvae", "--level", "2"], "--level must be 1: this"),
         (["enhance", "PHOTO", "o.png", "--model", "selfvae", "--temperature", "hot"], "takes a number"),
+        (
+            ["enhance", "PHOTO", "o.png", "--model", "selfvae", "--scale", "3"],
+            "--scale 3: this model enlarges 2 times or a power of that",
+        ),
+        (["enhance", "PHOTO", "o.png", "--model", "selfvae-grey", "--scale", "2"], "does not enlarge"),
         (
             ["enhance", "PHOTO", "o.png", "--model", "selfvae", "--temperature", "q=1"],
             "this model has z1, y1, z0, y0\n",
@@ -357,7 +373,7 @@ def test_a_list_in_a_config_takes_no_more_than_its_own(
 # --- files and folders ----------------------------------------------------------------------------------
 
 
-def test_enhance_gives_the_most_likely_picture_unless_draws_are_asked_for(
+def test_enhance_gives_the_mean_unless_draws_are_asked_for(
     runs: Path, photo: Path, tmp_path: Path
 ) -> None:
     model = selfvae.load(runs / "selfvae")
@@ -369,7 +385,7 @@ def test_enhance_gives_the_most_likely_picture_unless_draws_are_asked_for(
         return pictures.read(tmp_path / name).pixels
 
     plain = made("a.png")
-    assert torch.equal(plain, enhance(model, y, temperature=0.0))
+    assert torch.equal(plain, enhance(model, y, temperature=0.0, decode="mean"))
     assert torch.equal(plain, made("b.png", "--seed", "7"))
     drawn = made("c.png", "--temperature", "1", "--seed", "7")
     assert torch.equal(drawn, enhance(model, y, seed=7)) and not torch.equal(drawn, plain)

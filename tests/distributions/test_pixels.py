@@ -215,6 +215,26 @@ def test_the_mean_is_near_that_of_many_draws(name: str) -> None:
     assert spread < (draws - p.mode()).square().mean() * 1.001
 
 
+@pytest.mark.parametrize("name", ["blank", "mean2", "grey"])
+def test_the_expectation_is_the_mean_where_all_is_possible(name: str) -> None:
+    """Away from the ends of the intervals; and it can be learnt from."""
+    p, x = make(name, coefficients="residual", residual_mean=True, scale=0.05)
+    d = Null() if name == "blank" else transform(name)
+    narrow = torch.randint(100, 150, x.shape, dtype=torch.uint8)
+    support = d.support(d(narrow), p.spec)
+    guess = support.split(d.estimate(d(narrow), p.spec))
+    params = (0.05 * torch.randn(3, *p.support.split(x).shape[1:2], 40, *guess.shape[3:])).requires_grad_()
+    p = PixelMixture(params, support, p.spec, prediction=guess, coefficients="residual")
+    found = p.expectation()
+    assert found.shape == x.shape
+    if name != "grey":  # whose values are bounded much more narrowly
+        assert (found - p.mean()).abs().quantile(0.9) < 1
+    found.square().mean().backward()
+    assert params.grad is not None and bool((params.grad[:, :, :16] != 0).any())
+    with pytest.raises(ValueError, match="residual"):
+        make(name)[0].expectation()
+
+
 def test_expectations_are_integrals() -> None:
     from selfvae.distributions.pixels import Logistics
 

@@ -37,7 +37,7 @@ from selfvae.nn.layers import (
     Up,
     data_dependent_init,
 )
-from selfvae.nn.networks import Branch, Constant, Decoder, Encoder, PriorNet
+from selfvae.nn.networks import Branch, Constant, Decoder, Encoder, PriorNet, SubPixel
 
 
 def test_a_kept_weight_is_never_an_old_one() -> None:
@@ -233,6 +233,13 @@ def test_the_papers_networks(name: str) -> None:
         off = 272 if part.endswith("prior") and n == 11_411_876 else 5000 if part == "all" else 0
         assert abs(found[part][0] - n) <= off, part
         assert found[part][1] == pytest.approx(flop, rel=0.002), part
+
+
+def test_sub_pixel_convolution_is_torchs() -> None:
+    decoder = Decoder(3, 0, 4 * 5, None, Branch(8, 1, 1, stem=8, backbone="residual"))
+    y = torch.randn(2, 3, 4, 6)
+    assert torch.equal(SubPixel(decoder, (2, 2))(y, None), F.pixel_shuffle(decoder(y, None), 2))
+    assert SubPixel(decoder, (1, 4))(y, None).shape == (2, 5, 4, 24)
 
 
 def test_squeeze_is_invertible() -> None:

@@ -345,6 +345,12 @@ def test_kl_weight_and_free_bits() -> None:
     assert _loss(terms, 1, TrainConfig(free_bits=10 / bit), 0).item() == pytest.approx(20 / bit)
 
 
+def test_the_weight_of_the_error() -> None:
+    terms = selfvae.Terms((torch.tensor([10.0]),), (torch.tensor([0.0]),), (torch.tensor([3.0]),))
+    bit = float(np.log(2))
+    assert _loss(terms, 1, TrainConfig(l1_weight=0.5), 0).item() == pytest.approx(10 / bit + 1.5)
+
+
 def test_wrong_settings() -> None:
     for wrong in ({"steps": 0}, {"ema": 1.0}, {"grad_accum": 3}, {"warmup": -1}, {"schedule": "linear"},
                   {"clock": "sun"}):  # fmt: skip

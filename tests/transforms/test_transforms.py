@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -164,6 +165,19 @@ def test_a_checkerboard_corrects_by_the_corners() -> None:
         expected[1, 1, row, col] = 10 * torch.tanh(weights[0, 2 * corner + 1, row, col])
     assert torch.allclose(moved, expected, atol=1e-4)
     assert torch.equal(d.support(d(x), format).refine(missed, known), missed)
+
+
+def test_interpolation_keeps_the_means() -> None:
+    y = torch.randint(0, 256, (2, 3, 6, 8), dtype=torch.uint8)
+    d, spec = transform("mean2"), ImageSpec(3)
+    x = d.interpolate(y, spec)
+    assert x.shape == (2, 3, 12, 16)
+    assert torch.allclose(F.avg_pool2d(x, 2), y.float(), atol=1e-3)
+    bicubic = F.interpolate(y.float(), scale_factor=2, mode="bicubic")
+    shift = (x - bicubic).unfold(2, 2, 2).unfold(3, 2, 2)
+    assert torch.allclose(shift, shift[..., :1, :1].expand_as(shift), atol=1e-3)
+    grey = transform("grey")
+    assert torch.equal(grey.interpolate(y[:, :1], spec), grey.estimate(y[:, :1], spec))
 
 
 def test_a_checkerboard_needs_even_sides() -> None:

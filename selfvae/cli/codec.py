@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from selfvae.cli.common import load_model
-from selfvae.cli.files import check_exists, each_file, note_lost, read_picture, targets
+from selfvae.cli.files import check_exists, each_file, note_lost, pictures_in, read_picture, targets
 from selfvae.cli.flags import In, Out, positive
 from selfvae.cli.pool import cores, in_worker
 from selfvae.cli.progress import FileProgress, note, progress
@@ -317,7 +317,7 @@ def pack(
         raise ValueError(f"{out}: an archive ends in {_ARCHIVE}; got {out.suffix!r}")
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder: for one picture, use selfvae compress")
-    files = _pictures_in(source)
+    files = pictures_in(source)
     named = [
         (file.relative_to(source).as_posix(), _pixels(read_picture(file, convert), file, convert))
         for file in files
@@ -334,16 +334,6 @@ def pack(
         f"{out}: {len(named)} pictures, {before:,} -> {len(data):,} bytes, "
         f"{8 * len(data) / subpixels:.3f} bits per sub-pixel"
     )
-
-
-def _pictures_in(folder: Path) -> list[Path]:
-    from selfvae.data.pictures import ENDINGS
-    from selfvae.files import below
-
-    files = below(folder, ENDINGS)
-    if not files:
-        raise ValueError(f"{folder} holds no pictures")
-    return files
 
 
 def unpack(
@@ -424,7 +414,7 @@ def bench_codec(
     from selfvae.data.pictures import read_exactly
     from selfvae.files import write_atomic
 
-    pictures = [read_exactly(file) for file in _pictures_in(folder)[:limit]]
+    pictures = [read_exactly(file) for file in pictures_in(folder)[:limit]]
     result = bench.bench(packer, pictures, prefixes=prefixes, track=progress)
     if out:
         write_atomic(out / "codec.json", (dumps(result, indent=1) + "\n").encode())

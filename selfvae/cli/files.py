@@ -202,6 +202,17 @@ def _written(source: Path, out: Path, endings: Collection[str], ending: str) -> 
     return written
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """Return all pictures in a folder, sorted; raise ValueError if there are none."""
+    from selfvae.data.pictures import ENDINGS
+    from selfvae.files import below
+
+    files = below(folder, ENDINGS)
+    if not files:
+        raise ValueError(f"{folder} holds no pictures")
+    return files
+
+
 def each_picture(
     source: Path, out: Path, work: Callable[[Picture, Path, Path], None], alpha: bool, convert: bool
 ) -> int:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -94,33 +94,49 @@ def evaluate_enhance(
     draws: int = 8,
     limit: int | None = None,
     batch_size: int = 32,
+    whole: bool = False,
+    on_luma: bool = False,
+    border: int = 0,
     devices: int = 1,
     json: bool = False,
     drawing: SamplingFlags = SamplingFlags(),  # noqa: B008 (frozen)
 ) -> None:
     """Evaluate enhancement from y[LEVEL]: PSNR (dB), SSIM, consistency and diversity.
 
-    For single draws, for the mean of the draws, and for a plain method without a model (e.g. bicubic).
+    For the mean of the distribution, single draws, the average of the draws, and plain methods without a
+    model (e.g. bicubic interpolation).
 
     Args:
         model: folder that selfvae train wrote, or a bundled model.
         data: data set, as for train; images must have the model's number of channels.
         split: train, validation or test images.
         level: which of the images that the model computes is given: 1 for y1, ... .
-        draws: enhancements of each image, at least 2.
+        draws: enhancements of each image, at least 2; 0: none.
         limit: number of images, the first of the split; by default all.
         batch_size: images per batch.
+        whole: DATA is a folder of pictures of any size, all of which are evaluated whole.
+        on_luma: compute PSNR and SSIM of the luma Y, as publications on super-resolution do.
+        border: pixels on each side that PSNR and SSIM leave out; in publications as many as the factor.
         devices: number of GPUs or processes that share the images.
         json: print one JSON object only.
     """
     net = load_model(model, devices)
+    from selfvae.cli.files import pictures_in, read_picture
+    from selfvae.data import pictures
     from selfvae.metrics import enhancement
 
-    images = load_images(net, data, split)
-    result = enhancement.evaluate_enhancement(
-        net, images, level, draws=draws, limit=limit, batch_size=batch_size, **sampling(drawing, net)
-    )
-    show({"data": Path(data).name, "split": split, **result}, json)
+    options: dict[str, Any] = {
+        "draws": draws, "on_luma": on_luma, "border": border, **sampling(drawing, net)
+    }  # fmt: skip
+    if whole:
+        files = progress(pictures_in(Path(data))[:limit], "enhancing pictures")
+        each = (pictures.to_spec(read_picture(file, False), net.spec) for file in files)
+        result = enhancement.evaluate_whole(net, each, level, **options)
+    else:
+        result = enhancement.evaluate_enhancement(
+            net, load_images(net, data, split), level, limit=limit, batch_size=batch_size, **options
+        )
+    show({"data": Path(data).name, "split": "all" if whole else split, **result}, json)
 
 
 def fid(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import Any, Unpack
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from selfvae.data.batches import Images
@@ -14,9 +16,16 @@ from selfvae.distributed import distributed_map
 from selfvae.metrics.likelihood import batches
 from selfvae.model import SelfVAE
 from selfvae.operations import SamplingOptions, check_computed, enhance, infer
-from selfvae.transforms import Chain, ImageSpec, MeanDownscale, Transform
+from selfvae.transforms import BicubicDownscale, Chain, ImageSpec, MeanDownscale, Transform
 
-__all__ = ["baseline_enhancement", "evaluate_enhancement", "psnr", "ssim"]
+__all__ = [
+    "baseline_enhancement",
+    "evaluate_enhancement",
+    "evaluate_whole",
+    "luma",
+    "psnr",
+    "ssim",
+]
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
@@ -30,6 +39,15 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     """
     error = (a.double() - b.double()).square().flatten(1).mean(1)
     return 10 * torch.log10(255**2 / error.clamp(min=255**2 * 1e-10))
+
+
+def luma(x: Tensor) -> Tensor:
+    """Return the luma Y of RGB images (B, 3, H, W) on the scale 0..255: float64 (B, 1, H, W), 16 to 235.
+
+    Source: ITU-R BT.601, as publications on super-resolution use it.
+    """
+    weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=x.device) / 255
+    return 16 + (x.double() * weights.view(3, 1, 1)).sum(1, keepdim=True)
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
@@ -61,46 +79,60 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return torch.from_numpy(np.array(values))
 
 
-def baseline_enhancement(model: SelfVAE, y: Tensor, k: int = 1) -> Tensor:
-    """Enhance images without a model, by the transforms' own estimates.
+def baseline_enhancement(model: SelfVAE, y: Tensor, k: int = 1, enlarging: str = "bicubic") -> Tensor:
+    """Enhance images without a model, by well-known means.
 
-    These are bicubic upscaling (linear interpolation from every n-th pixel), the grey image in every
-    channel, the middle of each step of a bit depth, the blurred image as it is.
+    These are interpolation by Pillow's filters (linear interpolation from every n-th pixel), the grey image
+    in every channel, the middle of each step of a bit depth, the blurred image as it is.
 
     Args:
         model: whose transforms are inverted.
         y: y[k], uint8 (B, c, h, w).
         k: its level.
+        enlarging: the filter of means and of bicubic downscaling: "bicubic" or "lanczos".
 
     Returns:
         uint8 (B, C, H, W).
     """
     for level in reversed(model.levels[:k]):
-        guess = _guess(level.transform, y, level.spec)
+        guess = _guess(level.transform, y, level.spec, enlarging)
         y = guess.round().clamp(0, level.spec.max_value).to(torch.uint8)
     return y
 
 
-def _guess(d: Transform, y: Tensor, spec: ImageSpec) -> Tensor:
+def _guess(d: Transform, y: Tensor, spec: ImageSpec, enlarging: str) -> Tensor:
     if isinstance(d, Chain):
         for step, taken in reversed(d.steps(spec)):
-            y = _guess(step, y, taken)
+            y = _guess(step, y, taken, enlarging)
         return y.float()
-    if isinstance(d, MeanDownscale):  # its own estimate, the models' residual mean, is bilinear
-        return F.interpolate(
-            y.float(), scale_factor=tuple(map(float, d.scale)), mode="bicubic", align_corners=False
-        )
+    if isinstance(d, MeanDownscale | BicubicDownscale):
+        return _enlarge(y, d.scale, Image.Resampling[enlarging.upper()])
     return d.estimate(y, spec)
 
 
-def _compare(model: SelfVAE, k: int, kind: str, x: Tensor, result: Tensor, y: Tensor) -> dict[str, Tensor]:
+def _enlarge(y: Tensor, scale: tuple[int, int], filter: Image.Resampling) -> Tensor:
+    """Interpolate images of any dtype, in float32, to `scale` times their height and width."""
+    size = y.shape[3] * scale[1], y.shape[2] * scale[0]
+    channels = y.flatten(0, 1).float().cpu().numpy()
+    found = [np.asarray(Image.fromarray(channel).resize(size, filter)) for channel in channels]
+    return torch.from_numpy(np.stack(found)).to(y.device).unflatten(0, y.shape[:2])
+
+
+def _compare(
+    model: SelfVAE, k: int, kind: str, x: Tensor, result: Tensor, y: Tensor, protocol: tuple[bool, int]
+) -> dict[str, Tensor]:
     """Scores of results (on x's scale, float or uint8) against x and y = y[k], (B,) each, by name."""
     unit, back = 255 / model.spec.max_value, result.round().to(torch.uint8)
     for level in model.levels[:k]:
         back = level.transform(back)
+    on_luma, border = protocol
+    inside = slice(border, -border or None)
+    a, b = (image[..., inside, inside].double() * unit for image in (result, x))
+    if on_luma:
+        a, b = luma(a), luma(b)
     return {
-        f"psnr_{kind}": psnr(result * unit, x * unit),
-        f"ssim_{kind}": ssim(result * unit, x * unit),
+        f"psnr_{kind}": psnr(a, b),
+        f"ssim_{kind}": ssim(a, b),
         f"consistency_error_{kind}": (back.double() - y.double()).abs().flatten(1).mean(1),
     }
 
@@ -114,9 +146,11 @@ def evaluate_enhancement(
     draws: int = 8,
     limit: int | None = None,
     batch_size: int = 32,
+    on_luma: bool = False,
+    border: int = 0,
     **how: Unpack[SamplingOptions],
 ) -> dict[str, Any]:
-    """Compare images drawn given only y[k] with the images x that y[k] was computed from.
+    """Compare images found given only y[k] with the images x that y[k] was computed from.
 
     Several processes share the work. Images are cropped to multiples that the model's networks need.
 
@@ -124,47 +158,61 @@ def evaluate_enhancement(
         model: with at least k + 1 levels.
         images: of a split.
         k: level of the given image.
-        draws: per image, at least 2.
+        draws: per image, at least 2; 0: none.
         limit: the first this many images of the split (see `sources.load` for their order); None: all.
         batch_size: images per batch.
-        **how: see `SamplingOptions`.
+        on_luma: compute PSNR and SSIM of the luma of RGB images, as publications on super-resolution do.
+        border: pixels on each side that PSNR and SSIM leave out, in publications as many as the factor.
+        **how: of the draws, see `SamplingOptions`.
 
     Returns:
-        Means over images, for single draws (NAME_draw), the mean of all draws (NAME_mean) and
-        `baseline_enhancement` (NAME_plain): psnr (dB) and ssim against x, and consistency_error, the mean
-        distance of d(result) to y[k] in values of y[k]. diversity_rmse: the root mean square distance
+        Means over images, for the mean of the distribution (NAME_mean), single draws (NAME_draw), the
+        average of all draws (NAME_average), `baseline_enhancement` (NAME_plain), and with Lanczos' filter
+        (NAME_lanczos) where the model enlarges: psnr (dB) and ssim against x, and consistency_error, the
+        mean distance of d(result) to y[k] in values of y[k]. diversity_rmse: the root mean square distance
         between two draws, mean over pairs and images. All but the consistency error on the scale 0..255.
 
     Raises:
         ValueError: if an argument is out of range, or the images do not fit.
     """
     check_computed(model, k)
-    if draws < 2:
-        raise ValueError(f"draws must be at least 2, to tell how they differ; got {draws}")
+    if draws < 2 and draws:
+        raise ValueError(f"draws must be at least 2, to tell how they differ, or 0; got {draws}")
+    if border < 0:
+        raise ValueError(f"border must be at least 0 pixels; got {border}")
+    if on_luma and model.spec.channels != 3:
+        raise ValueError(f"only RGB images have a luma; the model's have {model.spec.channels} channels")
     n, work = batches(model, images, limit, batch_size)
     seed, unit = how.get("seed"), 255 / model.spec.max_value
     height, width = (size - size % m for size, m in zip(images.shape[2:], model.multiples[0], strict=True))
+    enlarges = model.scale(k) != (1, 1)
 
     def score(batch: range) -> dict[str, Tensor]:
         x = images.take(batch)[:, :, :height, :width].to(model.device)
         y = infer(model, x, f"y{k}")[f"y{k}"]
+        compare = functools.partial(_compare, model, k, x=x, y=y, protocol=(on_luma, border))
+        expected = enhance(model, y, k, temperature=0.0, decode="mean", seed=seed)
+        scores = {
+            **compare("mean", result=expected),
+            **compare("plain", result=baseline_enhancement(model, y, k)),
+        }
+        if enlarges:
+            scores |= compare("lanczos", result=baseline_enhancement(model, y, k, "lanczos"))
         results = []
         for draw in range(draws):
             if seed is not None:
                 how["seed"] = seed + batch.start * draws + draw
             results.append(enhance(model, y, k, **how))
-        stack = torch.stack(results).double()
-        each = [_compare(model, k, "draw", x, result, y) for result in results]
-        apart = [
-            (stack[i] - stack[j]).square().flatten(1).mean(1).sqrt()
-            for i in range(draws) for j in range(i)
-        ]  # fmt: skip
-        scores = {
-            **{name: torch.stack([scores[name] for scores in each]).mean(0) for name in each[0]},
-            **_compare(model, k, "mean", x, stack.mean(0), y),
-            **_compare(model, k, "plain", x, baseline_enhancement(model, y, k), y),
-            "diversity_rmse": torch.stack(apart).mean(0) * unit,
-        }
+        if draws:
+            stack = torch.stack(results).double()
+            each = [compare("draw", result=result) for result in results]
+            apart = [
+                (stack[i] - stack[j]).square().flatten(1).mean(1).sqrt()
+                for i in range(draws) for j in range(i)
+            ]  # fmt: skip
+            scores |= {name: torch.stack([one[name] for one in each]).mean(0) for name in each[0]}
+            scores |= compare("average", result=stack.mean(0))
+            scores["diversity_rmse"] = torch.stack(apart).mean(0) * unit
         return {name: values.cpu() for name, values in scores.items()}
 
     parts = distributed_map(score, work)
@@ -172,3 +220,26 @@ def evaluate_enhancement(
         "images": n, "given": f"y{k}", "draws": draws,
         **{name: torch.cat([part[name] for part in parts]).mean().item() for name in sorted(parts[0])},
     }  # fmt: skip
+
+
+def evaluate_whole(
+    model: SelfVAE, pictures: Iterable[Tensor], k: int = 1, **options: Any
+) -> dict[str, Any]:
+    """`evaluate_enhancement` of whole pictures of any size, one after the other.
+
+    Args:
+        model, k: As there.
+        pictures: uint8 (1, C, H, W) each.
+        **options: As there.
+
+    Returns:
+        As there; means over the pictures.
+
+    Raises:
+        ValueError: if there is no picture, or as there.
+    """
+    parts = [evaluate_enhancement(model, Images(x.numpy()), k, **options) for x in pictures]
+    if not parts:
+        raise ValueError("there are no pictures to evaluate")
+    means = {name: sum(p[name] for p in parts) / len(parts) for name in parts[0] if "_" in name}
+    return {**parts[0], "images": len(parts), **means}

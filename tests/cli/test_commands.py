@@ -245,7 +245,9 @@ def test_enhancement_scores(name: str, runs: Path) -> None:
     )
     assert scores["consistency_error_draw"] == 0
     assert scores["diversity_rmse"] > 1
-    assert scores["psnr_mean"] > scores["psnr_draw"]  # errors average out
+    assert scores["psnr_average"] > scores["psnr_draw"]  # errors average out
+    assert scores["consistency_error_mean"] == 0
+    assert ("psnr_lanczos" in scores) == (name in ("selfvae", "selfvae-halve"))
     y = infer(model, x[:, :, :24, :16], "y1")["y1"]
     plain = enhancement.baseline_enhancement(model, y)
     assert plain.shape == (3, 3, 24, 16)
@@ -262,7 +264,7 @@ def test_enhancement_scores(name: str, runs: Path) -> None:
 def test_known_scores(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws that are 5 levels above and below x."""
     x = torch.randint(10, 240, (2, 3, 16, 16), dtype=torch.uint8)
-    signs = iter([5, -5])
+    signs = iter([1, 5, -5])  # the mean of the distribution, and two draws
     monkeypatch.setattr(
         enhancement, "enhance", lambda *args, **how: (x.int() + next(signs)).to(torch.uint8)
     )
@@ -270,19 +272,56 @@ def test_known_scores(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         selfvae.load(runs / "selfvae-grey"), Images(x.numpy()), draws=2
     )
     assert scores["psnr_draw"] == pytest.approx(34.1514, abs=1e-3)
-    assert scores["psnr_mean"] == 100 and scores["ssim_mean"] == pytest.approx(1)
+    assert scores["psnr_average"] == 100 and scores["ssim_average"] == pytest.approx(1)
+    assert scores["psnr_mean"] == pytest.approx(48.1308, abs=1e-3)
     assert scores["diversity_rmse"] == pytest.approx(10)
-    assert scores["consistency_error_draw"] == pytest.approx(5) and scores["consistency_error_mean"] == 0
+    assert scores["consistency_error_draw"] == pytest.approx(5)
+    assert scores["consistency_error_average"] == 0
 
 
 def test_known_scores_of_few_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randint(0, 7, (2, 3, 16, 16), dtype=torch.uint8)
     model = selfvae.build("selfvae", "tiny", (3, 16, 16), num_values=8, width=0.06)
-    steps = iter([1, 0])
+    steps = iter([0, 1, 0])
     monkeypatch.setattr(enhancement, "enhance", lambda *args, **how: x + next(steps))
     scores = enhancement.evaluate_enhancement(model, Images(x.numpy()), draws=2)
     assert scores["diversity_rmse"] == pytest.approx(255 / 7)
     assert scores["psnr_draw"] == pytest.approx((100 + 20 * np.log10(7)) / 2)
+
+
+def test_the_protocol_of_publications(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The luma without a border, of whole pictures of different sizes."""
+    white = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)
+    assert torch.allclose(enhancement.luma(white), torch.tensor(235.0).double())
+    assert torch.allclose(enhancement.luma(white * 0), torch.tensor(16.0).double())
+    model, folder = selfvae.load(runs / "selfvae"), tmp_path / "pictures"
+    folder.mkdir()
+    xs = [torch.randint(0, 256, (1, 3, h, 32), dtype=torch.uint8) for h in (24, 31)]
+    for i, x in enumerate(xs):
+        pictures.write(x[0], folder / f"{i}.png")
+    flags = ["--whole", "--draws", "0", "--on-luma", "--border", "2", "--json"]
+    assert main(["eval-enhance", str(runs / "selfvae"), "--data", str(folder), *flags]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["images"] == 2 and "psnr_draw" not in scores
+    expected = []
+    for x in xs:
+        rows = model.multiples[0][0]
+        x = x[:, :, : x.shape[2] // rows * rows]
+        y = MeanDownscale(2)(x)
+        found = enhance(model, y, temperature=0.0, decode="mean")
+        a, b = (enhancement.luma(image)[:, :, 2:-2, 2:-2] for image in (x, found))
+        expected.append(enhancement.psnr(a, b).item())
+    assert scores["psnr_mean"] == pytest.approx(sum(expected) / 2)
+    image = Image.fromarray(MeanDownscale(2)(xs[0])[0].permute(1, 2, 0).numpy())
+    for name in ("bicubic", "lanczos"):
+        wanted = np.asarray(image.resize((32, 24), Image.Resampling[name.upper()]))
+        found = enhancement.baseline_enhancement(model, MeanDownscale(2)(xs[0]), enlarging=name)
+        assert np.abs(found[0].permute(1, 2, 0).numpy().astype(int) - wanted).max() <= 1
+    grey = selfvae.build("selfvae", "tiny", (1, 16, 16), width=0.06)
+    with pytest.raises(ValueError, match="only RGB images"):
+        enhancement.evaluate_enhancement(grey, Images(xs[0][:, :1].numpy()), on_luma=True)
 
 
 @pytest.mark.parametrize("transform", ["grey+mean2", "mean2+grey", "mean2+bits3", "bicubic2+grey"])
@@ -373,9 +412,7 @@ def test_a_list_in_a_config_takes_no_more_than_its_own(
 # --- files and folders ----------------------------------------------------------------------------------
 
 
-def test_enhance_gives_the_mean_unless_draws_are_asked_for(
-    runs: Path, photo: Path, tmp_path: Path
-) -> None:
+def test_enhance_gives_the_mean_unless_draws_are_asked_for(runs: Path, photo: Path, tmp_path: Path) -> None:
     model = selfvae.load(runs / "selfvae")
     y = pictures.to_spec(pictures.read(photo), model.levels[1].spec)
 

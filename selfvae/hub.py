@@ -59,6 +59,7 @@ _MODELS = "SELFVAE_MODELS"  # the environment variable
 _PLAIN: dict[str, Any] = {
     "posterior": "normal",
     "shared": False,
+    "subpixel": False,
     "inner_elu": True,
     "activation": "elu",
     "kernels": (3, 3, 3),

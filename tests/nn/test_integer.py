@@ -268,13 +268,12 @@ def test_a_wrong_answer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("which", ["quincunx", "means"])
-def test_onnx_runtime_computes_the_same_integers(which: str, tmp_path: Path) -> None:
+def test_onnx_runtime_computes_the_same_integers(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
     pytest.importorskip("onnxscript", reason="needs onnxscript")
     from selfvae.export import DecoderPart, to_onnx
 
-    part = DecoderPart(integer(**INTEGER[which]), 0)
+    part = DecoderPart(integer(**INTEGER["quincunx"]), 0)
     to_onnx(part, tmp_path / "a.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
     for size in ((1, 3, 5), (2, 7, 4)):

@@ -62,8 +62,9 @@ _API = (
 _INTRO = """# selfvae
 Models that know how likely a picture is: they **enhance** pictures and **compress** them without loss.
 Everything runs on this machine; no picture leaves it. Pictures and results may have up to {:,} pixels."""
-_ENHANCE = """Give a small, grey or banded picture, and the model draws what it may have looked like before.
-Where the model is exact, every version agrees with your picture; versions differ where it is unsure.
+_ENHANCE = """Give a small, grey or banded picture, and the model tells what it may have looked like before:
+at temperature 0 the mean of all that is possible, else versions drawn from it, which differ where the model
+is unsure. Where the model is exact, every one agrees with your picture. Move the slider to compare.
 (Colours are its weakest side so far: expect a tint.)"""
 _COMPRESS = """The file holds every pixel exactly, coarse to fine: its first part gives a preview already.
 The model was trained on photographs; drawings, and pictures that have been JPEG files, may be smaller as
@@ -329,9 +330,13 @@ class Page:
                     which = gr.Radio(names, value=names[0], label="what to do", type="index")
                     computed = gr.Checkbox(label="Degrade a clean picture first, then compare")
                     go = self._go("Enhance")
-                    n = gr.Slider(1, 4, 2, step=1, precision=0, label="versions")
-                    how = self._how(0.3)
+                    n = gr.Slider(1, 4, 1, step=1, precision=0, label="versions")
+                    how = self._how(0.0)
                 with gr.Column(scale=2):
+                    slider = gr.ImageSlider(
+                        label="without a model | with it", format="png", type="pil", interactive=False,
+                        buttons=["download", "fullscreen"], elem_classes="pixels",
+                    )  # fmt: skip
                     sheet = gr.Gallery(
                         label="result", format="png", columns=2, height=None, object_fit="contain",
                         buttons=["download", "fullscreen"], elem_classes=["pixels", "sheet"],
@@ -341,17 +346,19 @@ class Page:
         def enhance(
             file: _Upload | None, which: int, computed: bool, n: int, heat: float, seed: int,
             request: gr.Request, progress: Any = gr.Progress(),  # noqa: B008 (where gradio looks for it)
-        ) -> list[tuple[Image.Image, str]]:  # fmt: skip
+        ) -> tuple[tuple[Image.Image, Image.Image], list[tuple[Image.Image, str]]]:  # fmt: skip
             phases = [f"drawing version {i + 1} of {n}" for i in range(n)]
             with self._run(request, progress, {"versions": 1}, *phases) as track:
                 found = work.enhance(
                     gaps[which], _required(file).data, self.pixels, computed=computed, n=n, seed=seed,
                     temperature=heat, decode="sample" if heat else "mean", track=track,
                 )  # fmt: skip
-            return [(image, name) for name, image in found]
+            (_, plain), (_, first) = found[1:3]
+            return (plain.convert("RGB"), first.convert("RGB")), [(image, name) for name, image in found]
 
-        file.change(lambda: None, None, sheet, api_visibility="private", show_progress="hidden")
-        go.click(enhance, [file, which, computed, n, *how], sheet, **_HEAVY)
+        results = [slider, sheet]
+        file.change(lambda: (None, None), None, results, api_visibility="private", show_progress="hidden")
+        go.click(enhance, [file, which, computed, n, *how], results, **_HEAVY)
 
     def _compress(self) -> None:
         codec = self.models.codec

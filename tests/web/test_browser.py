@@ -110,8 +110,10 @@ def test_enhance(page: Any, picture: Path) -> None:
     upload(tab, picture)
     tab.get_by_text("Degrade a clean picture").click()
     tab.get_by_role("button", name="Enhance").click()
-    tab.get_by_text(re.compile(r"version 2: \d\d\.\d dB")).first.wait_for()
+    tab.get_by_text(re.compile(r"version 1: \d\d\.\d dB")).first.wait_for()
     assert tab.get_by_text("the picture itself").count()
+    # before and after, one over the other
+    assert tab.locator("img.preview:visible").count() == 2
 
 
 def test_compress(page: Any, picture: Path, tmp_path: Path) -> None:

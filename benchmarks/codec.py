@@ -1,7 +1,7 @@
 """Sizes and times of compressed photographs, beside JPEG XL and WebP in the same run.
 
     python -m benchmarks.codec FOLDER [--models photos-v0 PATH ...] [--threads 1 2] [--repeats 3]
-                               [--limit N] [--no-others] [--out results/codec]
+                               [--limit N] [--others NAME ...] [--out results/codec]
 
 For every picture, number of threads, and model or format:
     bytes       of the file, and bits per sub-pixel
@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import platform
 import statistics
@@ -72,6 +73,11 @@ class _Format:
 
             JpegXLImagePlugin.DECODE_THREADS = torch.get_num_threads()
         return from_image(Image.open(io.BytesIO(data)))
+
+
+def _flops(x: Sequence[int], *args: Any, out_shape: Sequence[int], **_: Any) -> int:
+    """Return the operations of a convolution of bytes, given shapes of x, the kernel and the result."""
+    return 2 * math.prod(args[2]) * out_shape[0] * math.prod(out_shape[2:])
 
 
 def _seconds(task: Task) -> tuple[float, float]:
@@ -166,7 +172,8 @@ class _Watch:
             return out
 
         def counted(*args: Any, **options: Any) -> Any:
-            with FlopCounterMode(display=False) as counter:
+            convolution = torch.ops.onednn.qconv2d_pointwise  # of bytes, which torch does not count
+            with FlopCounterMode(display=False, custom_mapping={convolution: _flops}) as counter:
                 out = plain(*args, **options)
             self.flops += counter.get_total_flops()
             return out
@@ -306,7 +313,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="default: 1 2")
     parser.add_argument("--repeats", type=int, default=3, help="default: 3")
     parser.add_argument("--limit", type=int, help="number of pictures, the first by name; default: all")
-    parser.add_argument("--no-others", action="store_true", help="leave out JPEG XL and WebP")
+    parser.add_argument(
+        "--others", nargs="*", default=_OTHERS, choices=list(LOSSLESS), help="formats beside the models"
+    )
     parser.add_argument("--out", type=Path, help="folder for codec.json and codec.md")
     flags = parser.parse_args(words)
     files = below(flags.folder, ENDINGS)[: flags.limit]
@@ -315,10 +324,10 @@ def main(words: Sequence[str] | None = None) -> None:
     pictures = {file.stem: read(file, exact=True).pixels for file in files}
     codecs: dict[str, Any] = {Path(name).name: Codec(selfvae.load(name)) for name in flags.models}
     exactly = {name: codec for name, codec in codecs.items() if codec.chain is not None}
-    if not flags.no_others:
+    if flags.others:
         import pillow_jxl  # noqa: F401 (registers JPEG XL)
 
-        codecs |= {name: _Format(name) for name in _OTHERS}
+        codecs |= {name: _Format(name) for name in flags.others}
     result: dict[str, Any] = {
         "machine": _machine(),
         "pictures": len(pictures),

@@ -30,12 +30,12 @@ from selfvae.training.config import TrainConfig
 from selfvae.training.loop import train
 from selfvae.transforms import MeanDownscale
 
-__all__ = ["demo", "train_demo"]
+__all__ = ["run_demo", "train_demo"]
 
 _CODEC = "photos-v2"
 
 
-def demo(
+def run_demo(
     out: str | Path, fast: bool = False, seed: int = 0, report: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
     """Compress two photographs that no model was trained on, read one file in part, and enlarge both.

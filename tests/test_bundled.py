@@ -13,7 +13,7 @@ from selfvae.cli import main
 from selfvae.codec import fingerprint
 from selfvae.data import crops, sources
 from selfvae.data.batches import Images
-from selfvae.demo import demo
+from selfvae.demo import run_demo
 from selfvae.metrics.baselines import lossless_bits
 from selfvae.metrics.likelihood import evaluate
 from selfvae.transforms import MeanDownscale
@@ -80,7 +80,7 @@ def test_photographs_are_enlarged_as_well_as_by_interpolation(photo: torch.Tenso
 @pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
     lines: list[str] = []
-    result = demo(tmp_path, fast=True, report=lines.append)
+    result = run_demo(tmp_path, fast=True, report=lines.append)
     rates = result["bits_per_subpixel"]
     assert rates["photos-v2"] < 0.97 * rates["WebP"] < rates["PNG"]
     assert all(score["photos-x2-v0"] > 25 for score in result["psnr"].values())

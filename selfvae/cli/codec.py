@@ -415,7 +415,7 @@ def bench_codec(
     from selfvae.files import write_atomic
 
     pictures = [read_exactly(file) for file in pictures_in(folder)[:limit]]
-    result = bench.bench(packer, pictures, prefixes=prefixes, track=progress)
+    result = bench.compare_formats(packer, pictures, prefixes=prefixes, track=progress)
     if out:
         write_atomic(out / "codec.json", (dumps(result, indent=1) + "\n").encode())
         write_atomic(out / "codec.md", bench.markdown(result).encode())

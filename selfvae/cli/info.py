@@ -107,14 +107,14 @@ def demo(
         seed: random seed.
         json: print one JSON object only.
     """
-    from selfvae import demo as first_run
+    from selfvae import demo as demos
 
     # whatever libraries print goes to standard error: standard output is for the result
     with contextlib.redirect_stdout(sys.stderr):
         if train:
-            result = first_run.train_demo(out, fast, seed)
+            result = demos.train_demo(out, fast, seed)
         else:
-            result = first_run.demo(out, fast, seed, report=lambda text: print(text, flush=True))
+            result = demos.run_demo(out, fast, seed, report=lambda text: print(text, flush=True))
     if train or json:
         show(result, json)
     if not json:

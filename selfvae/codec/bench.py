@@ -23,7 +23,7 @@ from selfvae.files import write_atomic
 from selfvae.metrics.enhancement import psnr
 from selfvae.progress import Track, no_progress
 
-__all__ = ["LOSSLESS", "LOSSY", "bench", "lossless_sizes", "markdown", "plot"]
+__all__ = ["LOSSLESS", "LOSSY", "compare_formats", "lossless_sizes", "markdown", "plot"]
 
 LOSSY: dict[str, tuple[str, Callable[[int], Options]]] = {
     "JPEG": ("JPEG", lambda q: {"quality": q, "optimize": True}),
@@ -72,7 +72,7 @@ def _ms_ssim(a: Tensor, b: Tensor) -> float | None:
     return float(measure(a.float(), b.float(), data_range=255.0))
 
 
-def bench(
+def compare_formats(
     codec: Codec,
     pictures: Sequence[Tensor],
     *,

@@ -25,7 +25,7 @@ from selfvae.distributions.latents import DiagonalNormal
 from selfvae.level import Posterior
 from selfvae.model import SelfVAE
 
-__all__ = ["Bounds", "bounds", "iwae"]
+__all__ = ["Bounds", "estimate_bounds", "iwae"]
 
 
 @dataclass
@@ -83,12 +83,14 @@ def iwae(model: SelfVAE, x: Tensor, draws: int = 64, *, tmc: bool = False, batch
 
     Sources: Burda et al. 2015, section 3; Aitchison 2019 (Tensor Monte Carlo).
     """
-    found = bounds(model, x, draws, tmc=tmc, batch=batch)
+    found = estimate_bounds(model, x, draws, tmc=tmc, batch=batch)
     return found.tmc if tmc else found.iwae
 
 
 @torch.no_grad()
-def bounds(model: SelfVAE, x: Tensor, draws: int = 64, *, tmc: bool = True, batch: int = 64) -> Bounds:
+def estimate_bounds(
+    model: SelfVAE, x: Tensor, draws: int = 64, *, tmc: bool = True, batch: int = 64
+) -> Bounds:
     """All bounds at once, from the same draws; arguments as for `iwae` (without `tmc`: as `iwae`)."""
     if draws < 1 or batch < 1:
         raise ValueError(f"draws and batch must be at least 1; got {draws} and {batch}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selfvae.data.batches import Images, ranges
 from selfvae.distributed import distributed_map
-from selfvae.metrics.bounds import Bounds, bounds
+from selfvae.metrics.bounds import Bounds, estimate_bounds
 from selfvae.model import SelfVAE
 from selfvae.nn.precision import Resolved, autocast
 from selfvae.terms import Terms, bits_per_dim, gather
@@ -107,7 +107,7 @@ def evaluate(
     def score(batch: range) -> tuple[Terms, Bounds | None]:
         x = images.take(batch).to(model.device)
         with autocast(model.device, precision):
-            return model(x).cpu(), bounds(
+            return model(x).cpu(), estimate_bounds(
                 model, x, iwae_samples, batch=batch_size
             ).cpu() if iwae_samples else None
 

@@ -25,7 +25,7 @@ from selfvae.data.batches import Images, ranges
 from selfvae.distributed import distributed_map, on_rank_zero
 from selfvae.files import write_atomic
 from selfvae.hub import fingerprint, load
-from selfvae.metrics.bounds import Bounds, bounds
+from selfvae.metrics.bounds import Bounds, estimate_bounds
 from selfvae.metrics.enhancement import evaluate_enhancement
 from selfvae.metrics.fid import Network, evaluate_samples
 from selfvae.metrics.likelihood import evaluate, summary
@@ -251,7 +251,7 @@ class _Work:
         torch.manual_seed(self.settings.seed + block.start)
         x = self.images.take(block).to(self.device)
         with autocast(self.model.device, self.settings.precision):
-            found = bounds(self.model, x, draws, batch=self.settings.batch_size)
+            found = estimate_bounds(self.model, x, draws, batch=self.settings.batch_size)
         return {kind: values.tolist() for kind, values in found._asdict().items()}
 
     def draw(self) -> Part:

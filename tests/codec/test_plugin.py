@@ -158,7 +158,7 @@ def test_prefixes_in_the_benchmark_of_formats(tiny_integer: selfvae.SelfVAE) -> 
     x = torch.from_numpy(photo("coffee", 2)[None, :, :100, :160].copy())
     names = [name for name, _ in read_header(codec.compress(x)).ends() if name != "corrections"]
     assert names[-1] == "y0" and len(names) > 1
-    result = bench.bench(codec, [x])
+    result = bench.compare_formats(codec, [x])
     assert [row["setting"] for row in result["lossy"]["selfvae"]] == names[:-1]
 
 
@@ -262,5 +262,5 @@ def test_a_format_that_cannot_hold_a_picture_is_left_out(
     whole = bench.encode_lossless
     monkeypatch.setattr(bench, "encode_lossless", encoded)
     with pytest.warns(UserWarning, match="WebP is left out: too large"):
-        result = bench.bench(codec, [picture, picture], prefixes=False)
+        result = bench.compare_formats(codec, [picture, picture], prefixes=False)
     assert {"PNG", "selfvae"} <= set(result["lossless"]) and "WebP" not in result["lossless"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import selfvae
 from selfvae.data.batches import Images
-from selfvae.metrics.bounds import bounds, iwae
+from selfvae.metrics.bounds import estimate_bounds, iwae
 from selfvae.metrics.likelihood import evaluate
 from selfvae.model import SelfVAE
 
@@ -210,13 +210,13 @@ def test_the_bound_with_a_latent_against_numerical_integration() -> None:
 def test_bounds_from_the_same_draws(images: Tensor) -> None:
     model = build("selfvae-mean-3lvl", images)
     torch.manual_seed(0)
-    found = bounds(model, images, 6)
+    found = estimate_bounds(model, images, 6)
     torch.manual_seed(0)
     assert torch.equal(found.iwae, iwae(model, images, 6))
     torch.manual_seed(0)
     assert torch.equal(found.tmc, iwae(model, images, 6, tmc=True))
     assert bool((found.elbo < found.iwae).all())
-    exact = bounds(build("selfvae-halve", images), images, 6)
+    exact = estimate_bounds(build("selfvae-halve", images), images, 6)
     assert torch.equal(exact.elbo, exact.iwae) and torch.equal(exact.elbo, exact.tmc)
 
 

@@ -215,6 +215,7 @@ def compress(
     verify: bool = True,
     convert: bool = False,
     strip: bool = False,
+    skip_existing: bool = False,
     devices: int = 1,
     jobs: int = 0,
 ) -> int:
@@ -236,6 +237,8 @@ def compress(
         convert: reduce pictures with more than 8 bits per channel, with other colours than grey and RGB,
             with alpha or with several frames to 8-bit grey or RGB, instead of refusing them.
         strip: drop metadata (colour profile, EXIF, XMP, texts), which only integer models keep.
+        skip_existing: leave out files of a folder whose outputs exist and are newer, e.g. to go on after an
+            interruption.
         devices: number of GPUs or processes that share a folder's files.
         jobs: number of processes, each with one thread, that share a folder's files; 0 for one per core,
             or one in all if there is a GPU.
@@ -243,7 +246,7 @@ def compress(
     check_exists(source)
     jobs, task = _jobs(jobs, devices), _Compress(model, verify, convert, strip)
     task.load(devices)
-    return each_file(source, out, task, jobs, ending=_ENDING)
+    return each_file(source, out, task, jobs, ending=_ENDING, skip_existing=skip_existing)
 
 
 def _summary(file: Path, target: Path, raw: int, after: int, seconds: float) -> str:
@@ -265,6 +268,7 @@ def decompress(
     model: Path | None = None,
     upto: str = "y0",
     partial: bool = False,
+    skip_existing: bool = False,
     devices: int = 1,
     jobs: int = 0,
 ) -> int:
@@ -281,13 +285,14 @@ def decompress(
         upto: stop at this level: y1, y2, ... is the exact smaller or greyer version of the picture, from
             the first bytes of the file; y0 is the picture itself. Metadata are kept with all of them.
         partial: accept a truncated file and fill in the mean of what is missing.
+        skip_existing: as for compress.
         devices: number of GPUs or processes that share a folder's files.
         jobs: as for compress.
     """
     check_exists(source)
     jobs, task = _jobs(jobs, devices), _Decompress(model, upto, partial)
     task.load(devices)
-    return each_file(source, out, task, jobs, (_ENDING,))
+    return each_file(source, out, task, jobs, (_ENDING,), skip_existing=skip_existing)
 
 
 def pack(

@@ -68,6 +68,7 @@ def enhance(
     scale: int | None = None,
     n: int = 1,
     convert: bool = False,
+    skip_existing: bool = False,
     devices: int = 1,
     drawing: SamplingFlags = SamplingFlags(temperature="auto"),  # noqa: B008 (frozen)
 ) -> int:
@@ -88,6 +89,8 @@ def enhance(
         n: number of draws; with more than one, OUT is a sheet of the picture and its draws.
         convert: reduce pictures with more than 8 bits per channel, with other colours than grey and RGB or
             with several frames to 8-bit grey or RGB, instead of refusing them.
+        skip_existing: leave out files of a folder whose outputs exist and are newer, e.g. to go on after an
+            interruption.
         devices: number of GPUs or processes that share a folder's files.
         temperature: sampling temperature: one number, or one per variable, e.g. y0=0.3,z1=1. auto is the
             mean, --decode mean, at the modes of the latents, and 1 with --n above 1.
@@ -125,7 +128,8 @@ def enhance(
             sheet = [sheets.to_rgb(x) for x in (given, *(x[None] for x in shown))]
             sheets.save_grid(torch.cat([x.cpu() for x in sheet]), target, zoom=1)
 
-    return each_picture(source, out, work, n == 1 and net.spec.channels in (1, 3), convert)
+    keeps = n == 1 and net.spec.channels in (1, 3)
+    return each_picture(source, out, work, keeps, convert, skip_existing)
 
 
 def _times(net: SelfVAE, level: int, scale: int | None) -> int:

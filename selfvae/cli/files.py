@@ -115,13 +115,15 @@ def each(
     endings: Collection[str] | None = None,
     ending: str = ".png",
     pooled: Callable[[Mapping[Path, Path]], Iterator[tuple[str, str]]] | None = None,
+    skip_existing: bool = False,
 ) -> int:
     """work(file, output file) for a file, or for every file below a folder; returns the exit status.
 
     `work` returns a line about its result, which is printed. In a folder, files whose ending is among
     `endings` (by default, pictures) are taken, outputs have the given `ending`, and a broken file is
     skipped and reported at the end: the exit status is then 1. Several processes share a folder's files.
-    `pooled` does several files instead of `work`, as `pool.run`.
+    `pooled` does several files instead of `work`, as `pool.run`. `skip_existing` leaves out the files of a
+    folder whose outputs exist and are newer: these are complete, since files are written whole.
     """
     from selfvae import distributed
     from selfvae.data import pictures
@@ -133,6 +135,15 @@ def each(
         print(distributed.on_rank_zero(lambda: work(source, out)))
         return 0
     written = _written(source, out, pictures.ENDINGS if endings is None else endings, ending)
+    if skip_existing:
+        every = len(written)
+        written = {file: target for file, target in written.items() if not _is_newer(target, file)}
+        if len(written) < every:
+            distributed.on_rank_zero(
+                lambda: print(f"{every - len(written)} of {every} files are done already")
+            )
+        if not written:
+            return 0
 
     def do(file: Path) -> tuple[str, str]:
         """A line about the result, or what went wrong."""
@@ -162,6 +173,10 @@ def each(
     return 1 if failed else 0
 
 
+def _is_newer(target: Path, file: Path) -> bool:
+    return target.exists() and target.stat().st_mtime >= file.stat().st_mtime
+
+
 def each_file(
     source: Path,
     out: Path,
@@ -169,6 +184,7 @@ def each_file(
     jobs: int,
     endings: Collection[str] | None = None,
     ending: str = ".png",
+    skip_existing: bool = False,
 ) -> int:
     """`each` for a task that returns a file's bytes and a line; `jobs` processes share a folder."""
     from selfvae.files import write_atomic
@@ -181,7 +197,7 @@ def each_file(
     def pooled(files: Mapping[Path, Path]) -> Iterator[tuple[str, str]]:
         return run(task, files, min(jobs, len(files)))
 
-    return each(source, out, work, endings, ending, pooled if jobs > 1 else None)
+    return each(source, out, work, endings, ending, pooled if jobs > 1 else None, skip_existing)
 
 
 def _written(source: Path, out: Path, endings: Collection[str], ending: str) -> dict[Path, Path]:
@@ -214,7 +230,12 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def each_picture(
-    source: Path, out: Path, work: Callable[[Picture, Path, Path], None], alpha: bool, convert: bool
+    source: Path,
+    out: Path,
+    work: Callable[[Picture, Path, Path], None],
+    alpha: bool,
+    convert: bool,
+    skip_existing: bool = False,
 ) -> int:
     """`each` for pictures: work(picture, file, output file).
 
@@ -229,4 +250,4 @@ def each_picture(
         work(picture, file, target)
         return f"{target}"
 
-    return each(source, out, read)
+    return each(source, out, read, skip_existing=skip_existing)

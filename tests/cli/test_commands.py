@@ -1,6 +1,7 @@
 """The commands for pictures, the figures, and the scores of enhancement."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,25 @@ def test_enlarge_four_times(runs: Path, photo: Path, tmp_path: Path) -> None:
     assert torch.equal(pictures.read(both).pixels, pictures.read(twice).pixels)
     assert main(["enhance", str(photo), str(both), *model, "--scale", "4", "--n", "2"]) == 0
     assert pictures.read(both).pixels.shape[2:] == (2 * 36 + 2, 2 * 56 + 2)
+
+
+def test_what_is_done_is_skipped(
+    runs: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in "abc":
+        (source / f"{name}.png").write_bytes(photo.read_bytes())
+    command = ["enhance", str(source), str(out), "--model", str(runs / "selfvae"), "--skip-existing"]
+    assert main(command) == 0 and "3 of 3 files in" in capsys.readouterr().out
+    (out / "a.png").unlink()  # is missing
+    os.utime(out / "b.png", (0, 0))  # is older than its picture
+    (out / "c.png").write_bytes(b"kept")
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert "1 of 3 files are done already" in told and "2 of 2 files in" in told
+    assert (out / "c.png").read_bytes() == b"kept" and pictures.read(out / "b.png").pixels.shape[2] == 18
+    assert main(command) == 0 and "3 of 3 files are done already" in capsys.readouterr().out
 
 
 def test_pictures_much_larger_than_a_tile(runs: Path, tmp_path: Path) -> None:

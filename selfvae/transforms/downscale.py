@@ -155,5 +155,18 @@ class BicubicDownscale(Transform):
         out = F.interpolate(at_least_float32(y), size, mode="bicubic", align_corners=False)
         return out.clamp(0, spec.max_value)
 
+    def interpolate(self, y: Tensor, spec: ImageSpec) -> Tensor:
+        """Bicubic interpolation, twice corrected by what its downscaled version lacks (back-projection).
+
+        Source: Irani & Peleg 1991.
+        """
+        y = at_least_float32(y)
+        size = y.shape[2] * self.scale[0], y.shape[3] * self.scale[1]
+        out = F.interpolate(y, size, mode="bicubic", align_corners=False)
+        for _ in range(2):
+            small = F.interpolate(out, y.shape[2:], mode="bicubic", align_corners=False, antialias=True)
+            out = out + F.interpolate(y - small, size, mode="bicubic", align_corners=False)
+        return out
+
     def extra_repr(self) -> str:
         return f"{self.scale[0]}"

@@ -42,8 +42,7 @@ __all__ = ["ChainCodec", "Fit", "side_by_side"]
 _BAND = 1 << 14  # positions in a band; part of the format
 _JOINED = 1 << 12  # positions in the coarsest levels that share a stream; part of the format
 _STRIP = 1 << 16  # positions that a network sees at once
-_FITTED = 8  # bands of a level, at most, to which corrections are fitted
-_KEPT = 16  # bands of a level, at most, of which the network's outputs are kept from fitting to coding
+_FITTED = 8  # bands of a level, at most, to which corrections are fitted and whose outputs are then kept
 _WORTH = 8  # bytes that corrections must save beyond their own
 _BEYOND = 2  # rows of blocks beyond a strip that a transform's estimate depends on
 
@@ -358,19 +357,22 @@ class ChainCodec:
         size, threads = (x.shape[2], x.shape[3]), torch.get_num_threads()
         images, joined = self._images(x, size), self.joined(size)
         levels = [k for k in range(joined) if self._levels[k].adapts]
-        collectors = {k: Collector(self._levels[k].counts()) for k in levels}
         fitted = {k: self._fitted(k, size) for k in levels}
-        jobs = [(k, strip) for k in levels for strip in self._strips(k, size, threads)]
-        outputs, adaptations, data = {}, {}, b""
+        strips = {k: self._strips(k, size, threads) for k in levels}
+        jobs = [(k, strip) for k in levels for strip in strips[k]]
+        outputs, solved = {}, {}
         with side_by_side(threads) as run:
             parts = [partial(self._collect, k, strip, fitted[k], images, size) for k, strip in jobs]
-            for (k, strip), (found, more) in zip(jobs, run(parts, track, "fit"), strict=True):
-                collectors[k].join(more)
+            for (k, strip), (found, collected) in zip(jobs, run(parts, track, "fit"), strict=True):
                 if found is not None:
                     outputs[k, strip[0].start] = found
-            solved = dict(
-                zip(levels, run([collectors[k].solve for k in levels], no_progress, ""), strict=True)
-            )
+                if strip is strips[k][0]:
+                    collector = collected
+                else:
+                    collector.join(collected)
+                if strip is strips[k][-1]:
+                    solved[k] = collector.solve()  # while other threads go on with the next level
+        adaptations, data = {}, b""
         for k in reversed(range(joined)):
             own = b""
             if k in solved:
@@ -389,7 +391,7 @@ class ChainCodec:
     def _strips(self, k: int, size: Size, threads: int) -> list[list[slice]]:
         """Return the strips of y[k] that fitting evaluates; all if their outputs are kept."""
         grid = self._grid(k, size)
-        keeps = len(grid.bands()) <= _KEPT
+        keeps = len(grid.bands()) <= _FITTED
         return grid.strips(threads) if keeps else [[band] for band in self._fitted(k, size)]
 
     def _collect(
@@ -407,7 +409,7 @@ class ChainCodec:
                 mask = self._inside(k, size, slice(rows.start * grid.block[0], rows.stop * grid.block[0]))
                 y = _rows(images[k], rows, grid.block[0])
                 coder.code(outputs.part(rows, grid), collector, y, mask)
-        return (outputs if len(grid.bands()) <= _KEPT else None), collector
+        return (outputs if len(grid.bands()) <= _FITTED else None), collector
 
     def _adaptations(self, data: bytes, size: Size) -> dict[int, Adaptation]:
         """Return the corrections in `Fit.data`, by level.

@@ -20,7 +20,7 @@ from selfvae.transforms import MeanDownscale
 
 NAMES = (
     "cifar10-2m", "cifar10-latent", "photos-colour-v0", "photos-deband-v0", "photos-v0", "photos-v1",
-    "photos-v2", "photos-x2-v0",
+    "photos-v2", "photos-x2-v1",
 )  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_photographs_are_smaller_than_as_webp(photo: torch.Tensor, tmp_path: Pat
 
 
 def test_photographs_are_enlarged_as_well_as_by_interpolation(photo: torch.Tensor, tmp_path: Path) -> None:
-    model = selfvae.load("photos-x2-v0")
+    model = selfvae.load("photos-x2-v1")
     small = MeanDownscale(2)(photo)
     plain = model.levels[0].transform.estimate(small, model.spec).round().clamp(0, 255)
     ours = selfvae.enhance(model, small, decode="mode")
@@ -83,7 +83,7 @@ def test_demo(tmp_path: Path) -> None:
     result = run_demo(tmp_path, fast=True, report=lines.append)
     rates = result["bits_per_subpixel"]
     assert rates["photos-v2"] < 0.97 * rates["WebP"] < rates["PNG"]
-    assert all(score["photos-x2-v0"] > 25 for score in result["psnr"].values())
+    assert all(score["photos-x2-v1"] > 25 for score in result["psnr"].values())
     assert Image.open(tmp_path / "figure.png").width > 600
     for name, sizes in result["bytes"].items():
         assert (tmp_path / f"{name}.svae").stat().st_size == sizes["photos-v2"]

@@ -241,7 +241,7 @@ def test_words_of_format_1(then: str, now: str, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["format"] == 2 and config["model"]["prior"] == now
     mark = hub.fingerprint(model)
-    since = ("inner_elu", "prior_components", "activation", "kernels", "depthwise", "integer")
+    since = ("inner_elu", "prior_components", "activation", "kernels", "depthwise", "integer", "subpixel")
     former = {"num_values": "levels", "residual_mean": "anchored"}
     old = {former.get(key, key): value for key, value in config["model"].items() if key not in since}
     (tmp_path / "config.json").write_text(json.dumps({"format": 1, "model": {**old, "prior": then}}))

@@ -358,7 +358,7 @@ class Page:
 
         results = [slider, sheet]
         file.change(lambda: (None, None), None, results, api_visibility="private", show_progress="hidden")
-        go.click(enhance, [file, which, computed, n, *how], results, **_HEAVY)
+        go.click(enhance, [file, which, computed, n, *how], results, show_progress_on=sheet, **_HEAVY)
 
     def _compress(self) -> None:
         codec = self.models.codec

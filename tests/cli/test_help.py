@@ -179,7 +179,7 @@ def test_presets_are_listed_without_torch() -> None:
         ("train --out x --model vaee", "unknown model 'vaee': did you mean 'vae'?"),
         ("train --out x --model photos-v0", "is a trained model, not a preset: continue from it with"),
         ("train --out x --init-from photo-v0", "did you mean 'photos-v0'?"),
-        ("enhance a.png b.png --model photos-x3-v0", "did you mean 'photos-x2-v0'?"),
+        ("enhance a.png b.png --model photos-x3-v1", "did you mean 'photos-x2-v1'?"),
         ("info cifar10-2", "did you mean 'cifar10-2m'?"),
         ("train --config", "--config takes a YAML file"),
         ("--import", "--import takes the name of a Python module"),

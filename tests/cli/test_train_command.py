@@ -102,6 +102,7 @@ TRANSFORMS["my-means"] = lambda: MeanDownscale(2)
 """
 
 
+@pytest.mark.slow
 def test_transforms_of_one_s_own(
     tmp_path: Path,
     data: str,

@@ -76,7 +76,7 @@ _PLAIN_CPU = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRU
 STEPS = 127.5 * 32
 
 
-@pytest.mark.parametrize("margin", [quantization.MARGIN, 0.01])
+@pytest.mark.parametrize("margin", [quantization.MARGIN, pytest.param(0.01, marks=pytest.mark.slow)])
 def test_noise_below_the_margin_changes_nothing(
     picture: Tensor, margin: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,7 +209,7 @@ def test_accumulation_gives_the_whole_batchs_gradient(tmp_path: Path, images: so
     assert all(torch.allclose(one[k].float(), four[k].float(), atol=2e-4) for k in one)
 
 
-@pytest.mark.parametrize("backbone", ["dense", "residual"])
+@pytest.mark.parametrize("backbone", [pytest.param("dense", marks=pytest.mark.slow), "residual"])
 def test_activation_checkpointing_makes_the_same_steps_with_less_memory(
     tmp_path: Path, images: sources.Dataset, backbone: str
 ) -> None:

@@ -43,7 +43,10 @@ def through(p: PixelMixture, v: Tensor | None, coder: ANSCoder, side: SideInform
     return found
 
 
-@pytest.mark.parametrize(("levels", "components"), [(256, 10), (256, 1), (2, 3), (32, 64), (8, 2)])
+@pytest.mark.parametrize(
+    ("levels", "components"),
+    [(256, 10), (256, 1), (2, 3), pytest.param(32, 64, marks=pytest.mark.slow), (8, 2)],
+)
 def test_code_length_is_the_likelihood(levels: int, components: int) -> None:
     p = mixture(levels, components, 20_000, spread=1.0)
     torch.manual_seed(0)

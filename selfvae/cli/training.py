@@ -49,7 +49,7 @@ def train(
         image_size: height and width in pixels; by default the data set's own.
         options: fields of the model's configuration, e.g. width=0.25 latents=top.
         init_from: trained model whose weights and configuration the run begins with, a folder or a bundled
-            model, in place of --model, --size and --options.
+            model, in place of --model and --size; --options changes its settings.
         integer: train a network of whole numbers, which compresses fast; usually --init-from a float one.
         resume: continue the run in OUT; --steps and --max-seconds count over all calls together.
         devices: number of GPUs or processes on each node.
@@ -70,9 +70,10 @@ def train(
     if not resume:
         check_free(out)
     dataset = sources.load(data, image_size)
-    trained = _trained(init_from, (model, size, options)) if init_from and not resume else None
+    trained = _trained(init_from, (model, size)) if init_from and not resume else None
     if trained:
-        model, size, options = _flags(trained.config)
+        model, size, own_options = _flags(trained.config)
+        options = (*own_options, *options)
     if integer:
         options = (*options, "integer=true")
     config = _configure(model, size, options, dataset)
@@ -98,13 +99,14 @@ def _check_names(model: str, init_from: str | None) -> None:
         check_model(Path(init_from))
 
 
-def _trained(init_from: str, chosen: tuple[str, Size, tuple[str, ...]]) -> SelfVAE:
+def _trained(init_from: str, chosen: tuple[str, Size]) -> SelfVAE:
     """The model to begin with, which brings its own settings."""
     from selfvae import hub
 
-    if chosen != ("selfvae", "small", ()):
+    if chosen != ("selfvae", "small"):
         raise ValueError(
-            "--init-from brings the model's own settings: leave out --model, --size, --options"
+            "--init-from brings the model's own settings: leave out --model and --size; --options changes "
+            "what the weights fit as well"
         )
     return hub.load(init_from)
 

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -490,6 +491,11 @@ def test_a_run_starts_from_a_trained_model(tmp_path: Path, images: sources.Datas
     same = hub.unique_state_dict(selfvae.load(after))
     assert all(torch.allclose(v, same[k], atol=1e-6) for k, v in weights.items())
     assert selfvae.load(after).config == CONFIG
+    changed = [*steps[2:], "--out", str(tmp_path / "changed"), "--options", "consistent=false"]
+    command = ["train", "--init-from", str(before), "--data", str(source), *changed, "--steps", "1"]
+    assert main(command) == 0
+    config = selfvae.load(tmp_path / "changed").config
+    assert config == dataclasses.replace(CONFIG, consistent=False) and config != CONFIG
     shutil.rmtree(before)
     assert main(["train", "--resume", "--out", str(after), "--steps", "2"]) == 0
     assert _state(after)["step"] == 2

@@ -25,6 +25,7 @@ from selfvae.transforms import (
     GaussianBlur,
     Greyscale,
     ImageSpec,
+    Jpeg,
     MeanDownscale,
     Null,
     Sketch,
@@ -60,6 +61,7 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "grey": Greyscale,
     "blur": GaussianBlur,
     "sketch": Sketch,
+    **{f"jpeg{n}": lambda n=n: Jpeg(n) for n in (50, 75, 90)},  # type: ignore[misc]
 }
 
 

@@ -11,6 +11,7 @@ from selfvae.transforms.base import (
 )
 from selfvae.transforms.blur import GaussianBlur
 from selfvae.transforms.downscale import BicubicDownscale, MeanDownscale
+from selfvae.transforms.jpeg import Jpeg
 from selfvae.transforms.subsample import Checkerboard, Subsample, Subsampling
 from selfvae.transforms.tone import BitDepth, Greyscale, Sketch
 
@@ -22,6 +23,7 @@ __all__ = [
     "GaussianBlur",
     "Greyscale",
     "ImageSpec",
+    "Jpeg",
     "MeanDownscale",
     "Null",
     "Sketch",

@@ -363,3 +363,9 @@ class Chain(Transform):
         for transform, taken in reversed(self.steps(spec)):
             out = transform.estimate(out, taken)
         return out
+
+    def interpolate(self, y: Tensor, spec: ImageSpec) -> Tensor:
+        out = y
+        for transform, taken in reversed(self.steps(spec)):
+            out = transform.interpolate(out, taken)
+        return out

@@ -1,3 +1,4 @@
+import io
 import itertools
 
 import numpy as np
@@ -18,6 +19,7 @@ from selfvae.transforms import (
     GaussianBlur,
     Greyscale,
     ImageSpec,
+    Jpeg,
     MeanDownscale,
     Null,
     Sketch,
@@ -188,6 +190,26 @@ def test_interpolation_agrees_with_what_is_given() -> None:
         assert near.square().mean() < 0.95 * far.square().mean()
     grey = transform("grey")
     assert torch.equal(grey.interpolate(y[:, :1], spec), grey.estimate(y[:, :1], spec))
+
+
+def test_jpeg_is_what_a_jpeg_file_holds() -> None:
+    x = torch.from_numpy(photo("coffee", 2)[None, :, :50, :75].copy())
+    file = io.BytesIO()
+    Image.fromarray(x[0].permute(1, 2, 0).numpy()).save(file, "JPEG", quality=75, subsampling="4:2:0")
+    again = torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1)[None]
+    d = transform("jpeg75")
+    assert torch.equal(d(x), again) and not torch.equal(d(x), x)
+    assert transform("jpeg50")(x[:, :1]).shape == (1, 1, 50, 75)
+    both = transform("bicubic2+jpeg75")
+    small = x[:, :, :48, :74]
+    assert torch.equal(both(small), d(transform("bicubic2")(small)))
+    assert torch.equal(
+        both.interpolate(both(small), RGB), transform("bicubic2").interpolate(both(small), RGB)
+    )
+    for wrong, words in ((lambda: Jpeg(0), "1 to 95"), (lambda: d(x[:, :2]), "grey or RGB"),
+                         (lambda: d.output_spec(ImageSpec(3, 8)), "256 values")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            wrong()
 
 
 def test_a_checkerboard_needs_even_sides() -> None:

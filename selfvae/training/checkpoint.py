@@ -153,16 +153,46 @@ def _differences(a: ModelConfig, b: ModelConfig) -> dict[str, tuple[Any, Any]]:
     return {k: (v, now[k]) for k, v in a.to_dict().items() if now[k] != v}
 
 
+def is_wider(config: ModelConfig, start: ModelConfig) -> bool:
+    """Whether a model differs from another one by more channels in residual networks without latents."""
+    same = dataclasses.replace(start, width=config.width) == config
+    return same and config.width > start.width and (config.backbone, config.latents) == ("residual", "none")
+
+
+def _widened(weights: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a wider model that computes what a narrower one does.
+
+    Channels that both have are computed from these alone. The others keep the weights of the wider model,
+    and change nothing until training makes use of them.
+
+    Source: after Chen et al. 2016 (Net2Net), who copy channels instead.
+    """
+    found = {}
+    for name, value in weights.items():
+        old = start[name]
+        found[name] = new = value.clone()
+        if old.shape == value.shape:
+            new.copy_(old)
+            continue
+        if old.ndim > 1:
+            new[: len(old)] = 0
+        new[tuple(map(slice, old.shape))] = old
+    return found
+
+
 def take_weights(model: SelfVAE, start: SelfVAE) -> None:
     """Copy the weights of `start` into a model.
 
-    An integer model also takes those of its float twin; its steps are then left to the initialisation.
+    An integer model also takes those of its float twin; its steps are then left to the initialisation. A
+    wider model (see `is_wider`), which must be initialised, then computes the same.
 
     Raises:
         ValueError: if they are not of the same shapes; the message says which settings differ.
     """
     try:
         weights = hub.unique_state_dict(start)
+        if is_wider(model.config, start.config):
+            weights = _widened(hub.unique_state_dict(model), weights)
         if model.config.integer and not start.config.integer:
             weights = {**hub.unique_state_dict(model), **weights}
         hub.load_unique_state_dict(model, weights)

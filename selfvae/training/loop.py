@@ -37,7 +37,7 @@ from selfvae.nn.precision import resolve
 from selfvae.operations import generate
 from selfvae.presets import ModelConfig, from_config
 from selfvae.terms import Terms, bits_per_dim
-from selfvae.training.checkpoint import Log, State, check_free, check_same_model, take_weights
+from selfvae.training.checkpoint import Log, State, check_free, check_same_model, is_wider, take_weights
 from selfvae.training.config import TrainConfig
 from selfvae.training.graphs import GraphedPass
 from selfvae.training.guard import Guard
@@ -318,11 +318,14 @@ def _begin(
     _seed(config.seed, 2**32 - 1)
     model = from_config(model_config).to(fabric.device)
     check_values(model, data.train)
-    if init_from is not None:
+    wider = init_from is not None and is_wider(model_config, init_from.config)
+    if init_from is not None and not wider:
         take_weights(model, init_from)
     # every process initialises on the whole first batch, so all start alike
     chosen = batch_indices(len(data.train), config.batch_size, 0, config.seed)
     model.initialise(data.train.take(chosen).to(fabric.device))
+    if init_from is not None and wider:
+        take_weights(model, init_from)
     return prepare(model, fabric, config)
 
 
@@ -367,7 +370,8 @@ def train(
         data: images uint8 of the model's shape; see `sources.load`.
         out: folder of the run.
         config: how it is trained.
-        init_from: a trained model of the same structure whose weights a new run begins with.
+        init_from: a trained model of the same structure whose weights a new run begins with, or a narrower
+            one without latents: the run begins at what that computes.
         resume: go on with the run in `out`; on the CPU the steps are those of a run without a break.
         fabric: devices and precision; by default one device as `distributed.accelerator` says.
         quiet: show no progress bar.

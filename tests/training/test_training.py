@@ -1,5 +1,4 @@
 import csv
-import dataclasses
 import itertools
 import json
 import os
@@ -24,6 +23,7 @@ from selfvae.cli import main
 from selfvae.data import sources
 from selfvae.files import write_atomic, write_tensors
 from selfvae.nn.precision import resolve
+from selfvae.training.checkpoint import take_weights
 from selfvae.training.config import TrainConfig
 from selfvae.training.guard import Guard
 from selfvae.training.loop import _loss, prepare, train
@@ -495,10 +495,27 @@ def test_a_run_starts_from_a_trained_model(tmp_path: Path, images: sources.Datas
     command = ["train", "--init-from", str(before), "--data", str(source), *changed, "--steps", "1"]
     assert main(command) == 0
     config = selfvae.load(tmp_path / "changed").config
-    assert config == dataclasses.replace(CONFIG, consistent=False) and config != CONFIG
+    assert config == replace(CONFIG, consistent=False) and config != CONFIG
     shutil.rmtree(before)
     assert main(["train", "--resume", "--out", str(after), "--steps", "2"]) == 0
     assert _state(after)["step"] == 2
+
+
+def test_a_wider_model_begins_at_a_narrower_one(tmp_path: Path, images: sources.Dataset) -> None:
+    narrow = presets.from_config(SHARED)
+    x = images.train.take(range(8))
+    narrow.initialise(x)
+    wide = presets.from_config(replace(SHARED, width=0.12))
+    wide.initialise(x)
+    take_weights(wide, narrow)
+    count = [sum(p.numel() for p in model.parameters()) for model in (narrow, wide)]
+    assert count[1] > 2 * count[0]
+    assert torch.allclose(wide.eval()(x).elbo, narrow.eval()(x).elbo, atol=1e-3)
+    wide.train()(x).elbo.sum().backward()  # the further channels can be learnt
+    directions = [p.grad for name, p in wide.named_parameters() if name.endswith("direction")]
+    assert all(g is not None and (g != 0).flatten(1).any(1).float().mean() > 0.2 for g in directions)
+    run = train(wide.config, images, tmp_path, settings(steps=1), init_from=narrow, quiet=True)
+    assert run.config.width == 0.12
 
 
 def test_weights_to_start_from_must_fit(

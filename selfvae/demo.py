@@ -54,7 +54,7 @@ def run_demo(
         both, PSNR of the enlargements in dB, seconds.
     """
     began, out = time.monotonic(), Path(out)
-    codec, x2 = Codec(hub.load(_CODEC)), hub.load("photos-x2-v0")
+    codec, x2 = Codec(hub.load(_CODEC)), hub.load("photos-x2-v1")
     photos = {name: torch.from_numpy(photo(name, 2))[None] for name in ("coffee", "chelsea")}
     if fast:
         photos = {k: x[..., : x.shape[2] // 2, : x.shape[3] // 2].contiguous() for k, x in photos.items()}
@@ -114,7 +114,7 @@ def _enlarged(x2: SelfVAE, x: Tensor, name: str) -> tuple[tuple[str, Tensor], di
     y = MeanDownscale(2)(x)
     enlarged = {
         "bicubic interpolation": baseline_enhancement(x2, y),
-        "photos-x2-v0": enhance(x2, y, temperature=0),
+        "photos-x2-v1": enhance(x2, y, temperature=0, decode="mean"),
     }
     scores = {kind: round(psnr(image, x).item(), 2) for kind, image in enlarged.items()}
     told = ", ".join(f"enlarged by {kind} ({value:.1f} dB)" for kind, value in scores.items())

@@ -33,8 +33,9 @@ def photo() -> torch.Tensor:
 def test_all_are_there_and_small() -> None:
     assert tuple(hub.bundled()) == NAMES
     root = Path(__file__).parent.parent
-    weights = [*root.glob("selfvae/models/*/*.safetensors"), *root.glob("results/models/*/*.safetensors")]
-    assert sum(file.stat().st_size for file in weights) < 16e6
+    for folder, most in (("selfvae", 16e6), ("results", 8e6)):
+        weights = root.glob(f"{folder}/models/*/*.safetensors")
+        assert sum(file.stat().st_size for file in weights) < most
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,13 +66,13 @@ def test_photographs_are_enlarged_as_well_as_by_interpolation(photo: torch.Tenso
     model = selfvae.load("photos-x2-v1")
     small = MeanDownscale(2)(photo)
     plain = model.levels[0].transform.estimate(small, model.spec).round().clamp(0, 255)
-    ours = selfvae.enhance(model, small, decode="mode")
+    ours = selfvae.enhance(model, small, decode="mean")
     assert torch.equal(MeanDownscale(2)(ours), small)
 
     def error(x: torch.Tensor) -> float:
         return (x.float() - photo).square().mean().item()
 
-    assert error(ours) < 0.9 * error(plain)
+    assert error(ours) < 0.75 * error(plain)
     Image.fromarray(small[0].permute(1, 2, 0).numpy()).save(tmp_path / "small.png")
     assert main(["enhance", str(tmp_path / "small.png"), str(tmp_path / "large.png")]) == 0
     assert Image.open(tmp_path / "large.png").size == (96, 80)

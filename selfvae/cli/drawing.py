@@ -63,7 +63,7 @@ def generate(
 def enhance(
     source: In,
     out: Out,
-    model: Path = Path("photos-x2-v0"),
+    model: Path = Path("photos-x2-v1"),
     level: int = 1,
     scale: int | None = None,
     n: int = 1,

@@ -31,7 +31,7 @@ __all__ = [
     "interpolate", "keeps_alpha", "open_packed", "prefix", "read", "shares",
 ]  # fmt: skip
 
-_GAPS = ("photos-x2-v0", "photos-colour-v0", "photos-deband-v0")
+_GAPS = ("photos-x2-v1", "photos-colour-v0", "photos-deband-v0")
 _CODEC, _SMALL, _LATENT = "photos-v2", "cifar10-2m", "cifar10-latent"
 _LEVELS = 6  # shown of a long chain
 

@@ -81,11 +81,11 @@ def test_every_gap_is_filled_consistently(models: Models, x: torch.Tensor) -> No
 
 
 def test_a_whole_picture_is_taken_apart_and_compared(models: Models, x: torch.Tensor) -> None:
-    found = work.enhance(models.gaps[0], png(x[..., :51]), PIXELS, computed=True, n=1, decode="mode")
+    found = work.enhance(models.gaps[0], png(x[..., :51]), PIXELS, computed=True, n=1, decode="mean")
     names = [name for name, _ in found]
     assert names[0] == "given" and names[-1] == "the picture itself"
     plain, ours = (float(name.split()[-2]) for name in names[1:3])
-    assert abs(ours - plain) < 1 and plain > 25
+    assert ours > plain + 0.5 and plain > 25
     given, whole = (pixels(found[i][1]) for i in (0, -1))
     assert torch.equal(given[:, :, ::2, ::2], MeanDownscale(2)(whole))
     with pytest.raises(ValueError, match="at least 2 x 2 pixels"):

@@ -431,15 +431,14 @@ def _find(
     for i in range(len(parts)):
         a, b = lo[i], hi[i]
         value = values[i, channel]
+        _load(parts, i, c)
         if len(own):
-            _load(parts, i, c)
             _correct(i, own, seen, fit, c, t)
             _remember(i, value, own, seen, fit, t)
+        else:
+            _limit(a, b, c, t)
         if not coded[i] or a == b:
             continue
-        if not len(own):
-            _load(parts, i, c)
-            _limit(a, b, c, t)
         first = _slots(value, a, b, weights, i, c, _BELOW, t)
         slots[found, 0] = first
         slots[found, 1] = _slots(value + 1, a, b, weights, i, c, _ABOVE, t) - first

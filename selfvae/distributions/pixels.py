@@ -382,6 +382,7 @@ class PixelMixture:
             return self.support.merge(offsets)
         found: list[Tensor] = []
         for group in range(offsets.shape[1]):
+            # entries from this group on change nothing
             known = torch.stack([*found, *offsets[:, group:].detach().unbind(1)], 1)
             found.append(self.support.refine_group(self.prediction, known, group) + offsets[:, group])
         return self.support.merge(torch.stack(found, 1))

@@ -22,6 +22,12 @@ from selfvae.transforms.filters import fixed_point, separable
 __all__ = ["BicubicDownscale", "MeanDownscale"]
 
 
+def _enlarge(y: Tensor, scale: tuple[int, int], mode: str) -> Tensor:
+    """Interpolate images (B, c, h, w), float, to `scale` times their height and width."""
+    size = y.shape[2] * scale[0], y.shape[3] * scale[1]
+    return F.interpolate(y, size, mode=mode, align_corners=False)
+
+
 class _MeanSupport(BlockSupport):
     """The sum of a block is known up to rounding: a value is possible if later phases can complete it."""
 
@@ -93,16 +99,14 @@ class MeanDownscale(Transform):
         return all(n & (n - 1) == 0 and n <= 16 for n in self.scale)
 
     def estimate(self, y: Tensor, spec: ImageSpec) -> Tensor:
-        size = (y.shape[2] * self.scale[0], y.shape[3] * self.scale[1])
-        return F.interpolate(at_least_float32(y), size, mode="bilinear", align_corners=False)
+        return _enlarge(at_least_float32(y), self.scale, "bilinear")
 
     def interpolate(self, y: Tensor, spec: ImageSpec) -> Tensor:
         """Bicubic interpolation, shifted block by block such that its means are those of y."""
         y = at_least_float32(y)
-        size = y.shape[2] * self.scale[0], y.shape[3] * self.scale[1]
-        out = F.interpolate(y, size, mode="bicubic", align_corners=False)
+        out = _enlarge(y, self.scale, "bicubic")
         missing = y - F.avg_pool2d(out, self.scale)
-        return out + F.interpolate(missing, size, mode="nearest")
+        return out + F.interpolate(missing, out.shape[2:], mode="nearest")
 
     def extra_repr(self) -> str:
         return f"{self.scale[0]}, {self.scale[1]}"
@@ -151,9 +155,7 @@ class BicubicDownscale(Transform):
         return False  # float32 does not hold all sums
 
     def estimate(self, y: Tensor, spec: ImageSpec) -> Tensor:
-        size = (y.shape[2] * self.scale[0], y.shape[3] * self.scale[1])
-        out = F.interpolate(at_least_float32(y), size, mode="bicubic", align_corners=False)
-        return out.clamp(0, spec.max_value)
+        return _enlarge(at_least_float32(y), self.scale, "bicubic").clamp(0, spec.max_value)
 
     def interpolate(self, y: Tensor, spec: ImageSpec) -> Tensor:
         """Bicubic interpolation, twice corrected by what its downscaled version lacks (back-projection).
@@ -161,11 +163,10 @@ class BicubicDownscale(Transform):
         Source: Irani & Peleg 1991.
         """
         y = at_least_float32(y)
-        size = y.shape[2] * self.scale[0], y.shape[3] * self.scale[1]
-        out = F.interpolate(y, size, mode="bicubic", align_corners=False)
+        out = _enlarge(y, self.scale, "bicubic")
         for _ in range(2):
             small = F.interpolate(out, y.shape[2:], mode="bicubic", align_corners=False, antialias=True)
-            out = out + F.interpolate(y - small, size, mode="bicubic", align_corners=False)
+            out = out + _enlarge(y - small, self.scale, "bicubic")
         return out
 
     def extra_repr(self) -> str:

@@ -125,6 +125,9 @@ def test_features_of_a_step_depend_on_earlier_steps_only() -> None:
         misses = one.add(values[s], moments[s])
         assert np.array_equal(misses, (values[s] << 7) - moments[s, :, 0])
         two.add(values[s], moments[s])
+        if s == 2:
+            first, second = (one._images[adaptation._KEPT + 2 * 3 + 2 * i] for i in (0, 1))
+            assert not np.array_equal(first, second)
     # what the regression sees is what the coder adds
     near, which = Neighbours(kept, 2, 7), np.arange(42)
     for s, n in enumerate(counts):

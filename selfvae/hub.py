@@ -52,6 +52,8 @@ __all__ = [
 ]
 
 _FILES = ("config.json", "model.safetensors")
+_EXPONENTS = ".exponents"  # ends the names of what goes with weights that are stored as bytes
+_NEGATIVE_ZERO = -128  # no weight has it; the fingerprint tells -0.0 from 0.0
 _BUNDLED = Path(__file__).parent / "models"
 _USUAL = "photos-v2"  # the bundled model that compresses photographs
 _MODELS = "SELFVAE_MODELS"  # the environment variable
@@ -173,8 +175,8 @@ def frozen(model: SelfVAE) -> SelfVAE:
 def save(model: SelfVAE, folder: str | Path, *, half: bool = False) -> None:
     """Write a model as folder/config.json and folder/model.safetensors, each whole or not at all.
 
-    An integer model's weights are written rounded, as it computes with them, and in float16 where that
-    changes nothing.
+    An integer model's weights are written rounded, as it computes with them: as bytes with one exponent per
+    output channel, or in float16, where that changes nothing.
 
     Args:
         model: made by `build` or `load`.
@@ -188,10 +190,14 @@ def save(model: SelfVAE, folder: str | Path, *, half: bool = False) -> None:
     check_plain(model)
     folder = Path(folder)
     model = frozen(model)
-    state = {
-        name: value.half() if value.is_floating_point() and (half or _is_half(value, model)) else value
-        for name, value in unique_state_dict(model).items()
-    }
+    state: dict[str, Tensor] = {}
+    for name, value in unique_state_dict(model).items():
+        if model.config.integer and (parts := _as_bytes(value)):
+            state[name], state[name + _EXPONENTS] = parts
+        elif value.is_floating_point() and (half or _is_half(value, model)):
+            state[name] = value.half()
+        else:
+            state[name] = value
     write_tensors(folder / "model.safetensors", state)
     config: dict[str, Any] = {"format": FORMAT, "model": model.config.to_dict()}
     if model.config.integer:
@@ -201,6 +207,31 @@ def save(model: SelfVAE, folder: str | Path, *, half: bool = False) -> None:
 
 def _is_half(value: Tensor, model: SelfVAE) -> bool:
     return model.config.integer and bool((value.half() == value).all())
+
+
+def _as_bytes(value: Tensor) -> tuple[Tensor, Tensor] | None:
+    """n (out, ...) and e (out,), both int8, of rounded weights n 2^e; None if they are not of that kind."""
+    if value.ndim < 2 or not value.is_floating_point():
+        return None
+    _, exponents = torch.frexp(value.detach().cpu().flatten(1).abs().amax(1))
+    exponents -= 7  # |n| < 2^7, the finest steps that fit
+    steps = torch.ldexp(value.detach().cpu(), -exponents.view(-1, *[1] * (value.ndim - 1)))
+    if not torch.equal(steps, steps.round()) or int(exponents.abs().max()) > 127:
+        return None
+    negative_zero = (steps == 0) & steps.signbit()
+    return steps.masked_fill(negative_zero, _NEGATIVE_ZERO).to(torch.int8), exponents.to(torch.int8)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file of weights; those stored as bytes with exponents as float32."""
+    state = load_file(path)
+    for name in [name for name, value in state.items() if value.dtype == torch.int8 and value.ndim > 1]:
+        steps, exponents = state[name], state.pop(name + _EXPONENTS, None)
+        if exponents is None or exponents.shape != steps.shape[:1]:
+            raise RuntimeError(f"{name}{_EXPONENTS} is missing, or not one for each output channel")
+        signed = steps.float().masked_fill(steps == _NEGATIVE_ZERO, -0.0)
+        state[name] = torch.ldexp(signed, exponents.int().view(-1, *[1] * (steps.ndim - 1)))
+    return state
 
 
 def about_rounding(model: SelfVAE) -> str:
@@ -259,7 +290,7 @@ def load(path: str | Path) -> SelfVAE:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}/config.json describes no model: {error}") from None
     try:
-        load_unique_state_dict(model, load_file(folder / "model.safetensors"))
+        load_unique_state_dict(model, _read_weights(folder / "model.safetensors"))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(
             f"{folder}/model.safetensors is damaged or not of the model in config.json: {error}"

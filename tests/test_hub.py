@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import selfvae
 from selfvae import hub
@@ -341,3 +342,25 @@ def test_what_is_said_about_rounding_an_integer_model_is_so(tmp_path: Path) -> N
     hub.save(model, tmp_path, half=True)
     own, pushed = hub.fingerprint(model), hub.fingerprint(hub.load(tmp_path))
     assert f"fingerprint {'stays' if own == pushed else 'is'} {pushed.hex()}" in hub.about_rounding(model)
+
+
+def test_integer_weights_take_a_byte_each(tmp_path: Path) -> None:
+    options = {"width": 0.1, "backbone": "residual", "integer": True}
+    model = selfvae.build("selfvae-halve", "tiny", (3, 8, 8), **options)
+    model.initialise(torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8))
+    with torch.no_grad():
+        kernels = [value for value in hub.unique_state_dict(model).values() if value.ndim == 4]
+        kernels[0][0] = 0  # a channel without weights has no exponent
+        kernels[0][1, 0] = -0.0  # the fingerprint tells it from 0.0
+    hub.save(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    kernels = [value for value in stored.values() if value.ndim == 4]
+    assert kernels and all(value.dtype == torch.int8 for value in kernels)
+    expected = hub.unique_state_dict(hub.frozen(model))
+    loaded = hub.unique_state_dict(hub.load(tmp_path))
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+    assert hub.fingerprint(hub.load(tmp_path)) == hub.fingerprint(model)
+    del stored[next(name for name in stored if name.endswith(".exponents"))]
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="exponents is missing"):
+        hub.load(tmp_path)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Size = Literal["tiny", "small", "paper"]
 
-_CHECKPOINT = "checkpoint.safetensors"
+_CHECKPOINTS = "checkpoint.safetensors", "checkpoint-previous.safetensors"
 
 
 def train(
@@ -134,13 +134,15 @@ def _state(out: Path, training: TrainConfig) -> tuple[int, float, int]:
     """Of a run's checkpoint: steps, seconds by the clock that counts, evaluations without improvement."""
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(out / _CHECKPOINT, framework="np") as file:
-            state = json.loads(file.metadata()["state"])
-    except (OSError, SafetensorError, TypeError, KeyError):
-        return 0, 0.0, 0  # training says what is wrong
-    seconds = state.get("cpu_seconds" if training.clock == "cpu" else "seconds", 0.0)
-    return int(state["step"]), float(seconds), int(state.get("since_best", 0))
+    for name in _CHECKPOINTS:
+        try:
+            with safe_open(out / name, framework="np") as file:
+                state = json.loads(file.metadata()["state"])
+            seconds = state.get("cpu_seconds" if training.clock == "cpu" else "seconds", 0.0)
+            return int(state["step"]), float(seconds), int(state.get("since_best", 0))
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+            continue  # training says what is wrong
+    return 0, 0.0, 0
 
 
 def _over(out: Path, training: TrainConfig) -> str:

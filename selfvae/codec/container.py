@@ -191,16 +191,16 @@ def _names(count: int, latents: int) -> list[str]:
 
 
 def check_size(height: int, width: int) -> None:
-    """Check a picture's size against Pillow's limit.
+    """Check a picture's size against the limit of Pillow, which reads no larger picture files.
 
     Raises:
-        CodecError: The picture has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+        CodecError: The picture has more than 2 `PIL.Image.MAX_IMAGE_PIXELS` pixels, 179 million.
     """
     limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and height * width > limit:
+    if limit is not None and height * width > 2 * limit:
         raise CodecError(
-            f"{height} x {width} pixels are more than {limit}: raise PIL.Image.MAX_IMAGE_PIXELS if you "
-            "trust the picture"
+            f"{height} x {width} pixels are more than {2 * limit}: cut the picture up; or, if you trust "
+            "it, set PIL.Image.MAX_IMAGE_PIXELS in Python to half its pixels or more"
         )
 
 

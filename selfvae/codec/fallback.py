@@ -22,9 +22,10 @@ from torch import Tensor
 from selfvae.codec.container import CodecError
 from selfvae.data.pictures import encode, encode_lossless, from_image, to_image
 
-__all__ = ["WEBP_SIDE", "decode_pixels", "encode_alpha", "encode_pixels"]
+__all__ = ["WEBP_SIDE", "decode_pixels", "encode_alpha", "encode_pixels", "webp_size"]
 
 WEBP_SIDE = 16383  # pixels; no side of a WebP file is longer
+_STRIP = 2**23  # pixels; WebP refers back by 2^20 at most
 _EFFORTS = {"quality": 25, "method": 1}, {"quality": 75, "method": 5}
 _FORMATS = ("WEBP", "PNG")
 # what Pillow raises over broken files
@@ -49,6 +50,15 @@ def encode_pixels(x: Tensor, effort: int = 2) -> bytes:
         return encode_lossless(picture, "PNG")
     data = encode(picture, "WEBP", **_EFFORTS[min(effort, 1)])
     return data if effort < 2 else min(encode_lossless(picture, "WebP"), data, key=len)
+
+
+def webp_size(x: Tensor, effort: int) -> int:
+    """Return the bytes that `encode_pixels` needs for x: exactly, or of a large picture strip by strip.
+
+    A strip has many times more pixels than WebP looks back, and memory stays bounded.
+    """
+    rows = max(1, _STRIP // x.shape[3])
+    return sum(len(encode_pixels(strip, effort)) for strip in x.split(rows, 2))
 
 
 def encode_alpha(alpha: Tensor) -> bytes:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from selfvae.codec import container, format3
 from selfvae.codec.container import CHANGED, CodecError, Header, check_size
-from selfvae.codec.fallback import decode_pixels, encode_alpha, encode_pixels
+from selfvae.codec.fallback import decode_pixels, encode_alpha, encode_pixels, webp_size
 from selfvae.codec.format3 import (
     NO_MODEL,
     VERSION,
@@ -97,12 +97,12 @@ def _clearly_smaller(size: int, x: Tensor) -> bool:
     one of effort 1, of drawings with alpha 28%. Where the file of effort 0 had over 2.5 bits per sub-pixel,
     it was at most 9% below that one, and 3% below the one of effort 1.
     """
-    first = len(encode_pixels(x, effort=0))
+    first = webp_size(x, effort=0)
     noisy = 8 * first > 2.5 * x.numel()
     if noisy and size < 0.9 * first:
         return True
     has_alpha = x.shape[1] in (2, 4)
-    return size < (0.65 if has_alpha else 0.96 if noisy else 0.9) * len(encode_pixels(x, effort=1))
+    return size < (0.65 if has_alpha else 0.96 if noisy else 0.9) * webp_size(x, effort=1)
 
 
 def _check_picture(x: Tensor, num_values: int) -> None:

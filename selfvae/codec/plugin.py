@@ -23,7 +23,7 @@ from selfvae.codec.format3 import NO_MODEL, VERSION
 from selfvae.codec.picture import decode, read_header, read_metadata
 from selfvae.codec.progressive import Codec
 from selfvae.data.metadata import Metadata
-from selfvae.data.pictures import from_image, to_image
+from selfvae.data.pictures import MODES, from_image, to_image
 from selfvae.hub import find_writer, load
 from selfvae.model import SelfVAE
 
@@ -31,7 +31,6 @@ __all__ = ["use"]
 
 _FORMAT = "SVAE"
 _EXIF = b"Exif\0\0"  # what Pillow puts before EXIF data
-_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _codecs: dict[bytes, Codec] = {}  # by fingerprint; the last one saves
 
 
@@ -79,7 +78,7 @@ class SvaeImageFile(ImageFile.ImageFile):
         if header.version < VERSION and header.channels not in (1, 3):
             raise CodecError(f"Pillow shows pictures of 1 or 3 channels; this one has {header.channels}")
         self._size = header.width, header.height
-        self._mode = _MODES[header.channels]
+        self._mode = MODES[header.channels]
         self._fingerprint = header.fingerprint
         self._describe(read_metadata(self._data))
         self.tile = []
@@ -114,7 +113,7 @@ def _save(image: Image.Image, file: IO[bytes], name: str | bytes) -> None:
     if not _codecs:
         raise CodecError("no model to compress with: call selfvae.codec.use(model) first")
     codec = list(_codecs.values())[-1]
-    modes = tuple(_MODES.values()) if codec.format >= VERSION else ("L", "RGB")
+    modes = tuple(MODES.values()) if codec.format >= VERSION else ("L", "RGB")
     if image.mode not in modes:
         raise OSError(
             f"cannot write mode {image.mode} as {_FORMAT} with this model: convert it to "

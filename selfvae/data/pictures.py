@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,6 +26,7 @@ from selfvae.transforms import Greyscale, ImageSpec
 __all__ = [
     "ENDINGS",
     "LOSSLESS",
+    "MODES",
     "Options",
     "Picture",
     "check_ending",
@@ -45,6 +48,8 @@ __all__ = [
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 Source = Path | BinaryIO  # a stream is somebody else's file: only the formats of `ENDINGS` are taken there
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of Pillow, by channels
+_STRIP = 2**22  # pixels
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # as Pillow calls them
 
 
@@ -75,7 +80,10 @@ def _name(source: Source) -> str:
 
 
 def _open(source: Source) -> Image.Image:
-    return Image.open(source, formats=None if isinstance(source, Path) else _FORMATS)
+    with warnings.catch_warnings():
+        # Pillow warns from half the size on that it refuses, and that `check_size` refuses
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(source, formats=None if isinstance(source, Path) else _FORMATS)
 
 
 def open_picture(source: Source, exact: bool = False) -> Image.Image:
@@ -114,7 +122,7 @@ def _load(source: Source, exact: bool = False) -> tuple[Image.Image, Metadata]:
 def _turned(file: Image.Image) -> Image.Image:
     """The picture upright; as it is stored if its EXIF data are broken."""
     file.load()
-    return ImageOps.exif_transpose(file) if _orientation(file) > 1 else file.copy()
+    return ImageOps.exif_transpose(file) if _orientation(file) > 1 else file
 
 
 def _orientation(file: Image.Image) -> int:
@@ -135,7 +143,8 @@ def _converted(name: str, picture: Image.Image, kind: str | None) -> Image.Image
         )
     transparent = picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info
     grey = picture.mode in ("1", "L", "LA", "La")
-    return picture.convert(("L" if grey else "RGB") + ("A" if transparent else ""))
+    mode = ("L" if grey else "RGB") + ("A" if transparent else "")
+    return picture if picture.mode == mode else picture.convert(mode)
 
 
 def picture_size(source: Source) -> tuple[int, int]:
@@ -169,14 +178,29 @@ def _unreadable(name: str, error: BaseException) -> ValueError:
 
 def from_image(picture: Image.Image) -> Tensor:
     """A Pillow image's values, uint8 (1, C, H, W)."""
-    values = np.atleast_3d(np.asarray(picture))
-    return torch.from_numpy(values.transpose(2, 0, 1).copy())[None]
+    width, height = picture.size
+    x = torch.empty(1, len(picture.getbands()), height, width, dtype=torch.uint8)
+    for top, bottom in _strips(height, width):
+        values = np.atleast_3d(np.asarray(picture.crop((0, top, width, bottom))))
+        x[0, :, top:bottom] = torch.from_numpy(values.transpose(2, 0, 1).copy())
+    return x
 
 
 def to_image(x: Tensor) -> Image.Image:
     """A Pillow image of values uint8 (C, H, W), 1 to 4 channels."""
-    values = x.cpu().permute(1, 2, 0).numpy()
-    return Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)
+    channels, height, width = x.shape
+    picture = Image.new(MODES[channels], (width, height))
+    for top, bottom in _strips(height, width):
+        values = x[:, top:bottom].cpu().permute(1, 2, 0).numpy()
+        picture.paste(Image.fromarray(values[..., 0] if channels == 1 else values), (0, top))
+    return picture
+
+
+def _strips(height: int, width: int) -> Iterator[tuple[int, int]]:
+    """The first row of each strip and the one after its last; Pillow copies what it converts twice."""
+    rows = max(1, _STRIP // max(width, 1))
+    for top in range(0, height, rows):
+        yield top, min(top + rows, height)
 
 
 def _source(file: str | Source) -> Source:
@@ -268,12 +292,12 @@ def to_spec(picture: Picture, spec: ImageSpec) -> Tensor:
     if spec.channels in (2, 4):
         alpha = torch.full_like(x[:, :1], 255) if picture.alpha is None else picture.alpha
         x = torch.cat([x, alpha], 1)
-    return (x.int() * spec.num_values // 256).to(torch.uint8)
+    return x if spec.num_values == 256 else (x.int() * spec.num_values // 256).to(torch.uint8)
 
 
 def show(x: Tensor, spec: ImageSpec) -> Tensor:
     """Spread the values of an image of a spec, uint8 of any shape, over 0..255, for viewing."""
-    return (x.int() * 255 // spec.max_value).to(torch.uint8)
+    return x if spec.max_value == 255 else (x.int() * 255 // spec.max_value).to(torch.uint8)
 
 
 def write(

@@ -1,4 +1,4 @@
-"""What a training run writes: the checkpoint to resume from, and the curve."""
+"""What a training run writes: the checkpoint to resume from, the one before, and the curve."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import csv
 import dataclasses
 import io
 import json
+import logging
 import math
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +26,22 @@ from selfvae.training.config import TrainConfig
 from selfvae.training.graphs import GraphedPass
 from selfvae.training.guard import Guard
 
-__all__ = ["Log", "State", "check_free", "check_same_model", "take_weights"]
+__all__ = [
+    "CHECKPOINT",
+    "PREVIOUS",
+    "Checkpoint",
+    "Log",
+    "State",
+    "check_free",
+    "check_same_model",
+    "read_checkpoint",
+    "take_weights",
+]
+
+# in a run's folder; the one before serves if the last one is damaged
+CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint-previous.safetensors"
+
+_log = logging.getLogger("selfvae")
 
 
 class Log:
@@ -84,8 +102,8 @@ class State:
         """Seconds of training by a clock: wall time, or this process's processor time."""
         return self.cpu_seconds if clock == "cpu" else self.seconds
 
-    def save(self, path: Path, config: TrainConfig) -> None:
-        """Write everything needed to resume as one file, whole or not at all."""
+    def save(self, out: Path, config: TrainConfig) -> None:
+        """Write everything needed to resume as out/CHECKPOINT, and keep the one before as out/PREVIOUS."""
         tensors: dict[str, Tensor] = dict(self.guard.state())
         for prefix, model in (("model", self.model), ("ema", self.ema)):
             tensors |= {f"{prefix}.{k}": v for k, v in hub.unique_state_dict(model).items()}
@@ -99,15 +117,25 @@ class State:
             "train": json.dumps(dataclasses.asdict(config)),
             "state": json.dumps(numbers),
         }
-        write_tensors(path, tensors, metadata)
+        metadata["checksum"] = _checksum(tensors, metadata)
+        new = out / f".{CHECKPOINT}.new"
+        write_tensors(new, tensors, metadata)
+        if (out / CHECKPOINT).exists():
+            (out / CHECKPOINT).replace(out / PREVIOUS)
+        new.replace(out / CHECKPOINT)
 
-    def restore(self, path: Path) -> None:
-        """Read what `save` wrote, into models and an optimizer of the same structure."""
-        tensors: dict[str, Tensor] = {}
-        with safe_open(path, framework="pt") as file:
-            numbers = json.loads(file.metadata()["state"])
-            for key in file.keys():  # noqa: SIM118 (not a dictionary)
-                tensors[key] = file.get_tensor(key)
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take what `save` wrote into models and an optimizer of the same structure.
+
+        Raises:
+            ValueError: if it lacks something.
+        """
+        try:
+            self._restore(checkpoint.tensors, json.loads(checkpoint.metadata["state"]))
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{checkpoint.path} is no checkpoint of this model ({error!r})") from None
+
+    def _restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         for prefix, model in (("model.", self.model), ("ema.", self.ema)):
             part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             hub.load_unique_state_dict(model, part)
@@ -123,27 +151,82 @@ class State:
             setattr(self, name, numbers[name])
 
 
-def check_same_model(checkpoint: Path, config: ModelConfig) -> None:
-    """Raise ValueError if a checkpoint is damaged, of another model, or of a later format."""
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds: its file, the tensors by name, and what describes them."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def read_checkpoint(out: Path) -> Checkpoint:
+    """Read the last checkpoint in a run's folder, or, if it is damaged, the one before, and say so.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if none is whole.
+    """
+    damaged: list[str] = []
+    for path in (out / CHECKPOINT, out / PREVIOUS):
+        try:
+            found = _read(path)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            damaged.append(str(error))
+            continue
+        if path.name == PREVIOUS:
+            _log.warning("%s: going on from the one before", damaged[0] if damaged else f"no {CHECKPOINT}")
+        return found
+    if not damaged:
+        raise FileNotFoundError(f"nothing to resume: {out / CHECKPOINT} does not exist")
+    raise ValueError(f"{damaged[0]}: begin another run with --init-from {out}")
+
+
+def _read(path: Path) -> Checkpoint:
+    if not path.exists():
+        raise FileNotFoundError(path)
+    tensors: dict[str, Tensor] = {}
     try:
-        with safe_open(checkpoint, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-    except SafetensorError as error:
+            for key in file.keys():  # noqa: SIM118 (not a dictionary)
+                tensors[key] = file.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    if metadata.get("checksum", "") not in ("", _checksum(tensors, metadata)):  # the first ones had none
+        raise ValueError(f"{path} is damaged (its checksum does not fit)")
+    return Checkpoint(path, tensors, metadata)
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """CRC-32 of all tensors, the settings and the state of a run, 8 hexadecimal digits."""
+    found = zlib.crc32(json.dumps([metadata.get(name) for name in ("model", "train", "state")]).encode())
+    for name, value in sorted(tensors.items()):
+        found = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), found)
+        values = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        found = zlib.crc32(values.numpy(), found)
+    return f"{found:08x}"
+
+
+def check_same_model(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Raise ValueError if a checkpoint is of another model or of a later format."""
+    path, metadata = checkpoint.path, checkpoint.metadata
+    if not {"model", "state"} <= metadata.keys():
+        raise ValueError(f"{path} is not a checkpoint: expected one that selfvae train wrote")
+    version = metadata.get("format", "1")  # the first ones did not say
+    if not version.isdecimal() or int(version) > FORMAT:
         raise ValueError(
-            f"{checkpoint} is damaged ({error}): begin another run with --init-from {checkpoint.parent}"
-        ) from None
-    if "model" not in metadata:
-        raise ValueError(f"{checkpoint} is not a checkpoint: expected one that selfvae train wrote")
-    found = int(metadata.get("format", 1))  # the first ones did not say
-    if found > FORMAT:
-        raise ValueError(
-            f"{checkpoint} has format {found}; this version of selfvae goes on from 1 to {FORMAT}: "
+            f"{path} has format {version}; this version of selfvae goes on from 1 to {FORMAT}: "
             "use the one that wrote it"
         )
-    saved = ModelConfig.from_dict(json.loads(metadata["model"]), found)
+    try:
+        saved = ModelConfig.from_dict(json.loads(metadata["model"]), int(version))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} describes no model: {error}") from None
     if saved != config:
         raise ValueError(
-            f"{checkpoint} is of another model; saved and asked for differ in "
+            f"{path} is of another model; saved and asked for differ in "
             f"{_differences(saved, config)}: leave those flags as they were"
         )
 
@@ -206,5 +289,5 @@ def take_weights(model: SelfVAE, start: SelfVAE) -> None:
 
 def check_free(out: Path) -> None:
     """Raise FileExistsError if a folder holds a run or a model that training would overwrite."""
-    if (out / "checkpoint.safetensors").exists() or (out / "model.safetensors").exists():
+    if any((out / name).exists() for name in (CHECKPOINT, PREVIOUS, "model.safetensors")):
         raise FileExistsError(f"{out} holds a run already: pass --resume to go on, or another --out")

@@ -37,7 +37,15 @@ from selfvae.nn.precision import resolve
 from selfvae.operations import generate
 from selfvae.presets import ModelConfig, from_config
 from selfvae.terms import Terms, bits_per_dim
-from selfvae.training.checkpoint import Log, State, check_free, check_same_model, is_wider, take_weights
+from selfvae.training.checkpoint import (
+    Log,
+    State,
+    check_free,
+    check_same_model,
+    is_wider,
+    read_checkpoint,
+    take_weights,
+)
 from selfvae.training.config import TrainConfig
 from selfvae.training.graphs import GraphedPass
 from selfvae.training.guard import Guard
@@ -283,17 +291,8 @@ class _Run:
     def save(self) -> None:
         """Write the checkpoint and the averaged model."""
         if self.first:
-            self.state.save(self.out / "checkpoint.safetensors", self.config)
+            self.state.save(self.out, self.config)
             hub.save(self.state.ema, self.out)
-
-
-def _check_folder(out: Path, resume: bool) -> None:
-    """Raise FileExistsError or FileNotFoundError unless `out` holds what is to be resumed, or nothing."""
-    checkpoint = out / "checkpoint.safetensors"
-    if not resume:
-        check_free(out)
-    elif not checkpoint.exists():
-        raise FileNotFoundError(f"nothing to resume: {checkpoint} does not exist")
 
 
 def _check_devices(config: TrainConfig, fabric: Fabric) -> None:
@@ -333,7 +332,7 @@ def _go_on(
     model_config: ModelConfig, data: Dataset, config: TrainConfig, out: Path, fabric: Fabric
 ) -> tuple[Any, State]:
     """The model and the state that a run left in `out`; ValueError if they do not fit, or time is spent."""
-    checkpoint = out / "checkpoint.safetensors"
+    checkpoint = read_checkpoint(out)
     check_same_model(checkpoint, model_config)
     model = from_config(model_config).to(fabric.device)
     check_values(model, data.train)
@@ -386,7 +385,8 @@ def train(
         FloatingPointError: if 1000 gradients in a row were dropped.
     """
     out = Path(out)
-    _check_folder(out, resume)
+    if not resume:
+        check_free(out)
     fabric = fabric or make_fabric(precision=resolve(config.precision, accelerator()))
     launch_fabric(fabric)
     _check_devices(config, fabric)

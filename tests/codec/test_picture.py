@@ -95,7 +95,8 @@ def test_the_slow_encoder_is_spared_where_the_model_is_better(
         calls.append(effort)
         return bytes(1000)
 
-    monkeypatch.setattr("selfvae.codec.picture.encode_pixels", pixels)
+    for module in ("picture", "fallback"):
+        monkeypatch.setattr(f"selfvae.codec.{module}.encode_pixels", pixels)
     few, many = torch.zeros(1, 3, 9, 9).byte(), torch.zeros(1, 3, 64, 64).byte()  # over, under 2.5 bits
     clear = torch.zeros(1, 4, 64, 64).byte()
     for x, size, tried in (

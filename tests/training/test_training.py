@@ -412,6 +412,37 @@ def test_later_checkpoints_are_refused(tmp_path: Path, images: sources.Dataset) 
         train(CONFIG, images, tmp_path, settings(steps=2), resume=True, quiet=True)
 
 
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
+    tmp_path: Path, images: sources.Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = settings(steps=2, checkpoint_every=1)
+    straight = replace(config, steps=3)
+    train(CONFIG, images, tmp_path / "straight", straight, quiet=True)
+    for damage in ("flipped", "cut", "missing", "state"):
+        out = tmp_path / damage
+        train(CONFIG, images, out, config, quiet=True)
+        last = out / "checkpoint.safetensors"
+        data = bytearray(last.read_bytes())
+        if damage == "flipped":  # a bit of a weight
+            data[-5] ^= 16
+        elif damage == "cut":
+            data = data[: len(data) // 2]
+        elif damage == "state":  # what the header says of steps and scores
+            data = bytearray(bytes(data).replace(b'\\"step\\": 2', b'\\"step\\": 1'))
+        assert damage == "missing" or data != last.read_bytes()
+        last.unlink() if damage == "missing" else last.write_bytes(data)
+        caplog.clear()
+        train(CONFIG, images, out, straight, resume=True, quiet=True)
+        assert "going on from the one before" in caplog.text
+        assert ("no checkpoint" if damage == "missing" else "is damaged") in caplog.text
+        assert _state(out)["step"] == 3
+        assert same_weights(tmp_path / "straight", out)
+    for name in ("checkpoint.safetensors", "checkpoint-previous.safetensors"):
+        (out / name).write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"checkpoint.safetensors is damaged .*: begin another run"):
+        train(CONFIG, images, out, replace(config, steps=4), resume=True, quiet=True)
+
+
 def test_nothing_is_half_written(tmp_path: Path) -> None:
     write_atomic(tmp_path / "a", b"old")
     with pytest.raises(TypeError):

@@ -289,6 +289,8 @@ def load(path: str | Path) -> SelfVAE:
         model = from_config(ModelConfig.from_dict(config["model"], config["format"]))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}/config.json describes no model: {error}") from None
+    except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
+        raise ValueError(f"{folder}/config.json describes too large a model: {error}") from None
     try:
         load_unique_state_dict(model, _read_weights(folder / "model.safetensors"))
     except (SafetensorError, RuntimeError) as error:

@@ -150,11 +150,14 @@ class ModelConfig:
     depth: float = 1.0
 
     def __post_init__(self) -> None:
-        shape = tuple(int(n) for n in self.image_shape)
-        if len(shape) != 3 or not 1 <= shape[0] <= 4 or min(shape[1:]) < 4:
+        try:
+            shape = tuple(int(n) for n in self.image_shape)
+        except (TypeError, OverflowError):
+            shape = ()
+        if len(shape) != 3 or not 1 <= shape[0] <= 4 or not 4 <= min(shape[1:]) <= max(shape[1:]) <= 65_536:
             raise ValueError(
-                "image_shape must be (channels, height, width) with 1 to 4 channels and at least "
-                f"4 x 4 pixels; got {self.image_shape}"
+                "image_shape must be (channels, height, width) with 1 to 4 channels and 4 x 4 to 65536 x "
+                f"65536 pixels; got {self.image_shape!r}"
             )
         object.__setattr__(self, "image_shape", shape)
         names = [self.transforms] if isinstance(self.transforms, str) else self.transforms
@@ -184,14 +187,14 @@ class ModelConfig:
         ):
             raise ValueError(f"kernels must be three sizes of 1, 3, 5 or 7; got {kernels!r}")
         object.__setattr__(self, "kernels", tuple(kernels))
-        for field, kinds in (
-            ("width", (int, float)), ("depth", (int, float)), ("latent_channels", int), ("components", int),
-            ("prior_components", int), ("num_values", int),
+        for field, kinds, most in (  # more than any model needs: a file could ask for any memory
+            ("width", (int, float), 64), ("depth", (int, float), 64), ("latent_channels", int, 4096),
+            ("components", int, 256), ("prior_components", int, 65_536), ("num_values", int, 256),
         ):  # fmt: skip
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= most:
                 kind = "whole number" if kinds is int else "number"
-                raise ValueError(f"{field} must be a positive {kind}; got {value!r}")
+                raise ValueError(f"{field} must be a positive {kind} of at most {most}; got {value!r}")
         for field in (
             "consistent",
             "residual_mean",

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import codec, cost, pictures, rates
+from benchmarks import codec, cost, fuzz, pictures, rates
 from benchmarks.measure import flop_count, medians, peak_flops
 from selfvae import SelfVAE, save
 from selfvae.data.crops import photo
@@ -90,3 +94,38 @@ def test_measures() -> None:
     found = medians({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert calls == list("ababab") and found.keys() == {"a", "b"}
     assert found["a"] == pytest.approx(0, abs=1)
+
+
+@pytest.mark.slow
+def test_fuzz(tmp_path: Path) -> None:
+    found = fuzz.run(tmp_path / "fuzz.json", minutes=5, cases=12)
+    assert found["findings"] == [] and found == json.loads((tmp_path / "fuzz.json").read_text())
+    assert all(target["cases"] == 12 for target in found["targets"].values())
+
+
+@pytest.mark.parametrize("kind", ["crash", "hang", "memory", "exception", "accepted"])
+def test_fuzz_finds(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that fails at every third case, and goes on after it."""
+    monkeypatch.setattr(fuzz, "LONGEST", 0.5)
+
+    def read(data: bytes, origin: bytes, forged: bool, rng: np.random.Generator) -> None:
+        calls.value += 1
+        if calls.value % 3:
+            raise ValueError("damaged")
+        if kind == "crash":
+            os._exit(3)
+        elif kind == "hang":
+            time.sleep(60)
+        elif kind == "memory":
+            bytes(2 * fuzz.MOST)
+        elif kind == "exception":
+            {}["x"]
+        else:
+            raise fuzz.AcceptedError("another picture")
+
+    calls = multiprocessing.get_context("fork").Value("q", 0)
+    worker = fuzz.Worker("reader", 0, fuzz.Target([b"abc"], read), seed=0)
+    worker.run(60, 7)
+    assert [(f["kind"], f["times"]) for f in worker.findings] == [(kind, 2)]
+    # what a process that died had counted is lost
+    assert worker.counts[kind] == 2 and (kind in ("crash", "hang") or worker.counts["refused"] == 5)

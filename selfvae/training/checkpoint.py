@@ -205,7 +205,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     for name, value in sorted(tensors.items()):
         found = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), found)
         values = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        found = zlib.crc32(values.numpy(), found)
+        found = zlib.crc32(values.numpy().data, found)
     return f"{found:08x}"
 
 

@@ -6,9 +6,10 @@ import os
 import secrets
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,11 +31,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:
+            error.filename, error.filename2 = str(path), None  # not the temporary one, or none at all
         raise
 
 
@@ -51,7 +55,10 @@ def write_tensors(
     with atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # safetensors would make it readable for its owner only
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, metadata)
+        try:
+            save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from None
         temporary.chmod(mode)
 
 

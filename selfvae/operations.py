@@ -408,6 +408,30 @@ def check_computed(model: SelfVAE, k: int) -> None:
         raise ValueError(f"the level must be 1 to {len(model.levels) - 1} for this model; got {k}")
 
 
+def times_applied(model: SelfVAE, k: int, scale: int | None) -> int:
+    """How often `enhance` is applied, from its own results, to enlarge by a factor.
+
+    Args:
+        model: a model that enlarges by the same factor in both directions.
+        k: level of the given image.
+        scale: a power of that factor; None: once.
+
+    Raises:
+        ValueError: if the model does not enlarge so.
+    """
+    (rows, cols), times = model.scale(k), 1
+    if scale is None:
+        return times
+    while rows**times < scale and rows > 1:
+        times += 1
+    again = model.levels[0].spec == model.levels[k].spec  # results are such pictures as are given
+    if rows != cols or rows**times != scale or (times > 1 and not again):
+        does = f"enlarges {rows} times" if rows == cols > 1 else "does not enlarge"
+        also = " or a power of that" if rows == cols > 1 and again else ""
+        raise ValueError(f"scale {scale}: this model {does}{also}")
+    return times
+
+
 def enhance(model: SelfVAE, y: Tensor, k: int = 1, **how: Unpack[SamplingOptions]) -> Tensor:
     """Draw images given their computed image y[k]: super-resolution, colourisation, debanding.
 

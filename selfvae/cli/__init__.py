@@ -10,18 +10,24 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 __all__ = ["main"]
 
-_INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+_SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM"}
+_OUT_OF_MEMORY = (
+    "out of memory. Training: lower --batch-size, or add --grad-accum 4 or --activation-checkpointing. "
+    "Folders of pictures: --jobs 1. Otherwise use smaller pictures, or a machine with more memory"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    0, 1 if some files of a folder failed, 2 with a message for bad input, 130 if interrupted.
+    0, 1 if some files of a folder failed, 2 with a message for bad input, 130 if interrupted, 143 if ended
+    by SIGTERM, as schedulers do; nothing is then half written.
     """
     logging.basicConfig(format="selfvae: %(message)s")
     logging.getLogger("selfvae").setLevel(logging.INFO)
@@ -29,14 +35,17 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return _run(sys.argv[1:] if argv is None else argv)
         except BaseException as error:
-            if came or isinstance(
-                error, KeyboardInterrupt
-            ):  # libraries may turn it into errors of their own
-                _say("interrupted")
-                return _INTERRUPTED
+            # libraries may turn it into errors of their own
+            if came or isinstance(error, KeyboardInterrupt):
+                return _ended(came[0] if came else signal.SIGINT)
+            if isinstance(error, SystemExit) and isinstance(error.code, int):
+                return error.code
             if isinstance(error, BrokenPipeError):  # as in `selfvae --help | head`
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 0
+            if _lacks_memory(error):
+                _say(_OUT_OF_MEMORY)
+                return 2
             if not isinstance(error, ValueError | OSError | ImportError | FloatingPointError):
                 raise
             _say(str(error))
@@ -75,27 +84,39 @@ def _say(text: str) -> None:
     print(f"selfvae (process {rank}): {text}" if rank else f"selfvae: {text}", file=sys.stderr, flush=True)
 
 
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch raises RuntimeError, on the CPU and on GPUs."""
+    said = str(error)
+    torch_said = isinstance(error, RuntimeError) and ("allocate memory" in said or "out of memory" in said)
+    return torch_said or isinstance(error, MemoryError)
+
+
+def _ended(number: int) -> int:
+    """Say that a signal has ended the command; the status that shells report for it."""
+    _say(_SAID[signal.Signals(number)])
+    return 128 + number
+
+
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Note that Ctrl-C was pressed, whatever becomes of the KeyboardInterrupt on its way."""
+    """Note Ctrl-C and SIGTERM, whatever becomes of the KeyboardInterrupt on its way."""
     came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         came.append(number)
         if _importing(frame):  # libraries swallow exceptions there, or fail later in odd ways
-            _say("interrupted")
-            os._exit(_INTERRUPTED)
+            os._exit(_ended(number))
         raise KeyboardInterrupt
 
-    try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread
-        yield came
-        return
+    before: dict[int, Any] = {}
+    with suppress(ValueError):  # not the main thread
+        for kind in _SAID:
+            before[kind] = signal.signal(kind, note)
     try:
         yield came
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _importing(frame: FrameType | None) -> bool:

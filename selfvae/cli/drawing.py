@@ -108,7 +108,7 @@ def enhance(
     how = sampling(drawing, net, auto=0.0 if n == 1 else 1.0)
     if n == 1 and drawing.temperature == "auto" and drawing.decode == "sample":
         how["decode"] = "mean"
-    (rows, cols), parts, times = net.scale(level), shares(net), _times(net, level, scale)
+    (rows, cols), parts, times = net.scale(level), shares(net), operations.times_applied(net, level, scale)
 
     def work(picture: Picture, file: Path, target: Path) -> None:
         y = pictures.to_spec(picture, net.levels[level].spec)
@@ -130,21 +130,6 @@ def enhance(
 
     keeps = n == 1 and net.spec.channels in (1, 3)
     return each_picture(source, out, work, keeps, convert, skip_existing)
-
-
-def _times(net: SelfVAE, level: int, scale: int | None) -> int:
-    """Return how often a model is applied to enlarge by a factor; raise ValueError if it cannot do so."""
-    (rows, cols), times = net.scale(level), 1
-    if scale is None:
-        return times
-    while rows**times < scale and rows > 1:
-        times += 1
-    again = net.levels[0].spec == net.levels[level].spec  # results are such pictures as are given
-    if rows != cols or rows**times != scale or (times > 1 and not again):
-        does = f"enlarges {rows} times" if rows == cols > 1 else "does not enlarge"
-        also = " or a power of that" if rows == cols > 1 and again else ""
-        raise ValueError(f"--scale {scale}: this model {does}{also}")
-    return times
 
 
 def _check_level(net: SelfVAE, level: int) -> None:

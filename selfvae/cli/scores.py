@@ -95,6 +95,7 @@ def evaluate_enhance(
     limit: int | None = None,
     batch_size: int = 32,
     whole: bool = False,
+    scale: int | None = None,
     on_luma: bool = False,
     border: int = 0,
     devices: int = 1,
@@ -115,6 +116,7 @@ def evaluate_enhance(
         limit: number of images, the first of the split; by default all.
         batch_size: images per batch.
         whole: DATA is a folder of pictures of any size, all of which are evaluated whole.
+        scale: factor by which a model that enlarges does so, 2, 4, 8, ...: it is applied to its own result.
         on_luma: compute PSNR and SSIM of the luma Y, as publications on super-resolution do.
         border: pixels on each side that PSNR and SSIM leave out; in publications as many as the factor.
         devices: number of GPUs or processes that share the images.
@@ -126,7 +128,7 @@ def evaluate_enhance(
     from selfvae.metrics import enhancement
 
     options: dict[str, Any] = {
-        "draws": draws, "on_luma": on_luma, "border": border, **sampling(drawing, net)
+        "draws": draws, "scale": scale, "on_luma": on_luma, "border": border, **sampling(drawing, net)
     }  # fmt: skip
     if whole:
         files = progress(pictures_in(Path(data))[:limit], "enhancing pictures")

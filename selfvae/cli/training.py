@@ -88,7 +88,12 @@ def train(
         # the precision as resolved, so that the run continues alike on another machine
         _save(out, {**own, **vars(training), "precision": precision})
     fabric = make_fabric(devices, nodes, precision)
-    loop.train(config, dataset, out, training, init_from=trained, resume=resume, fabric=fabric)
+    try:
+        loop.train(config, dataset, out, training, init_from=trained, resume=resume, fabric=fabric)
+    except SystemExit:  # SIGTERM
+        if not fabric.global_rank:
+            _ending(out, training)
+        raise
     return 0 if fabric.global_rank else _ending(out, training)
 
 

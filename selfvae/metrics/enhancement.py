@@ -15,7 +15,7 @@ from selfvae.data.batches import Images
 from selfvae.distributed import distributed_map
 from selfvae.metrics.likelihood import batches
 from selfvae.model import SelfVAE
-from selfvae.operations import SamplingOptions, check_computed, enhance, infer
+from selfvae.operations import SamplingOptions, check_computed, enhance, times_applied
 from selfvae.transforms import BicubicDownscale, Chain, ImageSpec, MeanDownscale, Transform
 
 __all__ = [
@@ -118,13 +118,35 @@ def _enlarge(y: Tensor, scale: tuple[int, int], filter: Image.Resampling) -> Ten
     return torch.from_numpy(np.stack(found)).to(y.device).unflatten(0, y.shape[:2])
 
 
+def _reductions(model: SelfVAE, k: int, scale: int | None) -> list[Transform]:
+    """What computes the given image from x: the model's transforms, or one that reduces `scale` times."""
+    own = [level.transform for level in model.levels[:k]]
+    if times_applied(model, k, scale) == 1 or scale is None:
+        return own
+    if len(own) == 1 and isinstance(own[0], MeanDownscale | BicubicDownscale):
+        return [type(own[0])(scale)]
+    raise ValueError(
+        f"scale {scale}: only models of one mean or bicubic reduction are evaluated at a power of it"
+    )
+
+
+def _reduced(x: Tensor, reductions: Iterable[Transform]) -> Tensor:
+    for reduction in reductions:
+        x = reduction(x)
+    return x
+
+
 def _compare(
-    model: SelfVAE, k: int, kind: str, x: Tensor, result: Tensor, y: Tensor, protocol: tuple[bool, int]
+    reductions: list[Transform],
+    unit: float,
+    kind: str,
+    x: Tensor,
+    result: Tensor,
+    y: Tensor,
+    protocol: tuple[bool, int],
 ) -> dict[str, Tensor]:
-    """Scores of results (on x's scale, float or uint8) against x and y = y[k], (B,) each, by name."""
-    unit, back = 255 / model.spec.max_value, result.round().to(torch.uint8)
-    for level in model.levels[:k]:
-        back = level.transform(back)
+    """Scores of results (on x's scale, float or uint8) against x and the given y, (B,) each, by name."""
+    back = _reduced(result.round().to(torch.uint8), reductions)
     on_luma, border = protocol
     inside = slice(border, -border or None)
     a, b = (image[..., inside, inside].double() * unit for image in (result, x))
@@ -146,6 +168,7 @@ def evaluate_enhancement(
     draws: int = 8,
     limit: int | None = None,
     batch_size: int = 32,
+    scale: int | None = None,
     on_luma: bool = False,
     border: int = 0,
     **how: Unpack[SamplingOptions],
@@ -161,6 +184,8 @@ def evaluate_enhancement(
         draws: per image, at least 2; 0: none.
         limit: the first this many images of the split (see `sources.load` for their order); None: all.
         batch_size: images per batch.
+        scale: of a model that enlarges: a power of its factor. It is applied to its own results, and given
+            what the reduction by `scale` computes from x.
         on_luma: compute PSNR and SSIM of the luma of RGB images, as publications on super-resolution do.
         border: pixels on each side that PSNR and SSIM leave out, in publications as many as the factor.
         **how: of the draws, see `SamplingOptions`.
@@ -184,25 +209,39 @@ def evaluate_enhancement(
         raise ValueError(f"only RGB images have a luma; the model's have {model.spec.channels} channels")
     n, work = batches(model, images, limit, batch_size)
     seed, unit = how.get("seed"), 255 / model.spec.max_value
-    height, width = (size - size % m for size, m in zip(images.shape[2:], model.multiples[0], strict=True))
+    reductions, times = _reductions(model, k, scale), times_applied(model, k, scale)
+    factors = (n ** (times - 1) for n in model.scale(k))
+    multiples = (m * n for m, n in zip(model.multiples[0], factors, strict=True))
+    height, width = (size - size % m for size, m in zip(images.shape[2:], multiples, strict=True))
     enlarges = model.scale(k) != (1, 1)
+
+    def plain(y: Tensor, enlarging: str) -> Tensor:
+        if times == 1:
+            return baseline_enhancement(model, y, k, enlarging)
+        guess = _guess(reductions[0], y, model.spec, enlarging)
+        return guess.round().clamp(0, model.spec.max_value).to(torch.uint8)
+
+    def found(y: Tensor, **how: Unpack[SamplingOptions]) -> Tensor:
+        for _ in range(times):
+            y = enhance(model, y, k, **how)
+        return y
 
     def score(batch: range) -> dict[str, Tensor]:
         x = images.take(batch)[:, :, :height, :width].to(model.device)
-        y = infer(model, x, f"y{k}")[f"y{k}"]
-        compare = functools.partial(_compare, model, k, x=x, y=y, protocol=(on_luma, border))
-        expected = enhance(model, y, k, temperature=0.0, decode="mean", seed=seed)
+        y = _reduced(x, reductions)
+        compare = functools.partial(_compare, reductions, unit, x=x, y=y, protocol=(on_luma, border))
+        expected = found(y, temperature=0.0, decode="mean", seed=seed)
         scores = {
             **compare("mean", result=expected),
-            **compare("plain", result=baseline_enhancement(model, y, k)),
+            **compare("plain", result=plain(y, "bicubic")),
         }
         if enlarges:
-            scores |= compare("lanczos", result=baseline_enhancement(model, y, k, "lanczos"))
+            scores |= compare("lanczos", result=plain(y, "lanczos"))
         results = []
         for draw in range(draws):
             if seed is not None:
                 how["seed"] = seed + batch.start * draws + draw
-            results.append(enhance(model, y, k, **how))
+            results.append(found(y, **how))
         if draws:
             stack = torch.stack(results).double()
             each = [compare("draw", result=result) for result in results]

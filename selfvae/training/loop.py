@@ -362,7 +362,7 @@ def train(
 
     Writes out/config.json and model.safetensors (the averaged weights, see `hub.load`),
     checkpoint.safetensors (to resume from), log.csv and samples/*.png. Interrupted by Ctrl-C it saves
-    and returns.
+    and returns; ended by SIGTERM, as by a scheduler, it saves and exits with status 143.
 
     Args:
         model_config: the model's structure, e.g. `build(...).config`.
@@ -383,6 +383,7 @@ def train(
         FileNotFoundError: if it holds none and resume is True.
         ValueError: if the data, the checkpoint or the devices do not fit, or no time is left.
         FloatingPointError: if 1000 gradients in a row were dropped.
+        SystemExit: ended by SIGTERM.
     """
     out = Path(out)
     if not resume:
@@ -408,4 +409,6 @@ def train(
             run.show()
             if ends or state.step % config.checkpoint_every == 0:
                 run.save()
+    if signal.SIGTERM in came:
+        raise SystemExit(128 + signal.SIGTERM)
     return state.ema

@@ -165,7 +165,7 @@ def test_a_folder_goes_on_past_a_broken_file(
         (["enhance", "PHOTO", "o.png", "--model", "selfvae", "--temperature", "hot"], "takes a number"),
         (
             ["enhance", "PHOTO", "o.png", "--model", "selfvae", "--scale", "3"],
-            "--scale 3: this model enlarges 2 times or a power of that",
+            "scale 3: this model enlarges 2 times or a power of that",
         ),
         (["enhance", "PHOTO", "o.png", "--model", "selfvae-grey", "--scale", "2"], "does not enlarge"),
         (
@@ -339,6 +339,15 @@ def test_the_protocol_of_publications(
         wanted = np.asarray(image.resize((32, 24), Image.Resampling[name.upper()]))
         found = enhancement.baseline_enhancement(model, MeanDownscale(2)(xs[0]), enlarging=name)
         assert np.abs(found[0].permute(1, 2, 0).numpy().astype(int) - wanted).max() <= 1
+    scores = enhancement.evaluate_enhancement(model, Images(xs[0].numpy()), scale=4, draws=0)
+    y = MeanDownscale(4)(xs[0][:, :, : 24 // (2 * rows) * 2 * rows])
+    twice = enhance(model, enhance(model, y, decode="mean", seed=0), decode="mean", seed=0)
+    assert scores["psnr_mean"] == pytest.approx(
+        enhancement.psnr(twice, xs[0][:, :, : twice.shape[2]]).item()
+    )
+    assert scores["consistency_error_mean"] < 1  # of two roundings
+    with pytest.raises(ValueError, match="scale 3: this model enlarges 2 times"):
+        enhancement.evaluate_enhancement(model, Images(xs[0].numpy()), scale=3)
     grey = selfvae.build("selfvae", "tiny", (1, 16, 16), width=0.06)
     with pytest.raises(ValueError, match="only RGB images"):
         enhancement.evaluate_enhancement(grey, Images(xs[0][:, :1].numpy()), on_luma=True)

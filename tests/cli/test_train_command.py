@@ -73,19 +73,24 @@ def test_a_run_that_is_over_says_so(tmp_path: Path, data: str, capsys: pytest.Ca
     assert f"nothing to do: {run} has made its {done + 1} steps; give more" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_is_saved_and_says_so(
-    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int,
+    tmp_path: Path,
+    data: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, step, calls = tmp_path / "run", Guard.__call__, []
 
     def interrupted(guard: Guard, gradients: list[torch.Tensor]) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return step(guard, gradients)
 
     monkeypatch.setattr(Guard, "__call__", interrupted)
-    assert main(["train", "--out", str(run), "--data", data, *TINY, "--steps", "4"]) == 130
+    assert main(["train", "--out", str(run), "--data", data, *TINY, "--steps", "4"]) == 128 + number
     told = capsys.readouterr()
     assert (
         f"selfvae: interrupted after 2 steps, which are saved: --resume --out {run} continues" in told.err

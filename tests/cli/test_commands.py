@@ -341,7 +341,8 @@ def test_the_protocol_of_publications(
         assert np.abs(found[0].permute(1, 2, 0).numpy().astype(int) - wanted).max() <= 1
     scores = enhancement.evaluate_enhancement(model, Images(xs[0].numpy()), scale=4, draws=0)
     y = MeanDownscale(4)(xs[0][:, :, : 24 // (2 * rows) * 2 * rows])
-    twice = enhance(model, enhance(model, y, decode="mean", seed=0), decode="mean", seed=0)
+    how = {"temperature": 0.0, "decode": "mean"}
+    twice = enhance(model, enhance(model, y, **how), **how)
     assert scores["psnr_mean"] == pytest.approx(
         enhancement.psnr(twice, xs[0][:, :, : twice.shape[2]]).item()
     )

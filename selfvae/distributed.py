@@ -96,28 +96,48 @@ def make_fabric(
 def launch(devices: int = 1) -> torch.device:
     """Start the other processes, if any; from then on only the first one prints.
 
+    Where torchrun or srun has started the processes, on one or several machines, these are taken.
+
     Args:
-        devices: GPUs or processes in all.
+        devices: GPUs or processes on this machine; 1 also for as many as torchrun or srun has started.
 
     Returns:
         This process's device.
 
     Raises:
-        ValueError: if devices is below 1.
+        ValueError: if devices is below 1, or not as many as were started.
     """
     if devices < 1:
         raise ValueError(f"devices must be at least 1; got {devices}")
+    started, nodes = _started()
+    if started > 1 < devices != started:
+        raise ValueError(
+            f"the launcher has started {started} processes on each machine: leave --devices out, or give "
+            f"{started}; got {devices}"
+        )
+    devices = max(devices, started)
     strategy: Strategy | str = "auto"
-    if devices > 1:
+    if devices * nodes > 1:
         from lightning_fabric.strategies.ddp import DDPStrategy
 
         # one process's part may take hours longer than another's
         strategy = DDPStrategy(timeout=timedelta(days=30))
-    fabric = make_fabric(devices, strategy=strategy)
+    fabric = make_fabric(devices, nodes, strategy=strategy)
     launch_fabric(fabric)
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
     return fabric.device
+
+
+def _started() -> tuple[int, int]:
+    """Processes on each machine, and machines, that torchrun or srun has started."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return local, int(os.environ["WORLD_SIZE"]) // local
+    nodes = int(os.environ.get("SLURM_NNODES", 1))
+    if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+    return 1, 1
 
 
 def launch_fabric(fabric: Fabric) -> None:
@@ -147,6 +167,7 @@ def distributed_map(
 
     Raises:
         Exception: that of a task that failed, in every process.
+        OSError: if another process has ended.
     """
     seed = int(torch.randint(2**62, ()))
     first, processes = (0, 1) if _inside else (rank(), world_size())
@@ -165,7 +186,13 @@ def distributed_map(
     parts = [done]
     if processes > 1:
         parts = [[] for _ in range(processes)]
-        dist.all_gather_object(parts, done)
+        try:
+            dist.all_gather_object(parts, done)
+        except RuntimeError as error:
+            raise OSError(
+                "another process has ended, perhaps on another machine: start the same command again on "
+                f"all of them ({str(error).splitlines()[0][:80]})"
+            ) from None
     for part in parts:
         if part and (failed := part[-1][1]):
             raise failed

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ import torch
 
 import selfvae
 from selfvae import hub
+from selfvae.cli import main
 from selfvae.codec import Codec, pack
 from selfvae.data import pictures
 from selfvae.data.batches import Dataset, Images
@@ -115,6 +119,59 @@ def test_a_folder_by_two_processes(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stdout.count("3 of 4 files") == 1 and done.stderr.count("bad.png cannot be read") == 1
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["0.svae", "1.svae", "2.svae"]
+
+
+def _nodes(port: int, *words: object) -> list[subprocess.Popen[str]]:
+    """A command on two "machines", each started by torchrun with two processes."""
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2",
+             "--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(port),
+             "-m", "selfvae.cli", *map(str, words)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+
+
+def _children(parent: int) -> list[int]:
+    stats = [file.read_text().rsplit(")", 1) for file in Path("/proc").glob("[0-9]*/stat")]
+    return [int(head.split()[0]) for head, rest in stats if int(rest.split()[1]) == parent]
+
+
+@pytest.mark.slow
+def test_two_machines_one_of_which_fails(tmp_path: Path) -> None:
+    """One process is killed in the middle; the same command again goes on from what is there."""
+    hub.save(selfvae.build("selfvae-halve", "tiny", (3, 8, 8), width=0.05), tmp_path / "run")
+    generator = torch.Generator().manual_seed(0)
+    for i in range(40):
+        x = torch.randint(0, 256, (3, 48, 48), dtype=torch.uint8, generator=generator)
+        pictures.write(x, tmp_path / f"in/{i}.png")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out, one = tmp_path / "out", tmp_path / "one"
+    words = "compress", tmp_path / "in", out, "--model", tmp_path / "run", "--skip-existing"
+    nodes = _nodes(port, *words)
+    while not (out.is_dir() and len(list(out.glob("*.svae"))) > 3):
+        assert all(node.poll() is None for node in nodes)
+        time.sleep(0.05)
+    os.kill(_children(nodes[1].pid)[0], signal.SIGKILL)
+    told = [node.communicate(timeout=120)[1] for node in nodes]
+    assert all(node.returncode for node in nodes)
+    assert "another process has ended, perhaps on another machine" in told[0]
+    done = len(list(out.glob("*.svae")))
+    assert 3 < done < 40
+    nodes = _nodes(port, *words)
+    printed = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0]
+    assert f"{done} of 40 files are done already" in printed[0] and not printed[1]
+    assert f"{40 - done} of {40 - done} files" in printed[0]
+    assert main(["compress", *map(str, words[1:2]), str(one), *map(str, words[3:5])]) == 0
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == {
+        f.name: f.read_bytes() for f in one.iterdir()
+    }
 
 
 def test_one_process() -> None:

@@ -136,8 +136,9 @@ def each(
         return 0
     written = _written(source, out, pictures.ENDINGS if endings is None else endings, ending)
     if skip_existing:
-        every = len(written)
-        written = {file: target for file, target in written.items() if not _is_newer(target, file)}
+        every, pairs = len(written), list(written.items())
+        # one process decides, since others may be writing already
+        written = distributed.on_rank_zero(lambda: {f: out for f, out in pairs if not _is_newer(out, f)})
         if len(written) < every:
             distributed.on_rank_zero(
                 lambda: print(f"{every - len(written)} of {every} files are done already")

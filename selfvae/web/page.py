@@ -62,7 +62,7 @@ _API = (
 _INTRO = """# selfvae
 Models that know how likely a picture is: they **enhance** pictures and **compress** them without loss.
 Everything runs on this machine; no picture leaves it. Pictures and results may have up to {:,} pixels."""
-_ENHANCE = """Give a small, grey or banded picture, and the model tells what it may have looked like before:
+_ENHANCE = """Give a small or banded picture, and the model tells what it may have looked like before:
 at temperature 0 the mean of all that is possible, else versions drawn from it, which differ where the model
 is unsure. Where the model is exact, every one agrees with your picture. Move the slider to compare.
 (Colours are its weakest side so far: expect a tint.)"""

@@ -24,6 +24,7 @@ from selfvae.metrics.enhancement import baseline_enhancement, psnr
 from selfvae.model import SelfVAE, spread_levels
 from selfvae.progress import Track, no_progress
 from selfvae.tiling import tiled_if_large
+from selfvae.transforms import BicubicDownscale
 from selfvae.transforms.base import round_up
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
     "interpolate", "keeps_alpha", "open_packed", "prefix", "read", "shares",
 ]  # fmt: skip
 
-_GAPS = ("photos-x2-v1", "photos-colour-v0", "photos-deband-v0")
+_GAPS = ("photos-x2-v1", "photos-x2-bicubic-v1", "photos-deband-v0")
 _CODEC, _SMALL, _LATENT = "photos-v2", "cifar10-2m", "cifar10-latent"
 _LEVELS = 6  # shown of a long chain
 
@@ -48,7 +49,9 @@ class Gap:
         given, whole = self.model.levels[self.k].spec, self.model.spec
         words = []
         if rows * cols > 1:
-            words.append(f"enlarge it, {cols} x as wide and {rows} x as high")
+            bicubic = isinstance(self.model.levels[0].transform, BicubicDownscale)
+            reduced = " (reduced by bicubic interpolation)" if bicubic else ""
+            words.append(f"enlarge it{reduced}, {cols} x as wide and {rows} x as high")
         if given.channels < whole.channels:
             words.append("colourise a grey picture")
         if given.num_values < whole.num_values:

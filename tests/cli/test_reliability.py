@@ -77,7 +77,12 @@ def command(name: str) -> list[str]:
     return COMMANDS[name].split()
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+_SLOW = {"report", "unpack", "compress a folder", "prepare-crops"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in COMMANDS]
+)
 def test_a_full_disk(name: str, archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One line that names a file; what was there stays as it was, and nothing is half written."""
     before = state_of(archive)
@@ -94,6 +99,7 @@ def test_a_full_disk(name: str, archive: Path, capsys: pytest.CaptureFixture[str
     assert main(command(name)) == 0  # the next run does it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*COMMANDS} - {"train"}))
 def test_a_folder_that_cannot_be_written(
     name: str, archive: Path, capsys: pytest.CaptureFixture[str]

@@ -9,6 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from selfvae.codec import fallback
+from selfvae.codec.container import check_size
+from selfvae.data import pictures
 from selfvae.data.pictures import Picture, read, save, show, to_spec, write
 from selfvae.transforms import ImageSpec
 
@@ -131,3 +134,31 @@ selfvae.codec.use(selfvae.build("selfvae-halve", "tiny", (3, 8, 8), width=0.05))
 assert "SVAE" in Image.SAVE and Image.registered_extensions()[".svae"] == "SVAE"
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_large_pictures_are_converted_in_strips(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randint(0, 256, (1, channels, 23, 17), dtype=torch.uint8)
+    whole = pictures.to_image(x[0])
+    monkeypatch.setattr(pictures, "_STRIP", 40)  # two rows, and one at the end
+    strips = pictures.to_image(x[0])
+    assert strips.mode == whole.mode and strips.tobytes() == whole.tobytes()
+    assert torch.equal(pictures.from_image(strips), x)
+    monkeypatch.setattr(fallback, "_STRIP", 40)
+    sizes = [len(fallback.encode_pixels(part, 0)) for part in x.split(2, 2)]
+    assert fallback.webp_size(x, 0) == sum(sizes)
+
+
+def test_the_limit_of_pixels_is_one_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Pillow's own: up to it there is no warning, beyond it neither files nor arrays are taken."""
+    Image.new("RGB", (20, 30)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    assert pictures.read(tmp_path / "a.png").pixels.shape == (1, 3, 30, 20) and not recwarn.list
+    check_size(30, 20)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 299)
+    with pytest.raises(ValueError, match="exceeds limit of 598 pixels"):
+        pictures.read(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="are more than 598"):
+        check_size(30, 20)

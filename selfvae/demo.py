@@ -32,7 +32,7 @@ from selfvae.transforms import MeanDownscale
 
 __all__ = ["run_demo", "train_demo"]
 
-_CODEC = "photos-v2"
+_CODEC = "photos-v3"
 
 
 def run_demo(

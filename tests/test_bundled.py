@@ -20,7 +20,7 @@ from selfvae.transforms import MeanDownscale
 
 NAMES = (
     "cifar10-2m", "cifar10-2m-v1", "cifar10-latent", "photos-deband-v0", "photos-v0",
-    "photos-v1", "photos-v2", "photos-x2-bicubic-v1", "photos-x2-v1",
+    "photos-v1", "photos-v2", "photos-v3", "photos-x2-bicubic-v1", "photos-x2-v1",
 )  # fmt: skip
 
 
@@ -83,11 +83,11 @@ def test_demo(tmp_path: Path) -> None:
     lines: list[str] = []
     result = run_demo(tmp_path, fast=True, report=lines.append)
     rates = result["bits_per_subpixel"]
-    assert rates["photos-v2"] < 0.97 * rates["WebP"] < rates["PNG"]
+    assert rates["photos-v3"] < 0.97 * rates["WebP"] < rates["PNG"]
     assert all(score["photos-x2-v1"] > 25 for score in result["psnr"].values())
     assert Image.open(tmp_path / "figure.png").width > 600
     for name, sizes in result["bytes"].items():
-        assert (tmp_path / f"{name}.svae").stat().st_size == sizes["photos-v2"]
+        assert (tmp_path / f"{name}.svae").stat().st_size == sizes["photos-v3"]
     assert "less than PNG" in lines[1]
 
 

@@ -284,16 +284,16 @@ def test_the_writer_of_a_file_is_found_by_its_fingerprint(
 
     whole = hub.load
     monkeypatch.setattr(hub, "load", load)
-    marks = {name: hub.fingerprint(whole(name)) for name in ("photos-v2", "cifar10-2m")}
+    marks = {name: hub.fingerprint(whole(name)) for name in ("photos-v3", "cifar10-2m")}
     for _ in range(2):  # the codec's usual model first, each once
-        assert hub.find_writer(marks["photos-v2"]) == hub.bundled()["photos-v2"]
-    assert loaded == ["photos-v2"]
+        assert hub.find_writer(marks["photos-v3"]) == hub.bundled()["photos-v3"]
+    assert loaded == ["photos-v3"]
     assert hub.find_writer(marks["cifar10-2m"]) == hub.bundled()["cifar10-2m"]
-    assert loaded == ["photos-v2", "cifar10-2m"]
+    assert loaded == ["photos-v3", "cifar10-2m"]
 
     model = selfvae.build("selfvae-halve", "tiny", (3, 8, 8), width=0.05)
     mark = hub.fingerprint(model)
-    message = f"fingerprint {mark.hex()}, which is none of photos-v2, cifar10-2m, .*SELFVAE_MODELS names"
+    message = f"fingerprint {mark.hex()}, which is none of photos-v3, cifar10-2m, .*SELFVAE_MODELS names"
     with pytest.raises(FileNotFoundError, match=message):
         hub.find_writer(mark)
     monkeypatch.setenv("SELFVAE_MODELS", str(tmp_path / "models"))
@@ -315,7 +315,7 @@ def test_the_writer_of_a_file_is_found_by_its_fingerprint(
         hub.find_writer(mark)
     (tmp_path / "cache/fingerprints.json").write_text("[")
     loaded.clear()
-    assert hub.find_writer(marks["photos-v2"]) and loaded == ["photos-v2"]
+    assert hub.find_writer(marks["photos-v3"]) and loaded == ["photos-v3"]
 
 
 def test_rounding_makes_another_model_and_says_so(tmp_path: Path) -> None:

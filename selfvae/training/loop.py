@@ -219,14 +219,18 @@ class _Run:
         self.clock.tick()
         return found
 
-    def stopped(self, came: list[int]) -> bool:
-        """Whether a signal or the clock ends the run: in every process alike."""
-        stop = bool(came) or 0 < self.config.max_seconds <= self.state.spent(self.config.clock)
+    def interrupted(self, came: list[int]) -> bool:
+        """Whether a signal ends the run: in every process alike."""
         if self.fabric.world_size == 1:
-            return stop
+            return bool(came)
         # all processes must end together: they agree now and then
         agree = self.state.step % self.config.log_every == 0
-        return agree and bool(self.fabric.all_reduce(torch.tensor(float(stop)), reduce_op="sum"))
+        return agree and bool(self.fabric.all_reduce(torch.tensor(float(bool(came))), reduce_op="sum"))
+
+    def complete(self) -> bool:
+        """Whether the run has made its steps, or spent its time (which only a single process may limit)."""
+        config, state = self.config, self.state
+        return state.step == config.steps or 0 < config.max_seconds <= state.spent(config.clock)
 
     def evaluate(self) -> None:
         """Score the averaged model on validation images, and draw samples."""
@@ -400,10 +404,11 @@ def train(
     with run.bar, _interruptible() as came:
         while not ends:
             terms, norm = run.step()
-            ends = run.stopped(came) or state.step == config.steps
+            ends, interrupted = run.complete(), run.interrupted(came)
             if ends or state.step % config.eval_every == 0:
                 run.evaluate()
                 ends = ends or 0 < config.patience <= state.since_best
+            ends = ends or interrupted  # which leaves time for nothing but saving
             if ends or state.step % config.log_every == 0:
                 run.report(terms, norm)
             run.show()

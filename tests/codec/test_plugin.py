@@ -183,7 +183,7 @@ def test_the_model_is_found_when_it_is_not_named(
     assert main(["decompress", str(packed), str(tmp_path / "some"), *alone]) == 1
     told = capsys.readouterr().err
     assert "mine.svae: the file needs the model with the fingerprint " in told
-    assert "none of photos-v2," in told and "--model" in told and "SELFVAE_MODELS" in told
+    assert "none of photos-v3," in told and "--model" in told and "SELFVAE_MODELS" in told
     assert main(["unpack", album, str(tmp_path / "out")]) == 2
     assert "the file needs the model" in capsys.readouterr().err
     monkeypatch.setenv("SELFVAE_MODELS", str(tmp_path / "models"))

@@ -572,7 +572,7 @@ def test_resume_finds_its_settings_however_out_is_written(tmp_path: Path, images
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("width=wide", "width must be a positive number; got 'wide'"),
+        ("width=wide", "width must be a positive number of at most 64; got 'wide'"),
         ("latent_channels=2.5", "latent_channels must be a positive whole number"),
         ("name=x", "KEY=VALUE"),
         ("consistent", "KEY=VALUE"),

@@ -23,24 +23,30 @@ TINY = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures in "in", an archive of them, images in x.npy, a short run."""
+    folder, before = tmp_path_factory.mktemp("prepared"), Path.cwd()
+    os.chdir(folder)
+    try:
+        random = np.random.default_rng(0)
+        Path("in").mkdir()
+        for i in range(3):
+            Image.fromarray(random.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(f"in/{i}.png")
+        np.save("x.npy", random.integers(0, 256, (64, 3, 16, 16), dtype=np.uint8))
+        assert main(["train", *TINY, "--data", "x.npy", "--steps", "2", "--out", "run"]) == 0
+        assert main(["pack", "in", "all.svaes", "--model", "cifar10-2m-v1"]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in: pictures in "in", an archive of them, images in x.npy, a short run."""
+def home(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of what was prepared, to work in."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    random = np.random.default_rng(0)
-    Path("in").mkdir()
-    for i in range(3):
-        Image.fromarray(random.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(f"in/{i}.png")
-    np.save("x.npy", random.integers(0, 256, (64, 3, 16, 16), dtype=np.uint8))
-    assert main(["train", *TINY, "--data", "x.npy", "--steps", "2", "--out", "run"]) == 0
     return tmp_path
-
-
-@pytest.fixture
-def archive(home: Path) -> Path:
-    """An archive of these pictures."""
-    assert main(["pack", "in", "all.svaes", "--model", "cifar10-2m-v1"]) == 0
-    return home
 
 
 @contextmanager
@@ -68,7 +74,8 @@ COMMANDS = {
     "pack": "pack in new.svaes --model cifar10-2m-v1",
     "unpack": "unpack all.svaes out",
     "prepare-crops": "prepare-crops in crops --size 8 --shrink 1 --n 60",
-    "report": "report run --data x.npy --out rep --ood-data x.npy --limit 2",
+    "report": "report run --data x.npy --out rep --ood-data x.npy --limit 2 --iwae-samples 2 "
+    "--iwae-limit 2 --enhance-limit 2 --ood-limit 2 --fid-samples 4 --figures 0",
     "generate": "generate run --n 2 --out grid.png",
 }
 
@@ -83,17 +90,17 @@ _SLOW = {"report", "unpack", "compress a folder", "prepare-crops"}
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in COMMANDS]
 )
-def test_a_full_disk(name: str, archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk(name: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One line that names a file; what was there stays as it was, and nothing is half written."""
-    before = state_of(archive)
+    before = state_of(home)
     capsys.readouterr()
     with quota(100):
         assert main(command(name)) in (1, 2)
     told = capsys.readouterr().err
     assert "File too large" in told and "Traceback" not in told
-    after = state_of(archive)
+    after = state_of(home)
     assert {key: after[key] for key in before if after.get(key) != before[key]} == {}
-    new = [archive / key for key in after if key not in before]
+    new = [home / key for key in after if key not in before]
     assert all(len(file.read_bytes()) < 100 for file in new)  # whole, since they fit
     assert not [file for file in new if file.name.startswith(".")]
     assert main(command(name)) == 0  # the next run does it
@@ -101,13 +108,11 @@ def test_a_full_disk(name: str, archive: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*COMMANDS} - {"train"}))
-def test_a_folder_that_cannot_be_written(
-    name: str, archive: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_cannot_be_written(name: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of /proc, which nobody can write to, whatever his rights."""
-    before = state_of(archive)
+    before = state_of(home)
     words = [
-        word if archive.joinpath(word).exists() or word not in _OUTPUTS else f"/proc/nowhere/{word}"
+        word if home.joinpath(word).exists() or word not in _OUTPUTS else f"/proc/nowhere/{word}"
         for word in command(name)
     ]
     assert words != command(name)
@@ -115,7 +120,7 @@ def test_a_folder_that_cannot_be_written(
     assert main(words) in (1, 2)
     told = capsys.readouterr().err
     assert "/proc/nowhere" in told and "Traceback" not in told
-    assert state_of(archive) == before
+    assert state_of(home) == before
 
 
 _OUTPUTS = {"out.svae", "out", "new.svaes", "crops", "rep", "grid.png"}

@@ -70,7 +70,7 @@ def measure(part: Enhancement | DecoderPart, repeats: int, threads: int) -> dict
 
 
 def main(
-    models: Positional[tuple[str, ...]] = ("photos-x2-v1", "photos-deband-v0"),
+    models: Positional[tuple[str, ...]] = ("photos-x2-v1", "photos-deband-v1"),
     repeats: int = 5,
     threads: int = 2,
     json: bool = False,

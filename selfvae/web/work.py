@@ -32,7 +32,7 @@ __all__ = [
     "interpolate", "keeps_alpha", "open_packed", "prefix", "read", "shares",
 ]  # fmt: skip
 
-_GAPS = ("photos-x2-v1", "photos-x2-bicubic-v1", "photos-deband-v0")
+_GAPS = ("photos-x2-v1", "photos-x2-bicubic-v1", "photos-deband-v1")
 _CODEC, _SMALL, _LATENT = "photos-v3", "cifar10-2m", "cifar10-latent"
 _LEVELS = 6  # shown of a long chain
 

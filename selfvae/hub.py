@@ -213,9 +213,10 @@ def _as_bytes(value: Tensor) -> tuple[Tensor, Tensor] | None:
     """n (out, ...) and e (out,), both int8, of rounded weights n 2^e; None if they are not of that kind."""
     if value.ndim < 2 or not value.is_floating_point():
         return None
-    _, exponents = torch.frexp(value.detach().cpu().flatten(1).abs().amax(1))
+    value = value.detach().cpu()
+    _, exponents = torch.frexp(value.flatten(1).abs().amax(1))
     exponents -= 7  # |n| < 2^7, the finest steps that fit
-    steps = torch.ldexp(value.detach().cpu(), -exponents.view(-1, *[1] * (value.ndim - 1)))
+    steps = torch.ldexp(value, -exponents.view(-1, *[1] * (value.ndim - 1)))
     if not torch.equal(steps, steps.round()) or int(exponents.abs().max()) > 127:
         return None
     negative_zero = (steps == 0) & steps.signbit()

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 Size = Literal["tiny", "small", "paper"]
 
-_CHECKPOINTS = "checkpoint.safetensors", "checkpoint-previous.safetensors"
-
 
 def train(
     out: Path,
@@ -139,7 +137,9 @@ def _state(out: Path, training: TrainConfig) -> tuple[int, float, int]:
     """Of a run's checkpoint: steps, seconds by the clock that counts, evaluations without improvement."""
     from safetensors import SafetensorError, safe_open
 
-    for name in _CHECKPOINTS:
+    from selfvae.training.checkpoint import CHECKPOINT, PREVIOUS
+
+    for name in (CHECKPOINT, PREVIOUS):
         try:
             with safe_open(out / name, framework="np") as file:
                 state = json.loads(file.metadata()["state"])

@@ -118,16 +118,14 @@ def _enlarge(y: Tensor, scale: tuple[int, int], filter: Image.Resampling) -> Ten
     return torch.from_numpy(np.stack(found)).to(y.device).unflatten(0, y.shape[:2])
 
 
-def _reductions(model: SelfVAE, k: int, scale: int | None) -> list[Transform]:
-    """What computes the given image from x: the model's transforms, or one that reduces `scale` times."""
+def _reductions(model: SelfVAE, k: int, times: int) -> list[Transform]:
+    """What computes the given image from x: the model's transforms, or one that reduces as often."""
     own = [level.transform for level in model.levels[:k]]
-    if times_applied(model, k, scale) == 1 or scale is None:
+    if times == 1:
         return own
     if len(own) == 1 and isinstance(own[0], MeanDownscale | BicubicDownscale):
-        return [type(own[0])(scale)]
-    raise ValueError(
-        f"scale {scale}: only models of one mean or bicubic reduction are evaluated at a power of it"
-    )
+        return [type(own[0])(own[0].scale[0] ** times)]
+    raise ValueError("only models of one mean or bicubic reduction are evaluated at a power of its scale")
 
 
 def _reduced(x: Tensor, reductions: Iterable[Transform]) -> Tensor:
@@ -209,7 +207,8 @@ def evaluate_enhancement(
         raise ValueError(f"only RGB images have a luma; the model's have {model.spec.channels} channels")
     n, work = batches(model, images, limit, batch_size)
     seed, unit = how.get("seed"), 255 / model.spec.max_value
-    reductions, times = _reductions(model, k, scale), times_applied(model, k, scale)
+    times = times_applied(model, k, scale)
+    reductions = _reductions(model, k, times)
     factors = (n ** (times - 1) for n in model.scale(k))
     multiples = (m * n for m, n in zip(model.multiples[0], factors, strict=True))
     height, width = (size - size % m for size, m in zip(images.shape[2:], multiples, strict=True))

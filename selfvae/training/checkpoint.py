@@ -166,26 +166,23 @@ def read_checkpoint(out: Path) -> Checkpoint:
         FileNotFoundError: if there is none.
         ValueError: if none is whole.
     """
-    damaged: list[str] = []
-    for path in (out / CHECKPOINT, out / PREVIOUS):
+    there = [path for path in (out / CHECKPOINT, out / PREVIOUS) if path.exists()]
+    if not there:
+        raise FileNotFoundError(f"nothing to resume: {out / CHECKPOINT} does not exist")
+    wrong = "" if there[0].name == CHECKPOINT else f"no {CHECKPOINT}"
+    for path in there:
         try:
             found = _read(path)
-        except FileNotFoundError:
-            continue
         except ValueError as error:
-            damaged.append(str(error))
+            wrong = wrong or str(error)
             continue
-        if path.name == PREVIOUS:
-            _log.warning("%s: going on from the one before", damaged[0] if damaged else f"no {CHECKPOINT}")
+        if wrong:
+            _log.warning("%s: going on from the one before", wrong)
         return found
-    if not damaged:
-        raise FileNotFoundError(f"nothing to resume: {out / CHECKPOINT} does not exist")
-    raise ValueError(f"{damaged[0]}: begin another run with --init-from {out}")
+    raise ValueError(f"{wrong}: begin another run with --init-from {out}")
 
 
 def _read(path: Path) -> Checkpoint:
-    if not path.exists():
-        raise FileNotFoundError(path)
     tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:

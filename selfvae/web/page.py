@@ -64,8 +64,7 @@ Models that know how likely a picture is: they **enhance** pictures and **compre
 Everything runs on this machine; no picture leaves it. Pictures and results may have up to {:,} pixels."""
 _ENHANCE = """Give a small or banded picture, and the model tells what it may have looked like before:
 at temperature 0 the mean of all that is possible, else versions drawn from it, which differ where the model
-is unsure. Where the model is exact, every one agrees with your picture. Move the slider to compare.
-(Colours are its weakest side so far: expect a tint.)"""
+is unsure. Where the model is exact, every one agrees with your picture. Move the slider to compare."""
 _COMPRESS = """The file holds every pixel exactly, coarse to fine: its first part gives a preview already.
 The model was trained on photographs; drawings, and pictures that have been JPEG files, may be smaller as
 they are."""

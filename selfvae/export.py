@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Enhancement(nn.Module):
     def __init__(self, model: SelfVAE, k: int = 1) -> None:
         super().__init__()
         check_computed(model, k)
+        _check_order(model, range(k))
         self.model, self.k = model, k
 
     def forward(self, y: Tensor) -> Tensor:
@@ -79,6 +80,7 @@ class DecoderPart(nn.Module):
         super().__init__()
         if not 0 <= k < len(model.levels) - 1:
             raise ValueError(f"the level must be 0 to {len(model.levels) - 2} for this model; got {k}")
+        _check_order(model, [k])
         self.model, self.k = model, k
         self.level: Level = model.levels[k]
 
@@ -116,6 +118,14 @@ class DecoderPart(nn.Module):
         size = f"(N, {out.shape[1]}, {_part('H', out.shape[2], height)}, {_part('W', out.shape[3], width)})"
         kind = str(out.dtype).removeprefix("torch.")
         return [*lines, f"output: params, {kind} {size}, the parameters of the distribution of y{k}"]
+
+
+def _check_order(model: SelfVAE, levels: Iterable[int]) -> None:
+    for k in levels:
+        if model.levels[k].autoregressive:
+            raise ValueError(
+                f"level {k} is autoregressive: its networks run wave by wave, and cannot be exported"
+            )
 
 
 def _image(model: SelfVAE, k: int, n: int, rows: int, cols: int) -> Tensor:

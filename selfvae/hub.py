@@ -67,6 +67,9 @@ _PLAIN: dict[str, Any] = {
     "kernels": (3, 3, 3),
     "depthwise": False,
     "integer": False,
+    "autoregressive": 0,
+    "level_width": 1.0,
+    "level_depth": 0.5,
 }
 # what fingerprints call presets and priors that were renamed
 _NAMES = {"selfvae-mean-3lvl": "selfvae-3"}

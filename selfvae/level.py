@@ -8,9 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from selfvae.distributions.autoregressive import AutoregressiveMixture
 from selfvae.distributions.latents import DiagonalNormal, NoisyLogistic, UnitUniform
 from selfvae.distributions.pixels import PixelMixture, to_unit
 from selfvae.distributions.priors import LatentDistribution
+from selfvae.nn.autoregressive import AutoregressiveDecoder
 from selfvae.transforms import ImageSpec, Null, Subsampling, Support, Transform
 from selfvae.transforms.base import scale_slice
 
@@ -137,7 +139,14 @@ class Level(nn.Module):
         params = self.prior_net(to_unit(y_up, up.num_values, self.dtype), z_up)
         return NoisyLogistic.from_params(params) if self.rounded else DiagonalNormal.from_params(params)
 
-    def likelihood(self, y_up: Tensor, z: Tensor | None, interior: Interior | None = None) -> PixelMixture:
+    @property
+    def autoregressive(self) -> bool:
+        """Whether pixels depend on those before them."""
+        return isinstance(self.decoder, AutoregressiveDecoder)
+
+    def likelihood(
+        self, y_up: Tensor, z: Tensor | None, interior: Interior | None = None
+    ) -> PixelMixture | AutoregressiveMixture:
         """Return p(y | y_up, z).
 
         Args:
@@ -146,6 +155,8 @@ class Level(nn.Module):
             interior: Rows and columns of y_up: return the distribution of that part of y only.
         """
         params = self.decoder(self.context(y_up), z)
+        if isinstance(self.decoder, AutoregressiveDecoder):
+            return self._autoregressive(self.decoder, params, y_up, interior)
         guess = self.estimate(y_up) if self.residual_mean else None
         if interior is not None:
             rows, cols = self.transform.scale
@@ -165,4 +176,27 @@ class Level(nn.Module):
         prediction = None if guess is None else support.split(guess)
         return PixelMixture(
             params, support, self.spec, prediction=prediction, coefficients=self.coefficients
+        )
+
+    def _autoregressive(
+        self, decoder: AutoregressiveDecoder, features: Tensor, y_up: Tensor, interior: Interior | None
+    ) -> AutoregressiveMixture:
+        guess = self.estimate(y_up)
+        if interior is not None:
+            rows, cols = self.transform.scale
+            y_up = y_up[..., interior[0], interior[1]]
+            guess = guess[..., scale_slice(interior[0], rows, 1), scale_slice(interior[1], cols, 1)]
+            high, wide = self.transform.block
+            features = features[
+                ..., scale_slice(interior[0], rows, high), scale_slice(interior[1], cols, wide)
+            ]
+        support = (self.transform.support if self.consistent else Support)(y_up, self.spec)
+        return AutoregressiveMixture(
+            features,
+            decoder,
+            support,
+            self.spec,
+            estimate=support.split(guess),
+            residual_mean=self.residual_mean,
+            coefficients=self.coefficients,
         )

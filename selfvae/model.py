@@ -21,6 +21,7 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor, nn
 
+from selfvae.distributions.autoregressive import AutoregressiveMixture
 from selfvae.distributions.pixels import PixelMixture
 from selfvae.distributions.priors import LatentDistribution
 from selfvae.level import Level, Posterior
@@ -30,7 +31,7 @@ from selfvae.transforms import ImageSpec, Null
 
 __all__ = ["Distribution", "SelfVAE", "describe", "spread_levels"]
 
-Distribution = LatentDistribution | PixelMixture
+Distribution = LatentDistribution | PixelMixture | AutoregressiveMixture
 Provider = Callable[[str, Distribution], Tensor]
 
 
@@ -183,6 +184,8 @@ class SelfVAE(nn.Module):
             k = int(name[1:])
             if name[0] == "y":
                 re[k] = -p.log_prob(ys[k])
+                if errors and isinstance(p, AutoregressiveMixture):
+                    raise ValueError("errors need pixels without order: this model is autoregressive")
                 if errors and k < len(missed) and isinstance(p, PixelMixture):
                     missed[k] = (p.expectation() - ys[k]).abs().flatten(1).mean(1)
                 return ys[k]
@@ -258,6 +261,8 @@ def describe(model: SelfVAE) -> list[str]:
         line = f"y{k}: {channels} of {level.spec.num_values} values"
         if level.has_latent:
             line += f", latent z{k}"
+        if level.autoregressive:
+            line += ", pixel after pixel"
         if isinstance(level.transform, Null):
             lines.append(f"{line}; the top")
             continue

@@ -15,8 +15,9 @@ from selfvae.distributions.priors import TOP_PRIORS, FlowPrior, MixturePrior, Re
 from selfvae.hints import unknown
 from selfvae.level import Level
 from selfvae.model import SelfVAE
+from selfvae.nn.autoregressive import AutoregressiveDecoder, GroupNet
 from selfvae.nn.layers import ACTIVATIONS, BACKBONES
-from selfvae.nn.networks import Branch, Constant, Decoder, Encoder, PriorNet, Shared, SubPixel
+from selfvae.nn.networks import HEAD_SCALE, Branch, Constant, Decoder, Encoder, PriorNet, Shared, SubPixel
 from selfvae.transforms import (
     BicubicDownscale,
     BitDepth,
@@ -118,8 +119,16 @@ class ModelConfig:
         shared: Levels with the same transform share one decoder; needs latents="none", backbone="residual".
         subpixel: Decoders work on the grid of the smaller image above, and predict all pixels of a block at
             once (sub-pixel convolution); needs latents="none", integer=false.
+        autoregressive: Kernel size, 3, 5 or 7, of the masked convolutions by which a pixel sees those
+            before it: on levels that keep pixels, on those with sub-pixel decoders and on a top with a
+            latent. 0: the pixels of a group are independent given the image above. Needs
+            backbone="residual", integer=false.
         width: Factor on the numbers of channels.
         depth: Factor on the numbers of steps per block.
+        level_width: In residual decoders, factor on the number of channels for each halving of the grid
+            from level to level, up to 3 times in all; 2 gives coarse levels as much arithmetic as fine
+            ones.
+        level_depth: The same for the number of layers.
 
     Raises:
         ValueError: A setting is out of range or does not fit another; the message names it.
@@ -146,8 +155,11 @@ class ModelConfig:
     integer: bool = False
     shared: bool = False
     subpixel: bool = False
+    autoregressive: int = 0
     width: float = 1.0
     depth: float = 1.0
+    level_width: float = 1.0
+    level_depth: float = 0.5
 
     def __post_init__(self) -> None:
         try:
@@ -188,7 +200,8 @@ class ModelConfig:
             raise ValueError(f"kernels must be three sizes of 1, 3, 5 or 7; got {kernels!r}")
         object.__setattr__(self, "kernels", tuple(kernels))
         for field, kinds, most in (  # more than any model needs: a file could ask for any memory
-            ("width", (int, float), 64), ("depth", (int, float), 64), ("latent_channels", int, 4096),
+            ("width", (int, float), 64), ("depth", (int, float), 64), ("level_width", (int, float), 2),
+            ("level_depth", (int, float), 1), ("latent_channels", int, 4096),
             ("components", int, 256), ("prior_components", int, 65_536), ("num_values", int, 256),
         ):  # fmt: skip
             value = getattr(self, field)
@@ -216,6 +229,14 @@ class ModelConfig:
             raise ValueError(
                 "integer=true needs latents=none, backbone=residual and depthwise=false; got "
                 f"latents={self.latents}, backbone={self.backbone}, depthwise={self.depthwise}"
+            )
+
+        if isinstance(self.autoregressive, bool) or self.autoregressive not in (0, 3, 5, 7):
+            raise ValueError(f"autoregressive must be 0, 3, 5 or 7; got {self.autoregressive!r}")
+        if self.autoregressive and (self.integer or self.backbone != "residual"):
+            raise ValueError(
+                "autoregressive needs backbone=residual and integer=false; got "
+                f"backbone={self.backbone}, integer={self.integer}"
             )
 
         if self.subpixel and (self.latents != "none" or self.integer):
@@ -383,6 +404,7 @@ _PAPERS: dict[str, dict[str, _Part]] = {
         "prior": _Part(64, 3, 3),
     },
 }
+_WIDEST = 3  # most by which `level_width` multiplies channels
 _BETWEEN = 16  # channels of y's and u's branches of p(z|y, u)
 
 
@@ -394,7 +416,9 @@ class _Plan:
     transforms: list[Transform]
     specs: list[ImageSpec]
     sizes: list[tuple[int, int]]
-    shared: dict[tuple[str, ImageSpec], Decoder] = dataclasses.field(default_factory=dict)
+    shared: dict[tuple[str, ImageSpec], tuple[Decoder, list[GroupNet]]] = dataclasses.field(
+        default_factory=dict
+    )
 
     @property
     def top(self) -> int:
@@ -498,38 +522,70 @@ class _Plan:
         config, spec, up = self.config, self.specs[k], self.specs[k + 1]
         t, is_top, keeps = self.transforms[k], k == self.top, self.keeps(k)
         scale, kept = (keeps.block, len(keeps.kept)) if keeps else ((1, 1), 0)
-        params = param_count(spec.channels, config.components) * (math.prod(scale) - kept)
-        if keeps and config.residual_mean:
+        own, groups = param_count(spec.channels, config.components), math.prod(scale) - kept
+        params, head_scale = own * groups, HEAD_SCALE
+        autoregressive = self.autoregressive(k)
+        if autoregressive:
+            groups = math.prod(t.scale) if self.subpixel(k) else groups
+            params, head_scale = self.channels(k) * groups, 1.0
+        elif keeps and config.residual_mean:
             params += keeps.weights(spec)
-        grid = None
-        if config.integer:
-            groups = math.prod(scale) - kept
-            grid = param_grid(spec.channels, config.components, groups, params)
+        grid = param_grid(spec.channels, config.components, groups, params) if config.integer else None
         if is_top and not self.has_latent(k):
             return Constant(params, grid)
         context = 0 if is_top else up.channels * kept if keeps else spec.channels
         if config.shared and not is_top:
             if (str(t), spec) not in self.shared:
                 body = self.branch(_Part(256, 12, 1), stem=256)
-                self.shared[str(t), spec] = Decoder(
-                    context + Shared.PLANES, 0, params, None, body, config.kernels[2], grid
+                decoder = Decoder(
+                    context + Shared.PLANES, 0, params, None, body, config.kernels[2], grid, head_scale
                 )
-            return Shared(self.shared[str(t), spec])
-        if self.subpixel(k):
+                self.shared[str(t), spec] = decoder, self._groups(k, groups) if autoregressive else []
+            decoder, nets = self.shared[str(t), spec]
+            return AutoregressiveDecoder(Shared(decoder), nets) if autoregressive else Shared(decoder)
+        if autoregressive:
+            context = up.channels * max(1, kept)
+        elif self.subpixel(k):
             context, params = up.channels, params * math.prod(t.scale)
         joint: Branch | None = None
         if not is_top and self.dense:
             joint = self.branch(self.parts(k)["joint"])
         elif not is_top:
-            # the finest levels hold most of the bits: half the layers for each halving of the grid
-            part = min(1.0, self.grid(k) / self.grid(0))
-            joint = self.branch(_Part(256, round(12 * part), 1), stem=256)
+            layers = 12 * config.level_depth ** self.halvings(k)
+            joint = self.branch(_Part(256, round(layers), 1), stem=256)
+            if not self.dense:
+                joint = dataclasses.replace(joint, growth=self.channels(k), stem=self.channels(k))
         latent = config.latent_channels if self.has_latent(k) else 0
         z = self._z_branch(k, scale, 0 if is_top else params) if latent else None
         decoder = Decoder(
-            context, latent, params, z, joint, 1 if self.dense and not is_top else config.kernels[2], grid
-        )
+            context, latent, params, z, joint, 1 if self.dense and not is_top else config.kernels[2], grid,
+            head_scale,
+        )  # fmt: skip
+        if autoregressive:
+            return AutoregressiveDecoder(decoder, self._groups(k, groups))
         return SubPixel(decoder, t.scale) if self.subpixel(k) else decoder
+
+    def autoregressive(self, k: int) -> bool:
+        """Whether level k's pixels depend on those before them."""
+        if not self.config.autoregressive or (k == self.top and not self.has_latent(k)):
+            return False
+        return k == self.top or self.keeps(k) is not None or self.subpixel(k)
+
+    def halvings(self, k: int) -> float:
+        """Return how often the grid of level k's decoder is halved, in height and width, from level 0's."""
+        return max(0.0, math.log2(self.grid(0) / self.grid(k)))
+
+    def channels(self, k: int) -> int:
+        """Return the channels of level k's residual decoder."""
+        if self.config.shared:
+            return self.wide(256)
+        return self.wide(256 * min(_WIDEST, self.config.level_width ** self.halvings(k)))
+
+    def _groups(self, k: int, groups: int) -> list[GroupNet]:
+        channels, width = self.specs[k].channels, self.channels(k)
+        params, steps = param_count(channels, self.config.components), self.deep(4)
+        kernel = self.config.autoregressive
+        return [GroupNet(channels, g, width, params, kernel, steps) for g in range(groups)]
 
     def _z_branch(self, k: int, scale: tuple[int, int], out: int) -> Branch:
         part, downs = self.parts(k)["decoder"], self.downs(k)

@@ -102,11 +102,14 @@ class Conv(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def _normalised(self) -> Tensor:
-        axis = 1 if self.transposed else 0
+        axis, direction = (1 if self.transposed else 0), self._directions()
         others = [i for i in range(4) if i != axis]
-        norm = torch.linalg.vector_norm(self.direction, dim=others, keepdim=True)
+        norm = torch.linalg.vector_norm(direction, dim=others, keepdim=True)
         shape = [-1 if i == axis else 1 for i in range(4)]
-        return self.direction * (self.gain.view(shape) / (norm + 1e-8))
+        return direction * (self.gain.view(shape) / (norm + 1e-8))
+
+    def _directions(self) -> Tensor:
+        return self.direction
 
     def _apply_weight(self, x: Tensor) -> Tensor:
         weight = self.weight(autocast_dtype(self.bias))

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from selfvae.nn.integer import FRACTION, IntegerActivation, IntegerConv, grid_scale, round_to
 from selfvae.nn.layers import ACTIVATIONS, Block, Conv, DenseBlock, Down, ResidualBlock, Up
 
-__all__ = ["Branch", "Constant", "Decoder", "Encoder", "PriorNet", "Shared", "SubPixel"]
+__all__ = ["HEAD_SCALE", "Branch", "Constant", "Decoder", "Encoder", "PriorNet", "Shared", "SubPixel"]
 
-_HEAD_SCALE = 0.1
+HEAD_SCALE = 0.1  # standard deviation of a network's outputs after the initialisation
 
 
 def _fit(h: Tensor, size: tuple[int, int]) -> Tensor:
@@ -124,7 +124,7 @@ class Encoder(nn.Module):
     def __init__(self, channels: int, latent: int, branch: Branch, kernel: int = 1) -> None:
         super().__init__()
         self.body = branch.build(channels)
-        self.head = Conv(self.body.out_channels, 2 * latent, kernel, init_scale=_HEAD_SCALE)
+        self.head = Conv(self.body.out_channels, 2 * latent, kernel, init_scale=HEAD_SCALE)
         self.latent = latent
         self.stride = 2**branch.blocks if branch.resize == "down" else 1
 
@@ -164,7 +164,7 @@ class PriorNet(nn.Module):
         self.z_branch = z.build(latent_up) if latent_up else None
         width = self.y_branch.out_channels + (self.z_branch.out_channels if self.z_branch else 0)
         self.joint = joint.build(width)
-        self.head = Conv(self.joint.out_channels, 2 * latent, kernel, init_scale=_HEAD_SCALE)
+        self.head = Conv(self.joint.out_channels, 2 * latent, kernel, init_scale=HEAD_SCALE)
 
     def forward(self, y: Tensor, z: Tensor | None) -> Tensor:
         size = round(y.shape[2] * self.ratio[0]), round(y.shape[3] * self.ratio[1])
@@ -187,6 +187,7 @@ class Decoder(nn.Module):
         joint: Structure of the network after z and the context are concatenated; None: none.
         kernel: Kernel size of the last convolution.
         grid: Of the outputs, see `IntegerConv`; None unless the joint network is one of whole numbers.
+        head_scale: Standard deviation of the outputs after the initialisation.
     """
 
     def __init__(
@@ -198,6 +199,7 @@ class Decoder(nn.Module):
         joint: Branch | None,
         kernel: int = 3,
         grid: tuple[Tensor, Tensor] | None = None,
+        head_scale: float = HEAD_SCALE,
     ) -> None:
         super().__init__()
         self.z_branch = z.build(latent) if z and latent else None
@@ -205,9 +207,9 @@ class Decoder(nn.Module):
         self.joint = joint.build(width) if joint else None
         width = self.joint.out_channels if self.joint else width
         if grid is None:
-            self.head = Conv(width, params, kernel, init_scale=_HEAD_SCALE)
+            self.head = Conv(width, params, kernel, init_scale=head_scale)
         else:
-            self.head = IntegerConv(width, params, kernel, init_scale=_HEAD_SCALE, grid=grid)
+            self.head = IntegerConv(width, params, kernel, init_scale=head_scale, grid=grid)
 
     def forward(self, y: Tensor, z: Tensor | None) -> Tensor:
         h = y
@@ -284,7 +286,7 @@ class Constant(nn.Module):
 
     def __init__(self, params: int, grid: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
-        self.params = nn.Parameter(_HEAD_SCALE * torch.randn(params))
+        self.params = nn.Parameter(HEAD_SCALE * torch.randn(params))
         scale = limit = None
         if grid is not None:
             scale = grid_scale(grid[0])

@@ -33,6 +33,7 @@ from selfvae.codec.float64.latents import (
 )
 from selfvae.codec.float64.quantization import QuantizedMixture, SideInformation
 from selfvae.codec.tables import Words
+from selfvae.distributions.autoregressive import AutoregressiveMixture, Wave
 from selfvae.distributions.latents import DiagonalNormal, UnitUniform
 from selfvae.distributions.pixels import PixelMixture
 from selfvae.hub import fingerprint
@@ -456,24 +457,49 @@ class Float64Codec:
 
     def _mixture(
         self,
-        mixture: PixelMixture,
+        mixture: PixelMixture | AutoregressiveMixture,
         stack: ANSCoder,
         side: SideInformation,
         coded: Tensor,
         known: Tensor | None,
     ) -> Tensor:
         """Code the pixels of a mixture where `coded` is true; return all of them, uint8."""
-        support = mixture.support
-        b, groups, channels, _, h, w = mixture.offsets.shape
-        v = torch.zeros(b, groups, channels, h, w, dtype=torch.long, device=self.model.device)
-        mask, whole = support.split(coded.to(v.device)), bool(coded.all())
-        if not whole:
+        support, device = mixture.support, self.model.device
+        mask = support.split(coded.to(device))
+        v = torch.zeros(mask.shape, dtype=torch.long, device=device)
+        if not mask.all():
             v = torch.where(mask, v, support.nearest().long())
-        entries = None if known is None else support.split(known.to(v.device)).long()
-        for group in range(groups):
+        entries = None if known is None else support.split(known.to(device)).long()
+        if isinstance(mixture, PixelMixture):
+            self._entries(mixture, stack, side, mask, v, entries)
+        else:
+
+            def code_wave(part: PixelMixture, group: int, wave: Wave) -> Tensor:
+                def at(x: Tensor) -> Tensor:
+                    return x[:, group][(..., *wave)][:, None, :, None]
+
+                own = at(v)
+                self._entries(part, stack, side, at(mask), own, None if entries is None else at(entries))
+                return own[:, 0]
+
+            mixture.fill(v, code_wave)
+        return support.merge(v).to(torch.uint8).cpu()
+
+    def _entries(
+        self,
+        mixture: PixelMixture,
+        stack: ANSCoder,
+        side: SideInformation,
+        mask: Tensor,
+        v: Tensor,
+        entries: Tensor | None,
+    ) -> None:
+        """Code the entries of a mixture where the mask is true, into v: (B, G, C, h, w), all three."""
+        support, whole = mixture.support, bool(mask.all())
+        for group in range(v.shape[1]):
             quantized = QuantizedMixture(mixture, group, side)
             weights = quantized.weights()
-            for channel in range(channels):
+            for channel in range(v.shape[2]):
                 logistics = quantized.channel(v)
                 bounds = support.step_bounds(v, group, channel) if support.truncates else None
                 here = slice(None) if whole else _flat(mask[:, group, channel])
@@ -483,8 +509,8 @@ class Float64Codec:
                     None if bounds is None else (_flat(bounds[0])[here], _flat(bounds[1])[here]),
                     None if entries is None else _flat(entries[:, group, channel])[here],
                 )  # fmt: skip
-                v[:, group, channel] = torch.from_numpy(found).view(b, h, w)
-        return support.merge(v).to(torch.uint8).cpu()
+                own = v[:, group, channel]
+                own.copy_(torch.from_numpy(found).view(own.shape))
 
     def _inside(self, k: int, size: tuple[int, int]) -> tuple[int, int] | None:
         """Return the rows and columns of y[k] within a picture of that size; None if all of y[k] is coded.

@@ -116,12 +116,12 @@ def launch(devices: int = 1) -> torch.device:
             f"{started}; got {devices}"
         )
     devices = max(devices, started)
-    strategy: Strategy | str = "auto"
-    if devices * nodes > 1:
-        from lightning_fabric.strategies.ddp import DDPStrategy
+    if devices * nodes == 1:
+        return torch.device(accelerator())  # Fabric would do nothing, and takes seconds to import
+    from lightning_fabric.strategies.ddp import DDPStrategy
 
-        # one process's part may take hours longer than another's
-        strategy = DDPStrategy(timeout=timedelta(days=30))
+    # one process's part may take hours longer than another's
+    strategy = DDPStrategy(timeout=timedelta(days=30))
     fabric = make_fabric(devices, nodes, strategy=strategy)
     launch_fabric(fabric)
     if rank():

@@ -323,18 +323,25 @@ def pack(
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder: for one picture, use selfvae compress")
     files = pictures_in(source)
-    named = [
-        (file.relative_to(source).as_posix(), _pixels(read_picture(file, convert), file, convert))
-        for file in files
-    ]
+    subpixels = 0
+    for file in progress(files, "reading"):  # a picture that does not fit is found before the work begins
+        subpixels += _pixels(read_picture(file, convert), file, convert).numel()
     check_exists(source)
     packer = _codec(model, devices)
     from selfvae import codec, distributed
+    from selfvae.data import pictures
     from selfvae.files import write_atomic
 
+    named = [
+        (
+            file.relative_to(source).as_posix(),
+            lambda file=file: pictures.read(file, exact=not convert).pixels,
+        )
+        for file in files
+    ]
     data = codec.pack(packer, named, block=block, verify=verify, track=progress)
     distributed.on_rank_zero(lambda: write_atomic(out, data))
-    before, subpixels = sum(f.stat().st_size for f in files), sum(x.numel() for _, x in named)
+    before = sum(f.stat().st_size for f in files)
     print(
         f"{out}: {len(named)} pictures, {before:,} -> {len(data):,} bytes, "
         f"{8 * len(data) / subpixels:.3f} bits per sub-pixel"

@@ -16,12 +16,13 @@ Reading one picture decodes its block up to that picture.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import json
 import math
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ _TOGETHER = 1 << 18  # pixels that are computed at once; part of the format
 _INDEX = 1 << 24  # the largest length of an index, bytes
 
 Named = tuple[str, Tensor]
+Unread = tuple[str, Callable[[], Tensor]]
 
 
 class Entry(NamedTuple):
@@ -106,7 +108,7 @@ def _check_names(names: Sequence[str]) -> None:
 
 def pack(
     codec: Codec,
-    pictures: Iterable[Named],
+    pictures: Iterable[Named | Unread],
     *,
     block: int = 64,
     verify: bool = True,
@@ -116,7 +118,8 @@ def pack(
 
     Args:
         codec: Of the model to use.
-        pictures: Name and pixels, uint8 (1, C, H, W), of each, in the order of the archive.
+        pictures: Name and pixels, uint8 (1, C, H, W), of each, in the order of the archive. In place of
+            the pixels a function that reads them: then only one block's are in memory at a time.
         block: Pictures per block: larger blocks are smaller in all, smaller ones faster to read one from.
         verify: Decode the archive and compare.
         track: Receives the blocks and the name of the activity, and yields the blocks, to show progress.
@@ -132,58 +135,80 @@ def pack(
     if block < 1:
         raise ValueError(f"block must be at least 1 picture; got {block}")
     named = list(pictures)
-    entries = _check_pictures(codec, named)
+    names = [name for name, _ in named]
+    _check_names(names)
     starts = range(0, len(named), block)
-    if len(json.dumps(entries)) + 50 * len(starts) > _INDEX:
-        raise ValueError(
-            f"{len(named)} pictures, or their names, are too many for one archive: pack several"
-        )
+    _check_index(json.dumps([Entry(name, 0, 0, 0, 0) for name in names]), len(named))
 
-    def packed_block(start: int) -> bytes:
-        part = slice(start, start + block)
-        return _pack_block(codec, entries[part], [x for _, x in named[part]])
+    def pack_part(start: int) -> _Packed:
+        part = [(name, x if isinstance(x, Tensor) else x()) for name, x in named[start : start + block]]
+        entries = [_entry(codec, name, x) for name, x in part]
+        hashes = [_sha256(x) for _, x in part]
+        return _Packed(entries, hashes, _pack_block(codec, entries, [x for _, x in part]))
 
-    blocks = distributed_map(packed_block, starts, track, "compressing")
+    parts = distributed_map(pack_part, starts, track, "compressing")
     index = {
         "levels": codec.model.spec.num_values,
-        "pictures": entries,
-        "blocks": [
-            _Block(len(entries[start : start + block]), len(data), zlib.crc32(data))
-            for start, data in zip(starts, blocks, strict=True)
-        ],
+        "pictures": [entry for part in parts for entry in part.entries],
+        "blocks": [_Block(len(part.entries), len(part.data), zlib.crc32(part.data)) for part in parts],
     }
-    packed = zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
+    written = json.dumps(index, separators=(",", ":"))
+    _check_index(written, len(named))
+    packed = zlib.compress(written.encode(), 9)
     head = MAGIC + bytes([codec.format]) + codec.fingerprint
     data = b"".join(
-        [head, struct.pack("<II", len(packed), zlib.crc32(packed, zlib.crc32(head))), packed, *blocks]
+        [
+            head,
+            struct.pack("<II", len(packed), zlib.crc32(packed, zlib.crc32(head))),
+            packed,
+            *(part.data for part in parts),
+        ]
     )
     if verify:
         archive = Archive(codec, data)
 
         def check(number: int) -> None:
-            part = named[starts[number] : starts[number] + block]
-            for (name, x), (_, back) in zip(part, archive.block(number), strict=True):
-                if not torch.equal(x.cpu(), back):
+            for true, (name, back) in zip(parts[number].hashes, archive.block(number), strict=True):
+                if _sha256(back) != true:
                     raise CodecError(f"{name} came back changed: please report this, with the picture")
 
         distributed_map(check, range(len(starts)), track, "checking")
     return data
 
 
-def _check_pictures(codec: Codec, named: Sequence[Named]) -> list[Entry]:
-    """Check that pictures and their names can be packed, and return their entries in the index."""
-    _check_names([name for name, _ in named])
-    for name, x in named:
-        try:
-            codec.check(x)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from None
-        if x.shape[1] not in (1, codec.model.spec.channels):
-            raise ValueError(f"{name}: archives hold no alpha; got {x.shape[1]} channels")
-    return [
-        Entry(name, x.shape[2], x.shape[3], x.shape[1], zlib.crc32(x.cpu().contiguous().numpy().tobytes()))
-        for name, x in named
-    ]
+class _Packed(NamedTuple):
+    """A block that was packed: its pictures' entries and SHA-256 sums, and its bytes."""
+
+    entries: list[Entry]
+    hashes: list[bytes]
+    data: bytes
+
+
+def _sha256(x: Tensor) -> bytes:
+    return hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).digest()
+
+
+def _check_index(written: str, pictures: int) -> None:
+    """Check that an index of that text can be read."""
+    if len(written) > _INDEX:
+        raise ValueError(f"{pictures} pictures, or their names, are too many for one archive: pack several")
+
+
+def _entry(codec: Codec, name: str, x: Tensor) -> Entry:
+    """Return a picture's entry in the index.
+
+    Raises:
+        TypeError, ValueError: It cannot be packed.
+    """
+    try:
+        codec.check(x)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    if x.shape[1] not in (1, codec.model.spec.channels):
+        raise ValueError(f"{name}: archives hold no alpha; got {x.shape[1]} channels")
+    return Entry(
+        name, x.shape[2], x.shape[3], x.shape[1], zlib.crc32(x.cpu().contiguous().numpy().tobytes())
+    )
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
     python -m benchmarks.archive --pictures 100000 --out results/archive.json
 
-The pictures are made: random colours on a coarse grid, interpolated, with noise. Every command is a process of
-its own with one thread; its processor time includes the program's start.
+The pictures are made: random colours on a coarse grid, interpolated, with noise. Every command is a process
+of its own with one thread; its processor time includes the program's start.
 """
 
 from __future__ import annotations

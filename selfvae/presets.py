@@ -120,9 +120,9 @@ class ModelConfig:
         subpixel: Decoders work on the grid of the smaller image above, and predict all pixels of a block at
             once (sub-pixel convolution); needs latents="none", integer=false.
         autoregressive: Kernel size, 3, 5 or 7, of the masked convolutions by which a pixel sees those
-            before it: on levels that keep pixels, on those with sub-pixel decoders and on a top with a
-            latent. 0: the pixels of a group are independent given the image above. Needs
-            backbone="residual", integer=false.
+            before it: at the top, on levels that keep pixels and on those with sub-pixel decoders. 0: the
+            pixels of a group are independent given the image above. Needs backbone="residual",
+            integer=false.
         width: Factor on the numbers of channels.
         depth: Factor on the numbers of steps per block.
         level_width: In residual decoders, factor on the number of channels for each halving of the grid
@@ -532,7 +532,8 @@ class _Plan:
             params += keeps.weights(spec)
         grid = param_grid(spec.channels, config.components, groups, params) if config.integer else None
         if is_top and not self.has_latent(k):
-            return Constant(params, grid)
+            constant = Constant(params, grid)
+            return AutoregressiveDecoder(constant, self._groups(k, 1)) if autoregressive else constant
         context = 0 if is_top else up.channels * kept if keeps else spec.channels
         if config.shared and not is_top:
             if (str(t), spec) not in self.shared:
@@ -567,9 +568,8 @@ class _Plan:
 
     def autoregressive(self, k: int) -> bool:
         """Whether level k's pixels depend on those before them."""
-        if not self.config.autoregressive or (k == self.top and not self.has_latent(k)):
-            return False
-        return k == self.top or self.keeps(k) is not None or self.subpixel(k)
+        here = k == self.top or self.keeps(k) is not None or self.subpixel(k)
+        return here and self.config.autoregressive > 0
 
     def halvings(self, k: int) -> float:
         """Return how often the grid of level k's decoder is halved, in height and width, from level 0's."""

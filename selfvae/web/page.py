@@ -28,6 +28,11 @@ from selfvae.web.jobs import Jobs, StoppedError
 from selfvae.web.work import Models
 
 try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+try:
     import gradio as gr
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -37,6 +42,7 @@ except ImportError:
 
 __all__ = ["Page", "served"]
 
+_PREFIX = "selfvae-page-"  # of temporary folders
 _KEPT = 1800.0  # seconds that files and results are kept
 _PATIENCE = 20.0  # seconds for jobs to stop when the server ends
 _QUEUE = 16  # jobs that may wait
@@ -486,6 +492,34 @@ def _sweep(folder: Path, age: float) -> None:
 
 
 @contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """Make a temporary folder, locked as long as this server lives, so that others know it is used."""
+    # a job may still be writing when the server ends
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as name:
+        lock = os.open(name, os.O_RDONLY) if fcntl else None
+        try:
+            if fcntl and lock is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield Path(name)
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+
+def _remove_abandoned() -> None:
+    """Delete the folders of servers that were killed, whose locks the system has released."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*") if fcntl else ():
+        with contextlib.suppress(OSError):  # another user's, or locked, or gone
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - folder.stat().st_mtime > 1:  # else its server may be about to lock it
+                    shutil.rmtree(folder)
+            finally:
+                os.close(lock)
+
+
+@contextlib.contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
     before = os.environ.get(name)
     os.environ[name] = value
@@ -523,7 +557,8 @@ def served(
 ) -> Iterator[str]:
     """Serve the page as long as the context is open.
 
-    Uploads and results are kept in a temporary folder for half an hour at most, and deleted at the end.
+    Uploads and results are kept in a temporary folder for half an hour at most, and deleted at the end;
+    those of a server that was killed, by the next one.
 
     Args:
         models: see `Models.load`.
@@ -541,10 +576,8 @@ def served(
     """
     _check_served(host, port, pixels, megabytes)
     done, most = threading.Event(), megabytes * 2**20
-    # a job may still be writing when the server ends
-    kept = tempfile.TemporaryDirectory(prefix="selfvae-", ignore_cleanup_errors=True)
-    with kept as name, _environment("GRADIO_TEMP_DIR", name):
-        folder = Path(name)
+    _remove_abandoned()
+    with _folder() as folder, _environment("GRADIO_TEMP_DIR", str(folder)):
         built = Page(models, pixels, folder)
         page = built.blocks
         around = [Middleware(_Gate, most=most + 2**20)]
@@ -555,6 +588,7 @@ def served(
         def clean() -> None:
             while not done.wait(60):
                 _sweep(folder, _KEPT)
+                _remove_abandoned()
 
         threading.Thread(target=clean, daemon=True).start()
         try:

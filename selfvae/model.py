@@ -115,7 +115,7 @@ class SelfVAE(nn.Module):
 
     def scale(self, k: int) -> tuple[int, int]:
         """How many rows and columns of x correspond to one of y_k."""
-        scales = [level.transform.scale for level in self.levels[:k]]
+        scales = [level.transform.scale for level in list(self.levels)[:k]]
         return math.prod(s[0] for s in scales), math.prod(s[1] for s in scales)
 
     @property

@@ -250,8 +250,8 @@ class Archive:
             or any(e.channels not in (1, spec.channels) for e in self.entries)
         ):
             raise CodecError("the index does not fit the model that it names: the file is damaged")
-        for entry in self.entries:
-            check_size(*codec.padded(entry.height, entry.width))
+        for size in {(entry.height, entry.width) for entry in self.entries}:
+            check_size(*codec.padded(*size))
         self._numbers = {entry.name: i for i, entry in enumerate(self.entries)}
         self._data = [memoryview(data)[a:b] for a, b in itertools.pairwise(
             itertools.accumulate((b.size for b in self.blocks), initial=at)

@@ -139,19 +139,21 @@ class SelfVAE(nn.Module):
         """Of the networks."""
         return next(self.parameters()).dtype
 
-    def walk(self, provider: Provider, blank: Tensor) -> Tensor:
-        """Go through all variables, from the top to the image.
+    def walk(self, provider: Provider, above: Tensor, levels: tuple[int, int] | None = None) -> Tensor:
+        """Go through the variables of the levels, from the top to the image.
 
         Args:
             provider: provider(name, distribution) gives the value of each variable, e.g. a draw; names are
                 "z0".."zK" and "y0".."yK".
-            blank: see `blank`.
+            above: the image above the first level of the walk; above the top, see `blank`.
+            levels: of a model without latents, the finest and the coarsest level of the walk; None: all.
 
         Returns:
-            The value of y0 = x, (B, C, H, W).
+            The value of the last image, e.g. of y0 = x, (B, C, H, W).
         """
-        y, z = blank, None
-        for k in reversed(range(len(self.levels))):
+        y, z = above, None
+        finest, coarsest = levels or (0, len(self.levels) - 1)
+        for k in range(coarsest, finest - 1, -1):
             level = self.levels[k]
             if level.has_latent:
                 z = provider(f"z{k}", level.prior(y, z))
@@ -166,13 +168,20 @@ class SelfVAE(nn.Module):
             if level.has_latent
         }
 
-    def score(self, ys: list[Tensor], posteriors: dict[str, Posterior], errors: bool = False) -> Terms:
+    def score(
+        self,
+        ys: list[Tensor],
+        posteriors: dict[str, Posterior],
+        errors: bool = False,
+        levels: tuple[int, int] | None = None,
+    ) -> Terms:
         """The terms of the bound at one draw from the posteriors.
 
         Args:
             ys: of `pyramid`.
             posteriors: of `posteriors`, or others of the same shapes.
             errors: fill in `Terms.errors` too.
+            levels: as in `walk`; the terms of the others are 0.
 
         Returns:
             (B,) nats each; draws come from torch's global random state.
@@ -194,15 +203,17 @@ class SelfVAE(nn.Module):
             kl[k] = q.log_prob(z) - p.log_prob(z)
             return z
 
-        self.walk(provider, ys[-1][:, :0])
+        above = [*ys[1:], ys[-1][:, :0]][levels[1] if levels else -1]
+        self.walk(provider, above, levels)
         return Terms(tuple(re), tuple(kl), tuple(missed) if errors else ())
 
-    def forward(self, x: Tensor, errors: bool = False) -> Terms:
+    def forward(self, x: Tensor, errors: bool = False, levels: tuple[int, int] | None = None) -> Terms:
         """The terms of the bound, per image, at one draw of the latents.
 
         Args:
             x: uint8 (B, C, H, W).
             errors: fill in `Terms.errors` too; needs coefficients="residual".
+            levels: as in `score`.
 
         Returns:
             (B,) nats each; draws come from torch's global random state.
@@ -215,7 +226,7 @@ class SelfVAE(nn.Module):
         """
         self.warn_uninitialised()
         ys = self.pyramid(x)
-        return self.score(ys, self.posteriors(ys), errors)
+        return self.score(ys, self.posteriors(ys), errors, levels)
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:

@@ -260,10 +260,10 @@ def test_words_of_format_1(then: str, now: str, tmp_path: Path) -> None:
 
 PLAIN = (("posterior", "normal"), ("shared", False))
 # the fields of a model of format 1; those that came later leave its fingerprint alone
-FORMAT_1 = (
-    "name image_shape levels transforms prior posterior latents latent_channels consistent anchored coefficients "
-    "components backbone shared width depth"
-).split()
+FORMAT_1 = {
+    "name", "image_shape", "levels", "transforms", "prior", "posterior", "latents", "latent_channels",
+    "consistent", "anchored", "coefficients", "components", "backbone", "shared", "width", "depth",
+}  # fmt: skip
 
 
 def test_options_that_mean_nothing_leave_the_fingerprint_alone() -> None:

@@ -81,6 +81,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 32,
     precision: Resolved = "32-true",
+    levels: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Score images: mean bounds of the likelihood. Several processes share the work.
 
@@ -92,6 +93,7 @@ def evaluate(
             come class by class (see `sources.load`); None: all.
         batch_size: images per batch, and images times draws per pass of the decoders.
         precision: of the networks; see `nn.precision`.
+        levels: those whose terms count, see `SelfVAE.score`; None: all.
 
     Returns:
         Means over images: bits_per_dim (of the ELBO at one draw), elbo_nats, re_nats, kl_nats,
@@ -107,7 +109,7 @@ def evaluate(
     def score(batch: range) -> tuple[Terms, Bounds | None]:
         x = images.take(batch).to(model.device)
         with autocast(model.device, precision):
-            return model(x).cpu(), estimate_bounds(
+            return model(x, levels=levels).cpu(), estimate_bounds(
                 model, x, iwae_samples, batch=batch_size
             ).cpu() if iwae_samples else None
 

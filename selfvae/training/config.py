@@ -35,6 +35,8 @@ class TrainConfig:
         clip_factor: a gradient longer than this times the usual norm is shortened to that.
         skip_factor: a gradient longer than this times the usual norm is dropped.
         ema: decay of the weights' moving average, which is what gets saved and scored.
+        levels: the finest and the coarsest level to train, e.g. 4 10; by default all. Levels without
+            latents do not depend on each other, so the coarse ones can be trained for longer.
         flip: random horizontal flips.
         translate: random shifts by up to this many pixels, edges repeated.
         grad_accum: parts that a batch is split into to save memory.
@@ -76,6 +78,7 @@ class TrainConfig:
     clip_factor: float = 2.0
     skip_factor: float = 20.0
     ema: float = 0.9999
+    levels: tuple[int, int] | None = None
     flip: bool = True
     translate: int = 2
     grad_accum: int = 1
@@ -112,6 +115,10 @@ class TrainConfig:
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field} must be one of {', '.join(known)}; got {getattr(self, field)!r}")
+        if self.levels is not None and not 0 <= self.levels[0] <= self.levels[1]:
+            raise ValueError(
+                f"levels must be the finest and the coarsest level, e.g. 4 10; got {self.levels}"
+            )
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr must be positive; got {self.lr}")
         if self.min_lr is not None and not 0 <= self.min_lr <= self.top_lr:

@@ -34,7 +34,6 @@ from selfvae.metrics.likelihood import check_values, evaluate
 from selfvae.model import SelfVAE
 from selfvae.nn.layers import checkpoint_activations
 from selfvae.nn.precision import resolve
-from selfvae.operations import generate
 from selfvae.presets import ModelConfig, from_config
 from selfvae.terms import Terms, bits_per_dim
 from selfvae.training.checkpoint import (
@@ -77,7 +76,7 @@ def _forward_backward(fabric: Fabric, model: Any, x: Tensor, config: TrainConfig
     terms, parts = None, x.chunk(config.grad_accum)
     for i, part in enumerate(parts):
         with fabric.no_backward_sync(model, enabled=i + 1 < len(parts)):
-            terms = model(part, errors=config.l1_weight > 0)
+            terms = model(part, errors=config.l1_weight > 0, levels=config.levels)
             fabric.backward(_loss(terms, x[0].numel(), config, step) / len(parts))
     assert terms is not None
     return terms
@@ -236,7 +235,8 @@ class _Run:
         """Score the averaged model on validation images, and draw samples."""
         config, state = self.config, self.state
         _seed(config.seed, state.step - 1, 2**31)
-        scores = evaluate(state.ema, self.data.validation, limit=config.eval_images, batch_size=64)
+        images = self.data.validation
+        scores = evaluate(state.ema, images, limit=config.eval_images, batch_size=64, levels=config.levels)
         state.ema.eval()  # drops the weights that scoring kept
         self.evaluation = {"val_bits_per_dim": round(scores["bits_per_dim"], 5)}
         if state.step % config.eval_every == 0:  # one out of turn must not count
@@ -244,8 +244,15 @@ class _Run:
             state.since_best = 0 if score < state.best else state.since_best + 1
             state.best = min(state.best, score)
         if self.first:
-            picture = generate(state.ema, 16, *self.data.train.shape[2:])
-            save_grid(picture, self.out / f"samples/{state.step:07d}.png")
+            save_grid(self.draw(16), self.out / f"samples/{state.step:07d}.png")
+
+    @torch.no_grad()
+    def draw(self, n: int) -> Tensor:
+        """Draw images of the finest level that is trained: uint8 (n, c, h, w)."""
+        ema, levels = self.state.ema, self.config.levels
+        blank = ema.blank(n, *self.data.train.shape[2:])
+        down = (levels[0], len(ema.levels) - 1) if levels else None
+        return ema.walk(lambda name, p: p.sample(), blank, down)
 
     def report(self, terms: Terms, norm: Tensor) -> None:
         """Write a row of log.csv and say how far it is; FloatingPointError if all gradients are dropped."""
@@ -314,6 +321,18 @@ def _check_devices(config: TrainConfig, fabric: Fabric) -> None:
         )
 
 
+def _check_levels(config: ModelConfig, model: SelfVAE, levels: tuple[int, int] | None) -> None:
+    """Raise ValueError for levels that cannot be trained without the others."""
+    if levels is None:
+        return
+    if model.has_latents:
+        raise ValueError(f"levels needs a model without latents: set latents=none; got {config.latents}")
+    if levels[1] >= len(model.levels):
+        raise ValueError(
+            f"levels must lie between 0 and {len(model.levels) - 1} for this model; got {levels[1]}"
+        )
+
+
 def _begin(
     model_config: ModelConfig, data: Dataset, config: TrainConfig, init_from: SelfVAE | None, fabric: Fabric
 ) -> tuple[Any, State]:
@@ -321,6 +340,7 @@ def _begin(
     _seed(config.seed, 2**32 - 1)
     model = from_config(model_config).to(fabric.device)
     check_values(model, data.train)
+    _check_levels(model_config, model, config.levels)
     wider = init_from is not None and is_wider(model_config, init_from.config)
     if init_from is not None and not wider:
         take_weights(model, init_from)

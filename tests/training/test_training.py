@@ -8,12 +8,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -336,6 +338,33 @@ def test_a_run_whose_time_is_spent_is_not_resumed(tmp_path: Path, images: source
     more = settings(steps=int(before["step"]) + 1, max_seconds=1000)
     train(CONFIG, images, tmp_path, more, resume=True, quiet=True)
     assert _state(tmp_path)["step"] == before["step"] + 1
+
+
+def test_levels_are_trained_apart(tmp_path: Path, images: sources.Dataset) -> None:
+    """A run of the coarse levels, then one of the fine levels, make the steps of one run of all."""
+    config = replace(SHARED, shared=False)
+    never = {"clip_factor": 1e9, "skip_factor": 1e9}  # the norm of all levels would tie them together
+    run = partial(train, config, images, quiet=True)
+    whole = run(tmp_path / "whole", settings(**never))
+    top = len(whole.levels) - 1
+    coarse = run(tmp_path / "coarse", settings(**never, levels=(2, top)))
+    joined = run(tmp_path / "joined", settings(**never, levels=(0, 1)), init_from=coarse)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(joined.state_dict()[name], value), name
+        fine = name.startswith(("levels.0.", "levels.1."))
+        assert fine or torch.equal(coarse.state_dict()[name], value), name
+    row = next(csv.DictReader((tmp_path / "coarse" / "log.csv").open()))
+    assert float(row["re0"]) == 0 < float(row["re2"])
+    terms = whole(images.validation.take(range(2)), levels=(2, top))
+    assert float(terms.re[1].sum()) == 0 < float(terms.re[2].sum())
+    picture = np.asarray(Image.open(tmp_path / "coarse" / "samples" / "0000008.png"))
+    assert max(picture.shape[:2]) < 8 * 8  # of the images at level 2, not of those at level 0
+    with pytest.raises(ValueError, match=f"levels must lie between 0 and {top}"):
+        run(tmp_path / "wrong", settings(levels=(0, top + 1)))
+    with pytest.raises(ValueError, match="levels needs a model without latents"):
+        train(CONFIG, images, tmp_path / "wrong", settings(levels=(0, 0)), quiet=True)
+    with pytest.raises(ValueError, match="finest and the coarsest"):
+        settings(levels=(3, 2))
 
 
 def test_kl_weight_and_free_bits() -> None:

@@ -25,7 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "optimisation": (
         "steps", "max_seconds", "clock", "patience", "grad_accum", "optimizer", "lr", "min_lr",
         "lr_decay", "schedule", "warmup", "weight_decay", "kl_warmup", "free_bits", "l1_weight",
-        "clip_factor", "skip_factor", "ema",
+        "clip_factor", "skip_factor", "ema", "levels",
     ),
     "sampling": ("temperature", "decode"),
     "computation": (

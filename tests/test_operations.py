@@ -29,7 +29,7 @@ def odd() -> torch.Tensor:
     return torch.randint(0, 256, (2, 3, 19, 29), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("tile", [0, 16])
+@pytest.mark.parametrize("tile", [0, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [*PRESETS, "selfvae, whole numbers"])
 def test_every_operation_at_an_odd_size(
     name: str, tile: int, images: torch.Tensor, odd: torch.Tensor

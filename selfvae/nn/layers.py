@@ -198,8 +198,11 @@ class DenseStep(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         new = super().forward(x)
-        # in place: training keeps the features after the ELU only
-        return F.elu_(torch.cat([x.to(new.dtype), new], 1))
+        # two layouts would be joined to a contiguous tensor, which each later convolution copies
+        last = new.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        joined = torch.cat([x.to(new.dtype, memory_format=layout), new], 1)
+        return F.elu_(joined)  # in place: training keeps the features after the ELU only
 
 
 class DenseBlock(nn.Sequential):

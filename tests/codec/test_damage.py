@@ -54,7 +54,7 @@ def _mutations(data: bytes) -> Iterator[tuple[str, bytes]]:
         yield "replaced", data[:at] + bytes([rng.integers(256)]) + data[at + 1 :]
 
 
-@pytest.mark.parametrize("which", ["halve", "gaussian"])
+@pytest.mark.parametrize("which", ["halve", pytest.param("gaussian", marks=pytest.mark.slow)])
 def test_2000_damaged_files(which: str, picture: Tensor) -> None:
     codec = cached_codec(which)
     data = codec.compress(picture)
@@ -79,7 +79,13 @@ def test_2000_damaged_files(which: str, picture: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("name", "prior"),
-    [("vae", "flow"), ("selfvae", "flow"), ("selfvae-mean-3lvl", "mog-local"), ("selfvae", "normal")],
+    [
+        ("selfvae", "normal"),
+        *(
+            pytest.param(*names, marks=pytest.mark.slow)
+            for names in (("vae", "flow"), ("selfvae", "flow"), ("selfvae-mean-3lvl", "mog-local"))
+        ),
+    ],
 )
 def test_forged_latents(name: str, prior: str, picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forged code whose checksums all fit is some picture; if only the file's checksum fits, an error."""

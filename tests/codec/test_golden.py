@@ -94,7 +94,7 @@ def test_noise_below_the_margin_changes_nothing(
         codec.decompress(data)
 
 
-@pytest.mark.parametrize("margin", [quantization.MARGIN, 0.01])
+@pytest.mark.parametrize("margin", [pytest.param(quantization.MARGIN, marks=pytest.mark.slow), 0.01])
 def test_noise_in_the_networks_of_latents(
     picture: Tensor, margin: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +144,7 @@ def plain_cpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comp
     return done, file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("latents", ["none", "all"])
 def test_the_margin_is_a_thousand_times_what_computers_differ_by(
     plain_cpu: tuple[subprocess.CompletedProcess[str], Path], latents: str

@@ -239,7 +239,8 @@ def test_lower_precision_changes_scores_little(images: Tensor) -> None:
     assert 0 < abs(full["bits_per_dim"] - low["bits_per_dim"]) < 0.01
 
 
-@pytest.mark.parametrize("consistent", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("consistent", [True, False])
 @torch.no_grad()
 def test_the_whole_bound_of_two_levels(consistent: bool) -> None:
     """All 256 images of 2 x 4 pixels and 2 levels, y the means of pairs; three latents, integrated."""

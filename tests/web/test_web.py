@@ -300,6 +300,7 @@ def test_the_page_asks_nobody_else_and_answers_nobody_else(address: str) -> None
     assert get(f"{address}gradio_api/file=/etc/passwd")[0] in (403, 404)
 
 
+@pytest.mark.slow
 def test_hostile_files_leave_the_server_alive(address: str, models: Models, tmp_path: Path) -> None:
     client = pytest.importorskip("gradio_client")
     page = client.Client(address, verbose=False)

@@ -57,8 +57,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 row["name"], (row["thousand_macs"], row["test"]), (5, 4), textcoords="offset points"
             )
     axis.set(xlabel="thousand multiply-accumulates per pixel", ylabel="test, bits per sub-pixel")
-    axis.set_xscale("log")
-    axis.margins(x=0.35)
+    axis.set_xlim(0, 1.5 * max(row["thousand_macs"] for row in rows))
     axis.legend(title="400 s of training on")
     figure.tight_layout()
     out = io.BytesIO()

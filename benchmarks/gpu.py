@@ -44,6 +44,7 @@ from selfvae.files import write_atomic
 from selfvae.nn.precision import autocast
 
 LARGEST = 16 * 2**20  # bytes of a model that comes back
+SCORING = 60.0  # seconds kept for a trained model's scores
 
 
 class Results:
@@ -191,7 +192,7 @@ def as_graph(task: Task) -> Task:
 
 def measure_speed(results: Results, name: str, size: str, batch: int, device: str, compiled: bool) -> None:
     """Rates of one model, each written as it is known; compiled: only that of the compiled model."""
-    peak = results.found["ceiling"]["bfloat16"]
+    peak = max(results.found["ceiling"].values())  # of bfloat16, where the device has it
     model, x = model_and_images(name, size, batch)
     model, x = model.to(device), x.to(device)
     fast = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -295,7 +296,7 @@ def main(
         for name in models:
             measure_speed(results, name, size, batch, device, compiled)
     for i, name in enumerate(trained):
-        share = (results.left - 60) / (len(trained) - i)  # a minute to score
+        share = (results.left - SCORING) / (len(trained) - i)
         if share > 10:
             words = [f"--{option}" for option in options.split()]
             results.once(f"trained_{name}", lambda: train(results, name, size, data, share, words))  # noqa: B023

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import codec, cost, fuzz, pictures, rates
-from benchmarks.measure import flop_count, medians, peak_flops
+import selfvae
+from benchmarks import codec, cost, frontier, fuzz, gpu, pictures, published, rates
+from benchmarks.measure import flop_count, medians, peak_flops, seconds
 from selfvae import SelfVAE, save
 from selfvae.data.crops import photo
 from selfvae.data.pictures import write
@@ -84,6 +86,51 @@ def test_codec(tiny_integer: SelfVAE, tmp_path: Path, capsys: pytest.CaptureFixt
     lines = (tmp_path / "out/codec.md").read_text().splitlines()
     assert sum(line.startswith(("| 1 |", "| 2 |", "| model |")) for line in lines) == 7
     assert "compress, MB/s" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_gpu_on_a_cpu(images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part gives a result; called again, the command skips these and trains in the time left."""
+    monkeypatch.setattr(gpu, "run_tests", lambda seconds: "passed")
+    only = {"cifar10-2m-v1": selfvae.hub.bundled()["cifar10-2m-v1"]}
+    monkeypatch.setattr(selfvae.hub, "bundled", lambda: only)
+    monkeypatch.setattr(gpu, "SCORING", 0.0)
+    monkeypatch.setattr(gpu.seconds_of, "__defaults__", (1,))
+    x = torch.nn.functional.interpolate(images.float(), 32).byte().repeat(4, 1, 1, 1).numpy()
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        np.save(tmp_path / "data" / f"{split}.npy", x)
+    names = ("vae",)
+    common: dict[str, Any] = {"data": str(tmp_path / "data"), "out": tmp_path / "out", "device": "cpu"}
+    common |= {"size": "tiny", "batch": 2, "models": names, "options": "batch-size=4"}
+    gpu.main(**common, minutes=20, trained=())
+    file = tmp_path / "out/result.json"
+    first = json.loads(file.read_text())
+    assert "error" not in str(first) and first["files"]["cifar10-2m-v1"]["device_reads_cpu"] is True
+    kinds = ("train_ours", "train_reference", "generate_ours", "iwae_ours", "forward_backward_eager")
+    assert all(first[f"{kind}_vae"]["images_per_second"] > 0 for kind in kinds)
+    gpu.main(**common, minutes=0.25, trained=names)
+    second = json.loads(file.read_text())
+    assert {key: second[key] for key in first} == first
+    assert second["trained_vae"]["steps"] > 0 and (tmp_path / "out/vae/model.safetensors").exists()
+
+
+def test_frontier(tmp_path: Path) -> None:
+    row = {"name": "relu-3x3", "share": "1/6", "steps": 9, "validation": 3.0, "test": 2.5, "stderr": 0.1}
+    (tmp_path / "frontier.json").write_text(json.dumps([row]))
+    frontier.main(tmp_path / "frontier.json")
+    assert "| relu-3x3 | 0.18 M | 58 | 1/6 | 9 | 3.000 | 2.500 |" in (tmp_path / "frontier.md").read_text()
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
+
+
+def test_seconds_in_convolutions(images: torch.Tensor) -> None:
+    """Most of a training step's, none of a sum's."""
+    model = selfvae.build("vae", "tiny", tuple(images.shape[1:]))
+    model.initialise(images)
+    step = published.training(model, images)
+    step()
+    assert 0 < published.convolution_seconds(step) < seconds(step) * 2
+    assert published.convolution_seconds(lambda: images.sum()) == 0
 
 
 def test_measures() -> None:

@@ -30,6 +30,7 @@ class Hub(BaseHTTPRequestHandler):
 
     files: dict[str, dict[str, bytes]]
     asked: list[str]
+    broken = False  # whether it breaks off in the middle of an upload
 
     def answer(self, body: object, status: int = 200, **headers: str) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -58,6 +59,8 @@ class Hub(BaseHTTPRequestHandler):
             files = json.loads(body)["files"]
             asked = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in files]
             self.answer({"files": asked})
+        elif self.broken:
+            self.connection.close()
         else:
             name = self.path.split("/models/")[1].split("/commit/")[0]
             for line in body.decode().splitlines():
@@ -195,6 +198,27 @@ def test_the_command(server: tuple[str, type[Hub]], tmp_path: Path) -> None:
         assert f"Rounded to float16; the fingerprint is {rounded.hex()}" in told
         assert f"need the model of fingerprint {own.hex()}" in told
     assert "changes no weight" in hub.about_rounding(hub.load(tmp_path / "pushed"))
+
+
+@pytest.mark.slow
+def test_a_push_that_fails_leaves_nothing_and_is_done_again(
+    server: tuple[str, type[Hub]], tmp_path: Path
+) -> None:
+    """A full disk, and a hub that breaks off; one line each."""
+    address, kind = server
+    selfvae.save(selfvae.build("vae", "tiny", width=0.05), tmp_path / "run")
+    push = f"from selfvae.cli import main; raise SystemExit(main(['push', '{tmp_path}/run', 'me/cats']))"
+    full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    full += "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+    for code, broken, why in ((full, False, "File too large"), ("", True, "the hub did not take me/cats")):
+        kind.broken = broken
+        done = run(code + push, address, tmp_path)
+        assert done.returncode in (1, 2) and why in done.stderr and "Traceback" not in done.stderr
+        assert not kind.files.get("me/cats")
+    kind.broken = False
+    done = run(push, address, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors" in kind.files["me/cats"]
 
 
 def test_folders_and_shipped_models_need_no_hub(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "rows": lambda: Subsample(2, 1),
     "checkerboard": Checkerboard,
     "staggered": lambda: Subsample(2, 1, staggered=True),
-    **{f"bits{n}": lambda n=n: BitDepth(n) for n in (1, 2, 3)},  # type: ignore[misc]
+    **{f"bits{n}": lambda n=n: BitDepth(n) for n in range(1, 8)},  # type: ignore[misc]
     "grey": Greyscale,
     "blur": GaussianBlur,
     "sketch": Sketch,

@@ -239,7 +239,7 @@ def test_folders_and_shipped_models_need_no_hub(tmp_path: Path) -> None:
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
-    assert hub.find("cifar10-2m") == hub.bundled()["cifar10-2m"]
+    assert hub.find("cifar10-2m-v1") == hub.bundled()["cifar10-2m-v1"]
     model = selfvae.build("selfvae", "tiny", (3, 16, 16), width=0.06)
     for use in (lambda m: hub.save(m, tmp_path / "tiled"), Codec):
         with pytest.raises(ValueError, match="this one is tiled"):
@@ -313,16 +313,16 @@ def test_the_writer_of_a_file_is_found_by_its_fingerprint(
 
     whole = hub.load
     monkeypatch.setattr(hub, "load", load)
-    marks = {name: hub.fingerprint(whole(name)) for name in ("photos-v3", "cifar10-2m")}
+    marks = {name: hub.fingerprint(whole(name)) for name in ("photos-v3", "cifar10-2m-v1")}
     for _ in range(2):  # the codec's usual model first, each once
         assert hub.find_writer(marks["photos-v3"]) == hub.bundled()["photos-v3"]
     assert loaded == ["photos-v3"]
-    assert hub.find_writer(marks["cifar10-2m"]) == hub.bundled()["cifar10-2m"]
-    assert loaded == ["photos-v3", "cifar10-2m"]
+    assert hub.find_writer(marks["cifar10-2m-v1"]) == hub.bundled()["cifar10-2m-v1"]
+    assert loaded == ["photos-v3", "cifar10-2m-v1"]
 
     model = selfvae.build("selfvae-halve", "tiny", (3, 8, 8), width=0.05)
     mark = hub.fingerprint(model)
-    message = f"fingerprint {mark.hex()}, which is none of photos-v3, cifar10-2m, .*SELFVAE_MODELS names"
+    message = f"fingerprint {mark.hex()}, which is none of photos-v3, cifar10-2m-v1, .*SELFVAE_MODELS names"
     with pytest.raises(FileNotFoundError, match=message):
         hub.find_writer(mark)
     monkeypatch.setenv("SELFVAE_MODELS", str(tmp_path / "models"))

@@ -33,7 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 _GAPS = ("photos-x2-v1", "photos-x2-bicubic-v1", "photos-deband-v1")
-_CODEC, _SMALL, _LATENT = "photos-v3", "cifar10-2m", "cifar10-latent"
+_CODEC, _SMALL, _LATENT = "photos-v3", "cifar10-2m-v1", "cifar10-latent"
 _LEVELS = 6  # shown of a long chain
 
 

@@ -166,7 +166,7 @@ def test_presets_are_listed_without_torch() -> None:
     assert done.returncode == 0, done.stderr
     for name in names.PRESETS:
         assert re.search(rf"^{name} +\d+\.\d\d M +\d+\.\d\d M +\d+\.\d\d M$", done.stdout, re.MULTILINE)
-    assert "bundled models: cifar10-2m, " in done.stdout
+    assert "bundled models: cifar10-2m-v1, " in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_presets_are_listed_without_torch() -> None:
         ("train --out x --model photos-v0", "is a trained model, not a preset: continue from it with"),
         ("train --out x --init-from photo-v0", "did you mean 'photos-v0'?"),
         ("enhance a.png b.png --model photos-x3-v1", "did you mean 'photos-x2-v1'?"),
-        ("info cifar10-2", "did you mean 'cifar10-2m'?"),
+        ("info cifar10-2m", "did you mean 'cifar10-2m-v1'?"),
         ("train --config", "--config takes a YAML file"),
         ("--import", "--import takes the name of a Python module"),
         ("--import no_such_module_anywhere info", "--import no_such_module_anywhere: No module named"),

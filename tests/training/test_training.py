@@ -586,7 +586,7 @@ def test_weights_to_start_from_must_fit(
     with pytest.raises(ValueError, match=r"do not fit.*'width'"):
         train(CONFIG, images, tmp_path / "a", settings(), init_from=other, quiet=True)
     assert not (tmp_path / "a" / "checkpoint.safetensors").exists()
-    wrong = ["--init-from", "cifar10-2m", "--model", "vae", "--out", str(tmp_path / "b")]
+    wrong = ["--init-from", "cifar10-2m-v1", "--model", "vae", "--out", str(tmp_path / "b")]
     assert main(["train", *wrong, "--data", str(tmp_path / "smooth.npy")]) == 2
     assert "leave out --model" in capsys.readouterr().err
 

@@ -266,7 +266,7 @@ def test_a_codec_file_that_promises_too_much_or_is_broken(models: Models, x: tor
     ):
         with pytest.raises(ValueError):
             work.prefix(models.codec, work.open_packed(models.codec, wrong, PIXELS), 1.0)
-    other = Codec(models.generators["cifar10-2m"]).compress(x, verify=False)
+    other = Codec(models.generators["cifar10-2m-v1"]).compress(x, verify=False)
     with pytest.raises(ValueError, match="another model"):
         work.prefix(models.codec, work.open_packed(models.codec, other, PIXELS), 1.0)
 

@@ -120,7 +120,7 @@ def main(data: Positional[Path], seconds: float = 400.0, batch: int = 32, out: P
         step, part = step + 1, (time.process_time() - began) / seconds
         if step % 500 == 0:
             print(step, {name: score(net, images) for name, images in held.items()}, flush=True)
-    result = {"steps": step, "parameters": sum(p.numel() for p in net.parameters())}
+    result: dict[str, object] = {"steps": step, "parameters": sum(p.numel() for p in net.parameters())}
     result |= {name: score(net, images) for name, images in held.items()}
     print(json.dumps(result, indent=1))
     if out:

@@ -1,10 +1,14 @@
-"""A small CIFAR-10 classifier, whose features score samples where the Inception network is not available.
+"""Small classifiers, whose features score samples where the Inception network is not available.
 
-    python -m benchmarks.features CIFAR10 [--seconds 600] [--out results/features/cifar10.safetensors]
+    python -m benchmarks.features CIFAR10 [--seconds 600]
     selfvae fid RUN --data CIFAR10 --n 10000 --features benchmarks.features:Features
+    python -m benchmarks.features EMOJI [--seconds 600]
+    selfvae fid RUN --data EMOJI --n 2000 --features benchmarks.features:EmojiFeatures
 
 CIFAR10 is a folder with train.npy, test.npy, train_labels.json and test_labels.json (lists of 0 to 9).
-Distances between these 128 features rank models trained on CIFAR-10. They are not FID and cannot be
+EMOJI is one with train.npy, test.npy and names.json (lists such as "noto-1f600" for both). The classes of
+emoji are the drawing together with the range of code points, as far as a range has enough pictures.
+Distances between these 128 features rank models trained on the same data. They are not FID and cannot be
 compared with published values.
 """
 
@@ -13,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +32,11 @@ from selfvae.data.batches import augment
 from selfvae.distributions.pixels import to_unit
 from selfvae.files import write_tensors
 
-WEIGHTS = Path(__file__).parents[1] / "results/features/cifar10.safetensors"
+FOLDER = Path(__file__).parents[1] / "results/features"
+WEIGHTS = FOLDER / "cifar10.safetensors"
 _WIDTHS = (32, 64, 128, 128)
+_RANGE = 64  # code points that count as one subject
+_ENOUGH = 60  # training pictures per drawing of such a subject; the others are one class
 
 
 class _Block(nn.Module):
@@ -46,9 +54,9 @@ class _Block(nn.Module):
 
 
 class Features(nn.Module):
-    """Maps uint8 (B, 3, 32, 32) to 128 features, float (B, 128): means of the last feature maps."""
+    """Maps uint8 (B, 3, H, W) to 128 features, float (B, 128): means of the last feature maps."""
 
-    def __init__(self, weights: Path | None = WEIGHTS) -> None:
+    def __init__(self, weights: Path | None = WEIGHTS, classes: int = 10) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for c, (a, b) in enumerate(zip((3, *_WIDTHS), _WIDTHS, strict=False)):
@@ -56,13 +64,15 @@ class Features(nn.Module):
             layers += [nn.MaxPool2d(2)] if c else []
             layers += [_Block(b)] if c in (1, 3) else []
         self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(_WIDTHS[-1], 10)
+        self.head = nn.Linear(_WIDTHS[-1], classes)
         if weights:
             if not weights.is_file():
                 raise FileNotFoundError(
                     f"no classifier at {weights}: train it (python -m benchmarks.features)"
                 )
-            self.load_state_dict({k: v.float() for k, v in load_file(weights).items()}, strict=False)
+            state = {name: value.float() for name, value in load_file(weights).items()}
+            self.head = nn.Linear(_WIDTHS[-1], len(state["head.bias"]))
+            self.load_state_dict(state, strict=False)
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,19 +80,48 @@ class Features(nn.Module):
         return out
 
 
-def main(data: Positional[Path], out: Path = WEIGHTS, seconds: float = 600, seed: int = 0) -> None:
+class EmojiFeatures(Features):
+    """The same, of the classifier of emoji."""
+
+    def __init__(self, weights: Path | None = FOLDER / "emoji.safetensors") -> None:
+        super().__init__(weights)
+
+
+def read_labels(data: Path) -> dict[str, list[int]]:
+    """Return the class of each image of "train" and "test"."""
+    if not (data / "names.json").exists():
+        return {part: json.loads((data / f"{part}_labels.json").read_text()) for part in ("train", "test")}
+    names = json.loads((data / "names.json").read_text())
+
+    def subject(name: str) -> tuple[str, int]:
+        drawing, first = name.split("-")[:2]
+        return drawing, int(first, 16) // _RANGE
+
+    found = Counter(map(subject, names["train"]))
+    drawings = sorted({drawing for drawing, _ in found})
+    classes = drawings + [kind for kind, n in sorted(found.items()) if n >= _ENOUGH]
+    number = {kind: i for i, kind in enumerate(classes)}
+    return {
+        part: [number.get(kind, number[kind[0]]) for kind in map(subject, names[part])]
+        for part in ("train", "test")
+    }
+
+
+def main(data: Positional[Path], out: Path | None = None, seconds: float = 600, seed: int = 0) -> None:
     """Train the classifier and print its accuracy on the test images.
 
     Args:
-        data: folder with train.npy, test.npy and their labels.
-        out: file for the weights, float16.
+        data: folder of CIFAR-10 or of emoji.
+        out: file for the weights, float16; by default where `Features` or `EmojiFeatures` looks for it.
         seconds: training time, CPU seconds of this process.
         seed: of the training.
     """
     torch.manual_seed(seed)
     x = {part: torch.from_numpy(np.load(data / f"{part}.npy")) for part in ("train", "test")}
-    labels = {part: torch.tensor(json.loads((data / f"{part}_labels.json").read_text())) for part in x}
-    net = Features(None).train().to(memory_format=torch.channels_last)
+    out = out or (FOLDER / "emoji.safetensors" if (data / "names.json").exists() else WEIGHTS)
+    labels = {part: torch.tensor(found) for part, found in read_labels(data).items()}
+    classes = int(labels["train"].max()) + 1
+    net = Features(None, classes).train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     began, part, steps = time.process_time(), 0.0, 0
     while part < 1:
@@ -98,7 +137,7 @@ def main(data: Positional[Path], out: Path = WEIGHTS, seconds: float = 600, seed
         found = torch.cat([net.head(net(batch)).argmax(1) for batch in x["test"].split(500)])
     accuracy = (found == labels["test"]).float().mean().item()
     write_tensors(out, {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()})
-    print(f"{steps} steps, {accuracy:.1%} of the test images right; weights in {out}")
+    print(f"{steps} steps, {classes} classes, {accuracy:.1%} of the test images right; weights in {out}")
 
 
 if __name__ == "__main__":

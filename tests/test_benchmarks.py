@@ -14,9 +14,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import selfvae
-from benchmarks import codec, cost, frontier, fuzz, gpu, pictures, published, rates
+from benchmarks import (
+    codec,
+    colour,
+    cost,
+    features,
+    frontier,
+    fuzz,
+    gpu,
+    pictures,
+    published,
+    rates,
+    sheets,
+)
 from benchmarks.measure import flop_count, medians, peak_flops, seconds
 from selfvae import SelfVAE, save
 from selfvae.data.crops import photo
@@ -121,6 +134,40 @@ def test_frontier(tmp_path: Path) -> None:
     frontier.main(tmp_path / "frontier.json")
     assert "| relu-3x3 | 0.18 M | 58 | 1/6 | 9 | 3.000 | 2.500 |" in (tmp_path / "frontier.md").read_text()
     assert (tmp_path / "frontier.png").stat().st_size > 1000
+
+
+def test_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classifiers of both kinds of data are trained, and read again as features."""
+    monkeypatch.setattr(features, "_ENOUGH", 2)
+    x = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    names = ["noto-1f600", "noto-1f601-fe0f", "noto-23", "noto-1f469-200d", "twemoji-1f600", "twemoji-23"]
+    for part in ("train", "test"):
+        np.save(tmp_path / f"{part}.npy", x.numpy())
+        (tmp_path / f"{part}_labels.json").write_text(json.dumps([0, 1, 2, 3, 9, 0]))
+    features.main(tmp_path, tmp_path / "cifar.safetensors", seconds=0.1)
+    assert features.Features(tmp_path / "cifar.safetensors")(x).shape == (6, 128)
+    (tmp_path / "names.json").write_text(json.dumps({"train": names, "test": names[::-1]}))
+    assert features.read_labels(tmp_path) == {"train": [2, 2, 0, 0, 1, 1], "test": [1, 1, 0, 0, 2, 2]}
+    features.main(tmp_path, tmp_path / "emoji.safetensors", seconds=0.1)
+    assert features.EmojiFeatures(tmp_path / "emoji.safetensors").head.out_features == 3
+
+
+def test_colour(tmp_path: Path) -> None:
+    """What it splits it merges, and the true colour is nearer than none."""
+    x = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(colour.merge(*colour.split(x)), x.float(), atol=1e-2, rtol=0)
+    smooth = x[:, :, :4, :4].repeat_interleave(8, 2).repeat_interleave(8, 3)
+    for part in ("train", "test"):
+        np.save(tmp_path / f"{part}.npy", smooth.numpy())
+    colour.main(tmp_path, seconds=0.1, batch=2, out=tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())["test"]
+    assert found["true coarse colour"] > found["true mean colour"] > found["grey"] - 1
+
+
+def test_sheet(tmp_path: Path) -> None:
+    write(torch.from_numpy(photo("coffee", 4)[:, :41, :63].copy()), tmp_path / "a.png")
+    sheets.main("photos-x2-v1", (tmp_path / "a.png",), tmp_path / "sheet.png", height=32, width=32)
+    assert Image.open(tmp_path / "sheet.png").size == (5 * 32 + 4 * 2, 32)
 
 
 def test_seconds_in_convolutions(images: torch.Tensor) -> None:

@@ -146,7 +146,8 @@ class SelfVAE(nn.Module):
             provider: provider(name, distribution) gives the value of each variable, e.g. a draw; names are
                 "z0".."zK" and "y0".."yK".
             above: the image above the first level of the walk; above the top, see `blank`.
-            levels: of a model without latents, the finest and the coarsest level of the walk; None: all.
+            levels: of a model of at most one latent, the finest and the coarsest level of the walk; None:
+                all.
 
         Returns:
             The value of the last image, e.g. of y0 = x, (B, C, H, W).

@@ -325,8 +325,10 @@ def _check_levels(config: ModelConfig, model: SelfVAE, levels: tuple[int, int] |
     """Raise ValueError for levels that cannot be trained without the others."""
     if levels is None:
         return
-    if model.has_latents:
-        raise ValueError(f"levels needs a model without latents: set latents=none; got {config.latents}")
+    if sum(level.has_latent for level in model.levels) > 1:
+        raise ValueError(
+            f"levels needs a model of at most one latent: set latents=none or top; got {config.latents}"
+        )
     if levels[1] >= len(model.levels):
         raise ValueError(
             f"levels must lie between 0 and {len(model.levels) - 1} for this model; got {levels[1]}"

@@ -361,10 +361,24 @@ def test_levels_are_trained_apart(tmp_path: Path, images: sources.Dataset) -> No
     assert max(picture.shape[:2]) < 8 * 8  # of the images at level 2, not of those at level 0
     with pytest.raises(ValueError, match=f"levels must lie between 0 and {top}"):
         run(tmp_path / "wrong", settings(levels=(0, top + 1)))
-    with pytest.raises(ValueError, match="levels needs a model without latents"):
+    with pytest.raises(ValueError, match="levels needs a model of at most one latent"):
         train(CONFIG, images, tmp_path / "wrong", settings(levels=(0, 0)), quiet=True)
     with pytest.raises(ValueError, match="finest and the coarsest"):
         settings(levels=(3, 2))
+
+
+def test_a_latent_at_the_top_is_trained_apart(tmp_path: Path, images: sources.Dataset) -> None:
+    config = replace(SHARED, shared=False, latents="top", prior="normal")
+    run = partial(train, config, images, quiet=True)
+    top = len(presets.from_config(config).levels) - 1
+    coarse = run(tmp_path / "coarse", settings(levels=(top, top)))
+    fine = run(tmp_path / "fine", settings(levels=(0, top - 1)), init_from=coarse)
+    own, before = fine.state_dict(), coarse.state_dict()
+    changed = {name.split(".")[1] for name in own if not torch.equal(own[name], before[name])}
+    assert changed == {str(k) for k in range(top)}
+    for folder, trained in (("coarse", True), ("fine", False)):
+        row = next(csv.DictReader((tmp_path / folder / "log.csv").open()))
+        assert (float(row[f"kl{top}"]) != 0) == trained == (float(row["re0"]) == 0)
 
 
 def test_kl_weight_and_free_bits() -> None:

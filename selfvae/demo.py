@@ -32,13 +32,13 @@ from selfvae.transforms import MeanDownscale
 
 __all__ = ["run_demo", "train_demo"]
 
-_CODEC = "photos-v3"
+_CODEC, _EMOJI = "photos-v3", "emoji-v1"
 
 
 def run_demo(
     out: str | Path, fast: bool = False, seed: int = 0, report: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Compress two photographs that no model was trained on, read one file in part, and enlarge both.
+    """Compress two photographs that no model was trained on, read one file in part, enlarge both; draw emoji.
 
     The photographs are inside scikit-image; they are halved first, which hides their traces of JPEG. Writes
     figure.png, result.json and each photograph as .png and .svae.
@@ -72,6 +72,9 @@ def run_demo(
             rows.append(_progressive(codec, file, name))
         row, scores[name] = _enlarged(x2, x, name)
         rows.append(row)
+    report("emoji: drawing some")
+    drawn = generate(hub.load(_EMOJI), 4 if fast else 6, 64, 64, seed=seed)
+    rows.append((f"unconditional samples of {_EMOJI}", drawn))
     save_figure(rows, out / "figure.png")
     subpixels = sum(x.numel() for x in photos.values())
     formats = set.intersection(*map(set, sizes.values()))

@@ -19,7 +19,7 @@ from selfvae.metrics.likelihood import evaluate
 from selfvae.transforms import MeanDownscale
 
 NAMES = (
-    "cifar10-2m-v1", "cifar10-latent", "photos-deband-v1", "photos-v0",
+    "cifar10-2m-v1", "cifar10-latent", "emoji-v1", "photos-deband-v1", "photos-v0",
     "photos-v1", "photos-v2", "photos-v3", "photos-x2-bicubic-v1", "photos-x2-v1",
 )  # fmt: skip
 

@@ -75,7 +75,8 @@ _COMPRESS = """The file holds every pixel exactly, coarse to fine: its first par
 The model was trained on photographs; drawings, and pictures that have been JPEG files, may be smaller as
 they are."""
 _GENERATE = """New images, without any input. The model draws a coarse level first, then finer ones; below
-the images are the levels that they were drawn from. The models are small: expect textures, no objects."""
+the images are the levels that they were drawn from. emoji-v1 draws emoji; the other models are small and
+saw photographs: expect textures, no objects."""
 _INTERPOLATE = """The model describes a picture by latents, some hundred numbers. On a line between those of
 two pictures, every point is a picture as well. Both are cropped to a square and shrunk to the {} x {}
 pixels of this small model: expect the gist."""

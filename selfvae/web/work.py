@@ -33,7 +33,8 @@ __all__ = [
 ]  # fmt: skip
 
 _GAPS = ("photos-x2-v1", "photos-x2-bicubic-v1", "photos-deband-v1")
-_CODEC, _SMALL, _LATENT = "photos-v3", "cifar10-2m-v1", "cifar10-latent"
+_CODEC, _LATENT = "photos-v3", "cifar10-latent"
+_GENERATORS = ("emoji-v1", "cifar10-2m-v1", _LATENT, _CODEC)
 _LEVELS = 6  # shown of a long chain
 
 
@@ -86,9 +87,9 @@ class Models:
             FileNotFoundError, ValueError: if there is no such model, as `hub.load`.
         """
         if path is None:
-            bundled = {name: hub.load(name) for name in (*_GAPS, _CODEC, _SMALL, _LATENT)}
+            bundled = {name: hub.load(name) for name in (*_GAPS, *_GENERATORS)}
             gaps = tuple(Gap(bundled[name], 1) for name in _GAPS)
-            generators = {n: bundled[n] for n in (_SMALL, _LATENT, _CODEC)}
+            generators = {name: bundled[name] for name in _GENERATORS}
             return cls(gaps, Codec(bundled[_CODEC]), generators, bundled[_LATENT])
         model = hub.load(path)
         gaps = tuple(Gap(model, k) for k in range(1, len(model.levels)))

@@ -1,7 +1,7 @@
 """A plain reference to measure against: the same models and operations without optimisations.
 
-float32, eager mode, contiguous layout; dense blocks without in-place operations; transforms image by image
-with Pillow; encoders run again for each importance draw; one picture per file.
+float32, eager mode, contiguous layout; transforms image by image with Pillow; encoders run again for each
+importance draw; one picture per file.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ def plain(model: SelfVAE) -> SelfVAE:
     """Return a copy of a model that computes the same without optimisations."""
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for module in model.modules():
-        if isinstance(module, nn.ELU):
-            module.inplace = False
         if isinstance(module, DenseStep):
             module.forward = types.MethodType(_dense_step, module)  # type: ignore[method-assign]
     model.pyramid = types.MethodType(_pyramid, model)  # type: ignore[method-assign]
@@ -36,7 +34,7 @@ def plain(model: SelfVAE) -> SelfVAE:
 
 
 def _dense_step(step: DenseStep, x: Tensor) -> Tensor:
-    return nn.functional.elu(torch.cat([x, nn.Sequential.forward(step, x)], 1))
+    return nn.functional.elu_(torch.cat([x, nn.Sequential.forward(step, x)], 1))
 
 
 def _pyramid(model: SelfVAE, x: Tensor) -> list[Tensor]:

@@ -38,7 +38,7 @@ _CODEC, _EMOJI = "photos-v3", "emoji-v1"
 def run_demo(
     out: str | Path, fast: bool = False, seed: int = 0, report: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Compress two photographs that no model was trained on, read one file in part, enlarge both; draw emoji.
+    """Compress two photographs that no model saw, read one file in part, enlarge both, and draw emoji.
 
     The photographs are inside scikit-image; they are halved first, which hides their traces of JPEG. Writes
     figure.png, result.json and each photograph as .png and .svae.

@@ -80,6 +80,7 @@ def test_pictures(name: str) -> None:
     assert pictures.table({name: found}).splitlines()[2].startswith(f"| {name} | ")
 
 
+@pytest.mark.slow
 def test_codec(tiny_integer: SelfVAE, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("pillow_jxl")
     save(tiny_integer, tmp_path / "model")
@@ -170,6 +171,7 @@ def test_sheet(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "sheet.png").size == (5 * 32 + 4 * 2, 32)
 
 
+@pytest.mark.slow
 def test_seconds_in_convolutions(images: torch.Tensor) -> None:
     """Most of a training step's, none of a sum's."""
     model = selfvae.build("vae", "tiny", tuple(images.shape[1:]))

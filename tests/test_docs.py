@@ -114,6 +114,29 @@ def test_every_command_and_flag_in_the_documents_exists(
     assert len(known) > 15
 
 
+def headings(file: Path) -> set[str]:
+    """The anchors of a Markdown file's headings."""
+    text = re.sub(r"^```.*?^```", "", file.read_text(), flags=re.DOTALL | re.MULTILINE)
+    found = [re.sub(r"[^\w\- ]", "", h.lower()) for h in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+    return {heading.strip().replace(" ", "-") for heading in found}
+
+
+def test_every_link_leads_somewhere() -> None:
+    wrong, anchors = [], 0
+    for file in {*DOCUMENTS, *ROOT.glob("*/models/*/README.md")}:
+        text = re.sub(r"^```.*?^```", "", file.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            name, _, anchor = link.partition("#")
+            if "://" in link or name.startswith("mailto:"):
+                continue
+            target = (file.parent / name).resolve() if name else file
+            anchors += bool(anchor)
+            if not target.exists() or (anchor and anchor not in headings(target)):
+                wrong.append(f"{file.relative_to(ROOT)}: {link}")
+    assert not wrong, "\n".join(sorted(wrong))
+    assert anchors > 20
+
+
 @pytest.mark.slow
 def test_tutorial_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tutorial's commands, one after the other, with less training."""

@@ -317,7 +317,7 @@ class Down(nn.Sequential):
     """Halve height and width and double the channels: a strided 3x3 convolution and ELU."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(Conv(channels, 2 * channels, stride=2), nn.ELU())
+        super().__init__(Conv(channels, 2 * channels, stride=2), nn.ELU(inplace=True))
         self.out_channels = 2 * channels
 
 
@@ -326,5 +326,5 @@ class Up(nn.Sequential):
 
     def __init__(self, channels: int) -> None:
         half = max(1, channels // 2)
-        super().__init__(Conv(channels, half, stride=2, transposed=True), nn.ELU())
+        super().__init__(Conv(channels, half, stride=2, transposed=True), nn.ELU(inplace=True))
         self.out_channels = half

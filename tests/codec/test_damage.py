@@ -263,6 +263,7 @@ def test_a_forged_size_takes_little_memory() -> None:
     assert int(done.stdout) < 300_000, f"{done.stdout} kB more"
 
 
+@pytest.mark.slow
 def test_damaged_archives_of_format_3() -> None:
     codec, rng, album = integer_codec(), np.random.default_rng(0), _album_3()
     data = pack(codec, album, block=3, verify=False)

@@ -59,6 +59,7 @@ def test_the_fast_network_computes_what_the_decoder_does(
             assert found.dtype == np.int16 and np.array_equal(found, expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_same_numbers_however_they_are_computed() -> None:
     """Wider numbers, threads, batches, memory layouts, with oneDNN and without."""

@@ -94,7 +94,8 @@ def test_noise_below_the_margin_changes_nothing(
         codec.decompress(data)
 
 
-@pytest.mark.parametrize("margin", [pytest.param(quantization.MARGIN, marks=pytest.mark.slow), 0.01])
+@pytest.mark.slow
+@pytest.mark.parametrize("margin", [quantization.MARGIN, 0.01])
 def test_noise_in_the_networks_of_latents(
     picture: Tensor, margin: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,7 @@ def test_commands_with_an_integer_model(
         assert one.mode == two.mode and one.tobytes() == two.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("never_webp")
 def test_prefixes_in_the_benchmark_of_formats(tiny_integer: selfvae.SelfVAE) -> None:
     from selfvae.codec import bench, read_header

@@ -83,6 +83,7 @@ def test_all_pairs_against_enumeration(name: str, latents: str, draws: int, imag
         assert torch.allclose(bound, expected[None], rtol=0, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_pairs_are_above_in_the_mean(images: Tensor) -> None:
     model = build("srvae", images[:2])
     torch.manual_seed(0)
@@ -177,6 +178,7 @@ def test_probabilities_over_all_images(consistent: bool) -> None:
     assert total == pytest.approx(p[fits].sum().item(), abs=1e-5) and total < 0.9
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_bound_with_a_latent_against_numerical_integration() -> None:
     """ln p(x) by a fine sum over z is above every bound, and the bounds come close; all p(x) sum to 1."""

@@ -193,6 +193,7 @@ def test_gradients_are_finite_and_training_lowers_the_loss() -> None:
     assert losses[-1] < losses[0] - 0.3
 
 
+@pytest.mark.slow
 def test_training_resumed_makes_the_same_steps(tmp_path: Path) -> None:
     pictures = (
         photo_like(64, 64).unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)

@@ -107,6 +107,7 @@ def test_command(tmp_path: Path, images: torch.Tensor, capsys: pytest.CaptureFix
     assert main(["report", str(tmp_path / "nowhere"), *flags]) == 2
 
 
+@pytest.mark.slow
 def test_parts_belong_to_their_images_and_models(tmp_path: Path, images: torch.Tensor) -> None:
     """Two data sets of one name, and two models of one: each has its own numbers and figures."""
     few = replace(SMALL, figures=2, iwae_samples=0)

@@ -120,6 +120,7 @@ def test_compression_and_its_prefixes(models: Models) -> None:
         work.open_packed(codec, found.data, 1000)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("never_webp")
 def test_an_integer_model_its_alpha_and_its_prefixes(tiny_integer: selfvae.SelfVAE) -> None:
     codec = Codec(tiny_integer)

@@ -91,6 +91,7 @@ def test_demo(tmp_path: Path) -> None:
     assert "less than PNG" in lines[1]
 
 
+@pytest.mark.slow
 def test_small_images_are_likelier_than_webp_thinks() -> None:
     """Crops of photographs are not CIFAR-10, but near enough."""
     some = sources.load("photos", 32).test.take(range(64))

@@ -65,6 +65,7 @@ def test_without_numba_a_warning_and_the_same_results(monkeypatch: pytest.Monkey
         assert three(2) == 6
 
 
+@pytest.mark.slow
 def test_numba_is_imported_by_the_first_call_only() -> None:
     code = (
         "import sys, selfvae, selfvae.codec\nassert 'numba' not in sys.modules\n"

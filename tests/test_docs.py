@@ -55,7 +55,7 @@ def test_the_readme_in_python() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(code, names)
-    assert names["larger"].shape == (1, 3, 192, 256) and names["images"].shape == (16, 3, 32, 32)
+    assert names["larger"].shape == (1, 3, 192, 256) and names["images"].shape == (16, 3, 64, 64)
 
 
 def test_the_readme_is_short_and_has_the_commands_of_ci() -> None:

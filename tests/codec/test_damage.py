@@ -151,7 +151,8 @@ def _album_3() -> list[tuple[str, Tensor]]:
     return [(f"{i}.png", photo_like(12, 10 + i // 4, seed=i)) for i in range(8)]
 
 
-@pytest.mark.parametrize("which", ["greyscale", pytest.param("quincunx", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["greyscale", "quincunx"])
 def test_2000_damaged_files_of_format_3(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error, whatever was changed; of a truncated file the picture's size."""
     monkeypatch.setattr(chains, "_JOINED", 32)

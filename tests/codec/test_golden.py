@@ -227,6 +227,7 @@ def test_golden_archives(version: int, file: str, model: str, n: int) -> None:
     assert sums == golden_checksums()["archive"][:n] and len(sums) == n
 
 
+@pytest.mark.slow
 def test_golden_files_with_other_instructions(
     plain_cpu: tuple[subprocess.CompletedProcess[str], Path],
 ) -> None:

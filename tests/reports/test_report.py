@@ -27,6 +27,7 @@ def corners(x: torch.Tensor) -> torch.Tensor:
     return x[:, :, 0, 0].float()
 
 
+@pytest.mark.slow
 def test_report(tmp_path: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
     for name in ("selfvae", "selfvae-halve", "vae-normal"):

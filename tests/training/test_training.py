@@ -78,7 +78,12 @@ def test_training_lowers_the_bound_and_writes_everything(tmp_path: Path, images:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "config"), [("adamax", CONFIG), ("adamw", CONFIG), ("muon", CONFIG), ("muon", SHARED)]
+    ("optimizer", "config"),
+    [
+        ("adamax", CONFIG),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("adamw", CONFIG), ("muon", CONFIG))),
+        ("muon", SHARED),
+    ],
 )
 def test_resuming_makes_the_same_steps(
     tmp_path: Path, images: sources.Dataset, optimizer: str, config: selfvae.ModelConfig
@@ -212,6 +217,7 @@ def test_accumulation_gives_the_whole_batchs_gradient(tmp_path: Path, images: so
     assert all(torch.allclose(one[k].float(), four[k].float(), atol=2e-4) for k in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", [pytest.param("dense", marks=pytest.mark.slow), "residual"])
 def test_activation_checkpointing_makes_the_same_steps_with_less_memory(
     tmp_path: Path, images: sources.Dataset, backbone: str
@@ -254,6 +260,7 @@ def test_two_processes_make_the_steps_of_one(tmp_path: Path, optimizer: str, mod
     assert all(torch.allclose(one[k].float(), two[k].float(), atol=2e-4) for k in one)
 
 
+@pytest.mark.slow
 def test_patience_and_the_clock_end_a_run(
     tmp_path: Path, images: sources.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

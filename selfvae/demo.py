@@ -18,7 +18,7 @@ from selfvae.data import sources
 from selfvae.data.batches import Images
 from selfvae.data.crops import photo
 from selfvae.data.pictures import to_image, write
-from selfvae.data.sheets import magnify, save_figure
+from selfvae.data.sheets import grid, magnify, save_figure
 from selfvae.files import write_atomic
 from selfvae.metrics.baselines import lossless_bits_per_dim
 from selfvae.metrics.enhancement import baseline_enhancement, psnr
@@ -73,8 +73,9 @@ def run_demo(
         row, scores[name] = _enlarged(x2, x, name)
         rows.append(row)
     report("emoji: drawing some")
-    drawn = generate(hub.load(_EMOJI), 4 if fast else 6, 64, 64, seed=seed)
-    rows.append((f"unconditional samples of {_EMOJI}", drawn))
+    drawn = generate(hub.load(_EMOJI), 16 if fast else 64, 64, 64, temperature=0.8, seed=seed)
+    sheets = torch.stack([grid(part, columns=4) for part in drawn.split(16)])
+    rows.append((f"unconditional samples of {_EMOJI}, temperature 0.8", sheets))
     save_figure(rows, out / "figure.png")
     subpixels = sum(x.numel() for x in photos.values())
     formats = set.intersection(*map(set, sizes.values()))

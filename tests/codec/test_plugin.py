@@ -200,6 +200,7 @@ def test_the_model_is_found_when_it_is_not_named(
     assert len(plugin._codecs) == 1
 
 
+@pytest.mark.slow
 def test_commands(picture: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     selfvae.save(fixed(), tmp_path / "run")
     run = ["--model", str(tmp_path / "run")]

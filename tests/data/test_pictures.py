@@ -121,6 +121,7 @@ def test_alpha_is_kept_and_refused_where_it_cannot_be(tmp_path: Path) -> None:
     assert [f.name for f in tmp_path.iterdir()] == ["a.png"]
 
 
+@pytest.mark.slow
 def test_importing_the_codec_changes_nothing() -> None:
     """Pillow gets its plugin from `use`, and Fabric is loaded where processes are started."""
     code = """

@@ -462,6 +462,7 @@ def test_later_checkpoints_are_refused(tmp_path: Path, images: sources.Dataset) 
         train(CONFIG, images, tmp_path, settings(steps=2), resume=True, quiet=True)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
     tmp_path: Path, images: sources.Dataset, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -512,6 +513,7 @@ def test_files_are_written_by_several_at_once(tmp_path: Path) -> None:
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
 
 
+@pytest.mark.slow
 def test_commands(tmp_path: Path, images: sources.Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(tmp_path / "run")
     flags = [

@@ -113,6 +113,7 @@ def test_enhance(page: Any, picture: Path) -> None:
     tab.get_by_text(re.compile(r"version 1: \d\d\.\d dB")).first.wait_for()
     assert tab.get_by_text("the picture itself").count()
     # before and after, one over the other
+    tab.locator("img.preview:visible").nth(1).wait_for()
     assert tab.locator("img.preview:visible").count() == 2
 
 

@@ -31,8 +31,6 @@ def cost(recipe: Path, side: int = 96) -> tuple[int, float]:
     """Return the parameters of a recipe's model, and its thousand multiply-accumulates per pixel."""
     flags = yaml.safe_load(recipe.read_text())
     options = {name: yaml.safe_load(value) for name, value in (o.split("=") for o in flags["options"])}
-    if "kernels" in options:
-        options["kernels"] = tuple(options["kernels"])
     model = selfvae.build(flags["model"], flags["size"], (3, side, side), **options)
     x = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8)
     model.initialise(x)

@@ -54,10 +54,13 @@ def _transform(transform: nn.Module, y: Tensor) -> Tensor:
     return torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].contiguous().to(y.device)
 
 
-def train_step(model: SelfVAE, ema: SelfVAE, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
-    """Make a training step as in the papers, with gradient clipping and averaging of the weights."""
+def train_step(model: SelfVAE, ema: SelfVAE | None, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    """Make a training step: with clipped gradients and an average of the weights, or as published."""
     optimizer.zero_grad()
     (-model(x).elbo.mean() / x[0].numel()).backward()
+    if ema is None:
+        optimizer.step()
+        return
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     with torch.no_grad():

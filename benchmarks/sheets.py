@@ -11,14 +11,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor
 from tyro.conf import Positional
 
 import selfvae
 from selfvae.data import pictures
-from selfvae.data.sheets import save_grid, to_rgb
+from selfvae.data.sheets import magnify, save_grid, to_rgb
 from selfvae.metrics.enhancement import baseline_enhancement, psnr
 from selfvae.tiling import tiled_if_large
 
@@ -65,7 +64,7 @@ def main(
         print(
             file.stem, {name: round(psnr(image, x).item(), 2) for name, image in found.items()}, flush=True
         )
-        given = F.interpolate(to_rgb(y), x.shape[2:], mode="nearest")
+        given = magnify(to_rgb(y), *net.scale(1))
         shown += [middle(image, height, width) for image in (given, *found.values(), x)]
     save_grid(torch.cat(shown), out, columns=5, zoom=1)
 

@@ -36,7 +36,7 @@ import selfvae
 from benchmarks import reference
 from benchmarks.measure import Task, flop_count, medians, own_peak, peak_flops
 from selfvae.codec import Archive, Codec, pack
-from selfvae.nn.precision import autocast, resolve
+from selfvae.nn.precision import Precision, autocast, resolve
 from selfvae.training.config import TrainConfig
 from selfvae.training.loop import make_step, prepare
 
@@ -56,18 +56,18 @@ def model_and_images(
     return model, x
 
 
-def plain_training(model: selfvae.SelfVAE, x: Tensor) -> Task:
+def plain_training(model: selfvae.SelfVAE, x: Tensor, averaged: bool = True) -> Task:
     """Return a training step of the reference."""
     model = reference.plain(model)
-    average = copy.deepcopy(model)
+    average = copy.deepcopy(model) if averaged else None
     optimizer = torch.optim.Adamax(model.parameters(), lr=1e-4, foreach=False)
     return lambda: reference.train_step(model, average, optimizer, x)
 
 
-def training(model: selfvae.SelfVAE, x: Tensor, device: str = "cpu") -> Task:
+def training(model: selfvae.SelfVAE, x: Tensor, device: str = "cpu", precision: Precision = "auto") -> Task:
     """Return a training step of ours."""
     config = TrainConfig(batch_size=len(x), lr=1e-4)
-    fabric = Fabric(devices=1, accelerator=device, precision=resolve(config.precision, device))
+    fabric = Fabric(devices=1, accelerator=device, precision=resolve(precision, device))
     wrapped, state = prepare(copy.deepcopy(model), fabric, config)
     return lambda: make_step(fabric, wrapped, state, x, config)
 

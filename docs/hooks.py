@@ -16,8 +16,8 @@ KINDS = (".md", ".html", ".png", ".json", ".csv", ".yaml")
 def on_files(files: Files, config: Any) -> Files:
     for pattern in OTHERS:
         for file in sorted(ROOT.glob(pattern)):
-            kept = "results/models" in file.as_posix() and file.name != "README.md"  # weights
-            if file.suffix in KINDS and not kept:
+            weights = "results/models" in file.as_posix() and file.name != "README.md"
+            if file.suffix in KINDS and not weights:
                 path = file.relative_to(ROOT).as_posix()
                 files.append(File(path, str(ROOT), config["site_dir"], config["use_directory_urls"]))
     return files

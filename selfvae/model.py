@@ -161,12 +161,16 @@ class SelfVAE(nn.Module):
             y = provider(f"y{k}", level.likelihood(y, z if level.has_latent else None))
         return y
 
-    def posteriors(self, ys: list[Tensor]) -> dict[str, Posterior]:
-        """q(z_k | y_k) of every level with a latent, by name ("z0", ...), for a `pyramid`."""
+    def posteriors(self, ys: list[Tensor], levels: tuple[int, int] | None = None) -> dict[str, Posterior]:
+        """q(z_k | y_k) of every level with a latent, by name ("z0", ...), for a `pyramid`.
+
+        levels: as in `walk`; those of the others are left out.
+        """
+        finest, coarsest = levels or (0, len(ys) - 1)
         return {
             f"z{k}": level.posterior(y)
             for k, (level, y) in enumerate(zip(self.levels, ys, strict=True))
-            if level.has_latent
+            if level.has_latent and finest <= k <= coarsest
         }
 
     def score(
@@ -227,7 +231,7 @@ class SelfVAE(nn.Module):
         """
         self.warn_uninitialised()
         ys = self.pyramid(x)
-        return self.score(ys, self.posteriors(ys), errors, levels)
+        return self.score(ys, self.posteriors(ys, levels), errors, levels)
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:

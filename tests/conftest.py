@@ -10,7 +10,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
-from PIL import Image
 
 if TYPE_CHECKING:
     from selfvae.codec import Codec
@@ -23,7 +22,6 @@ def _quiet(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     torch.set_num_threads(1)
     torch.manual_seed(0)
     monkeypatch.setenv("SELFVAE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # the fuzzer lowers it
     os.environ.pop("HF_ENDPOINT", None)
 
 

@@ -81,13 +81,18 @@ DOCUMENTS = [
 EVERYWHERE = {"--help", "--config", "--import"}
 
 
+def prose(text: str) -> str:
+    """A Markdown text without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
 def shown_commands(text: str) -> list[list[str]]:
     """The words of every `selfvae ...` in fenced blocks and between backticks, continued lines joined."""
     text = text.replace("\\\n", " ")
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     fenced = [block for language, block in blocks if language in ("", "sh")]
     lines = [line for block in fenced for line in block.splitlines()]
-    lines += re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    lines += re.findall(r"`([^`]+)`", prose(text))
     found = [
         re.search(r"(?:^|[ /])(?:selfvae|-m selfvae\.cli) ([a-z].*)", line.split(" #")[0]) for line in lines
     ]
@@ -116,16 +121,15 @@ def test_every_command_and_flag_in_the_documents_exists(
 
 def headings(file: Path) -> set[str]:
     """The anchors of a Markdown file's headings."""
-    text = re.sub(r"^```.*?^```", "", file.read_text(), flags=re.DOTALL | re.MULTILINE)
-    found = [re.sub(r"[^\w\- ]", "", h.lower()) for h in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+    lines = re.findall(r"^#+ (.*)$", prose(file.read_text()), re.MULTILINE)
+    found = [re.sub(r"[^\w\- ]", "", line.lower()) for line in lines]
     return {heading.strip().replace(" ", "-") for heading in found}
 
 
 def test_every_link_leads_somewhere() -> None:
     wrong, anchors = [], 0
     for file in {*DOCUMENTS, *ROOT.glob("*/models/*/README.md")}:
-        text = re.sub(r"^```.*?^```", "", file.read_text(), flags=re.DOTALL | re.MULTILINE)
-        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        for link in re.findall(r"\]\(([^)\s]+)\)", prose(file.read_text())):
             name, _, anchor = link.partition("#")
             if "://" in link or name.startswith("mailto:"):
                 continue

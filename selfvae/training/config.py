@@ -35,9 +35,9 @@ class TrainConfig:
         clip_factor: a gradient longer than this times the usual norm is shortened to that.
         skip_factor: a gradient longer than this times the usual norm is dropped.
         ema: decay of the weights' moving average, which is what gets saved and scored.
-        levels: the finest and the coarsest level to train, e.g. 4 10; by default all. Given the images,
-            levels with at most one latent among them do not depend on each other, so the coarse ones can
-            be trained for longer.
+        levels: the finest and the coarsest level to train, e.g. 4 10; by default all. In models of at most
+            one latent no level's training depends on another's, so the coarse ones can be trained for
+            longer.
         flip: random horizontal flips.
         translate: random shifts by up to this many pixels, edges repeated.
         grad_accum: parts that a batch is split into to save memory.

@@ -128,13 +128,14 @@ def make_step(
         The terms of the last part of x (see `TrainConfig.grad_accum`), in nats, and the gradient's norm
         before it was clipped, a scalar.
     """
+    # only here, so that the memory of the last step's gradients goes to this step's activations
+    state.optimizer.zero_grad()
     if state.graphed is None:
         terms = _forward_backward(fabric, model, x, config, state.step)
     else:
         terms = state.graphed(x)
     norm = state.guard([p.grad for p in state.model.parameters() if p.grad is not None])
     state.optimizer.step()
-    state.optimizer.zero_grad()
     _update_ema(state.ema, state.model, config, state.step)
     return terms, norm
 

@@ -145,9 +145,9 @@ def test_pixels_of_a_draw_depend_on_each_other(images: Tensor) -> None:
 
 def test_files_come_back(model: SelfVAE) -> None:
     codec = Codec(model.float())
-    for size in ((8, 8), (13, 5)):
+    for size in ((16, 16), (13, 5)):
         x = torch.randint(0, 256, (1, 3, *size), generator=torch.Generator().manual_seed(0)).byte()
-        assert torch.equal(codec.decompress(codec.compress(x, verify=False)), x)
+        assert torch.equal(codec.decompress(codec.compress(x)), x)
 
 
 def test_what_it_cannot_do_says_so(images: Tensor) -> None:

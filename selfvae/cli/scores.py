@@ -98,6 +98,7 @@ def evaluate_enhance(
     scale: int | None = None,
     on_luma: bool = False,
     border: int = 0,
+    perceptual: bool = False,
     devices: int = 1,
     json: bool = False,
     drawing: SamplingFlags = SamplingFlags(),  # noqa: B008 (frozen)
@@ -119,6 +120,7 @@ def evaluate_enhance(
         scale: factor by which a model that enlarges does so, 2, 4, 8, ...: it is applied to its own result.
         on_luma: compute PSNR and SSIM of the luma Y, as publications on super-resolution do.
         border: pixels on each side that PSNR and SSIM leave out; in publications as many as the factor.
+        perceptual: also compute SSIMULACRA 2 (needs selfvae[bench]).
         devices: number of GPUs or processes that share the images.
         json: print one JSON object only.
     """
@@ -128,7 +130,8 @@ def evaluate_enhance(
     from selfvae.metrics import enhancement
 
     options: dict[str, Any] = {
-        "draws": draws, "scale": scale, "on_luma": on_luma, "border": border, **sampling(drawing, net)
+        "draws": draws, "scale": scale, "on_luma": on_luma, "border": border, "perceptual": perceptual,
+        **sampling(drawing, net),
     }  # fmt: skip
     if whole:
         files = progress(pictures_in(Path(data))[:limit], "enhancing pictures")

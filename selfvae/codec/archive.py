@@ -1,6 +1,7 @@
 """Archives of many pictures in one file: an index, and blocks that are decoded independently.
 
-Format 3 for integer models, format 2 for others (format 1 also coded the padding beyond the borders):
+Format 4 for integer models, format 2 for others (format 1 also coded the padding beyond the borders;
+format 3, of integer models, had no corrections):
 
     magic "SVAS", version (1 byte), fingerprint of the model (8 bytes)
     length of the index, CRC-32 of the preceding 13 bytes and the index (4 bytes each)
@@ -8,13 +9,15 @@ Format 3 for integer models, format 2 for others (format 1 also coded the paddin
     the blocks
 
 The index holds name, height, width, channels and checksum of each picture, and number of pictures, length
-and checksum of each block. Neighbouring pictures of one size are computed together. In format 3 each such
-group is a stream, after its length; in format 2 a block is one ANS stack, after its side information.
-Reading one picture decodes its block up to that picture.
+and checksum of each block; in format 4 also the corrections (`codec.adaptation`) that all pictures share,
+but for large ones, which have their own. Neighbouring pictures of one size are computed together. With
+integer models each such group is a stream, after its length; in format 2 a block is one ANS stack, after
+its side information. Reading one picture decodes its block up to that picture.
 """
 
 from __future__ import annotations
 
+import base64
 import bisect
 import hashlib
 import itertools
@@ -22,14 +25,15 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from selfvae.codec.adaptation import Adaptation
 from selfvae.codec.ans import ANSCoder
 from selfvae.codec.container import CHANGED, PADDED, CodecError, Reader, check_size, check_start, varint
 from selfvae.codec.progressive import Codec
@@ -38,8 +42,10 @@ from selfvae.progress import Track, no_progress
 
 __all__ = ["Archive", "Entry", "pack", "read_fingerprint"]
 
-MAGIC, VERSION = b"SVAS", 3
+MAGIC, VERSION = b"SVAS", 4
+_SHARING = 4  # the first format with corrections
 _TOGETHER = 1 << 18  # pixels that are computed at once; part of the format
+_FITTED = 1 << 18  # pixels to which an archive's corrections are fitted
 _INDEX = 1 << 24  # the largest length of an index, bytes
 
 Named = tuple[str, Tensor]
@@ -138,24 +144,28 @@ def pack(
     names = [name for name, _ in named]
     _check_names(names)
     starts = range(0, len(named), block)
+    corrections = b"" if codec.chain is None else _fit(codec, named)
+    shared = {} if codec.chain is None else codec.chain.adaptations(corrections)
     _check_index(json.dumps([Entry(name, 0, 0, 0, 0) for name in names]), len(named))
 
     def pack_part(start: int) -> _Packed:
-        part = [(name, x if isinstance(x, Tensor) else x()) for name, x in named[start : start + block]]
+        part = [(name, _pixels(x)) for name, x in named[start : start + block]]
         entries = [_entry(codec, name, x) for name, x in part]
         hashes = [_sha256(x) for _, x in part]
-        return _Packed(entries, hashes, _pack_block(codec, entries, [x for _, x in part]))
+        return _Packed(entries, hashes, _pack_block(codec, entries, [x for _, x in part], shared))
 
     parts = distributed_map(pack_part, starts, track, "compressing")
-    index = {
+    index: dict[str, Any] = {
         "levels": codec.model.spec.num_values,
         "pictures": [entry for part in parts for entry in part.entries],
         "blocks": [_Block(len(part.entries), len(part.data), zlib.crc32(part.data)) for part in parts],
     }
+    if corrections:
+        index["corrections"] = base64.b64encode(corrections).decode()
     written = json.dumps(index, separators=(",", ":"))
     _check_index(written, len(named))
     packed = zlib.compress(written.encode(), 9)
-    head = MAGIC + bytes([codec.format]) + codec.fingerprint
+    head = MAGIC + bytes([codec.format if codec.chain is None else VERSION]) + codec.fingerprint
     data = b"".join(
         [
             head,
@@ -174,6 +184,27 @@ def pack(
 
         distributed_map(check, range(len(starts)), track, "checking")
     return data
+
+
+def _pixels(x: Tensor | Callable[[], Tensor]) -> Tensor:
+    return x if isinstance(x, Tensor) else x()
+
+
+def _fit(codec: Codec, named: Sequence[Named | Unread]) -> bytes:
+    """Fit the corrections of an archive to some of its small pictures, the same in every process."""
+    assert codec.chain is not None
+    found: dict[tuple[int, ...], list[Tensor]] = {}
+    pixels = 0
+    for i in sorted(range(len(named)), key=lambda i: i * 2654435761 % 2**32):  # irregularly spread
+        name, x = named[i][0], _pixels(named[i][1])
+        _entry(codec, name, x)  # checks it
+        own = x.shape[2] * x.shape[3]
+        if 2 * own <= _TOGETHER:
+            found.setdefault(tuple(x.shape[1:]), []).append(x)
+            pixels += own
+        if pixels >= _FITTED:
+            break
+    return codec.chain.fit_together(torch.cat(alike) for alike in found.values())
 
 
 class _Packed(NamedTuple):
@@ -212,10 +243,12 @@ def _entry(codec: Codec, name: str, x: Tensor) -> Entry:
 
 
 @torch.no_grad()
-def _pack_block(codec: Codec, entries: Sequence[Entry], pictures: Sequence[Tensor]) -> bytes:
+def _pack_block(
+    codec: Codec, entries: Sequence[Entry], pictures: Sequence[Tensor], shared: Mapping[int, Adaptation]
+) -> bytes:
     if codec.chain is not None:
         streams = [
-            codec.chain.encode_batch(torch.cat([pictures[i] for i in members]))
+            codec.chain.encode_batch(torch.cat([pictures[i] for i in members]), shared)
             for members in _groups(codec, entries)
         ]
         return b"".join(varint(len(stream)) + stream for stream in streams)
@@ -242,14 +275,17 @@ class Archive:
         self.codec = codec
         version = check_start(data, MAGIC, VERSION, ".svaes archive")
         self._padded = version <= PADDED
-        self.entries, self.blocks, num_values, at = _read_index(codec, data)
+        self.entries, self.blocks, num_values, corrections, at = _read_index(codec, data)
         spec = codec.model.spec
         if (
-            (version == 3) != (codec.chain is not None)
+            (version >= 3) != (codec.chain is not None)
             or num_values != spec.num_values
             or any(e.channels not in (1, spec.channels) for e in self.entries)
         ):
             raise CodecError("the index does not fit the model that it names: the file is damaged")
+        self._shared: Mapping[int, Adaptation] | None = None
+        if codec.chain is not None and version >= _SHARING:
+            self._shared = codec.chain.adaptations(corrections)
         for size in {(entry.height, entry.width) for entry in self.entries}:
             check_size(*codec.padded(*size))
         self._numbers = {entry.name: i for i, entry in enumerate(self.entries)}
@@ -295,7 +331,7 @@ class Archive:
         if chain is not None:
             for members in groups:
                 first, stream = entries[members[0]], reader.take(reader.varint())
-                x = chain.decode_batch(stream, len(members), (first.height, first.width))
+                x = chain.decode_batch(stream, len(members), (first.height, first.width), self._shared)
                 yield from self._named(entries, members, x)
             return
         side = [[reader.take(reader.varint()) for _ in self.codec.names] for _ in groups]
@@ -330,8 +366,8 @@ def read_fingerprint(data: bytes) -> bytes:
     return data[5:13]
 
 
-def _read_index(codec: Codec, data: bytes) -> tuple[list[Entry], list[_Block], int, int]:
-    """Return the pictures, the blocks, the number of values, and the position of the first block."""
+def _read_index(codec: Codec, data: bytes) -> tuple[list[Entry], list[_Block], int, bytes, int]:
+    """Return pictures, blocks, number of values, corrections, and the position of the first block."""
     if len(data) < 21:
         raise CodecError(f"the file ends inside its header: {len(data)} bytes are there")
     size, crc = struct.unpack("<II", data[13:21])
@@ -345,6 +381,7 @@ def _read_index(codec: Codec, data: bytes) -> tuple[list[Entry], list[_Block], i
         entries = [Entry(str(name), *map(int, rest)) for name, *rest in index["pictures"]]
         blocks = [_Block(*map(int, block)) for block in index["blocks"]]
         num_values = int(index["levels"])
+        corrections = base64.b64decode(index.get("corrections", ""), validate=True)
     except (zlib.error, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise CodecError(f"the archive's index makes no sense: {error}") from None
     _check_names([entry.name for entry in entries])
@@ -359,4 +396,4 @@ def _read_index(codec: Codec, data: bytes) -> tuple[list[Entry], list[_Block], i
         raise CodecError("the archive's index makes no sense: its blocks do not hold its pictures")
     if len(data) != whole:
         raise CodecError(f"the archive must be {whole} bytes long; {len(data)} are there: it is damaged")
-    return entries, blocks, num_values, 21 + size
+    return entries, blocks, num_values, corrections, 21 + size

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -37,7 +38,7 @@ from selfvae.progress import Track, no_progress
 from selfvae.transforms import Support
 from selfvae.transforms.base import round_up
 
-__all__ = ["ChainCodec", "Fit", "side_by_side"]
+__all__ = ["ChainCodec", "Fit", "is_large", "side_by_side"]
 
 _BAND = 1 << 14  # positions in a band; part of the format
 _JOINED = 1 << 12  # positions in the coarsest levels that share a stream; part of the format
@@ -46,6 +47,7 @@ _FITTED = 8  # bands of a level, at most, to which corrections are fitted and wh
 _WORTH = 8  # bytes that corrections must save beyond their own
 _BEYOND = 2  # rows of blocks beyond a strip that a transform's estimate depends on
 
+_NONE: Mapping[int, Adaptation] = MappingProxyType({})
 _CHECKED: set[tuple[bytes, str, str]] = set()  # models, answers and devices that were right
 
 Coder = SlotEncoder | SlotDecoder | Collector
@@ -190,10 +192,10 @@ class _LevelCoder:
 
         Args:
             outputs: For these rows.
-            coder: Encodes, decodes, or collects what corrections of one picture are fitted by.
+            coder: Encodes, decodes, or collects what corrections are fitted by.
             y: The pixels, uint8 (B, C, H, W); None: decode them.
             coded: Whether each pixel is coded, bool of y's shape; None: all are.
-            adaptation: Corrections of one picture.
+            adaptation: Corrections.
 
         Returns:
             The pixels, uint8 (B, C, H, W).
@@ -220,8 +222,9 @@ class _LevelCoder:
         bounds = np.zeros(n, np.int64), np.full(n, spec.max_value)
         near = None
         if level.keeps and (adaptation or isinstance(coder, Collector)):
-            kept = level.keeps.stack_kept(outputs.above)[0].unflatten(0, (-1, spec.channels))
-            near = Neighbours(kept.numpy(), len(groups), t.bits)
+            kept = level.keeps.stack_kept(outputs.above).unflatten(1, (-1, spec.channels))
+            tall = kept.permute(1, 2, 0, 3, 4).flatten(2, 3)  # pictures one above the other
+            near = Neighbours(tall.numpy(), len(groups), t.bits)
         for g, (rows, at) in enumerate(groups):
             prediction = self._prediction(support, g, guess, v, steps, t)
             values = np.ascontiguousarray(v[:, g].permute(0, 2, 3, 1).numpy()).reshape(n, -1)
@@ -370,18 +373,31 @@ class ChainCodec:
                     collector = collected
                 else:
                     collector.join(collected)
-                if strip is strips[k][-1]:
-                    solved[k] = collector.solve()  # while other threads go on with the next level
-        adaptations, data = {}, b""
-        for k in reversed(range(joined)):
-            own = b""
-            if k in solved:
-                adaptation, saved = solved[k]
-                packed = adaptation.to_bytes()
-                if saved * len(self._grid(k, size).bands()) / len(fitted[k]) > 8 * (len(packed) + _WORTH):
-                    adaptations[k], own = adaptation, packed
-            data += varint(len(own)) + own
-        return Fit(data if adaptations else b"", adaptations, images, outputs)
+                if strip is strips[k][-1]:  # while other threads go on with the next level
+                    adaptation, saved = collector.solve()
+                    solved[k] = adaptation, saved * len(self._grid(k, size).bands()) / len(fitted[k])
+        return Fit(*_worthwhile(solved, joined), images, outputs)
+
+    @torch.no_grad()
+    def fit_together(self, batches: Iterable[Tensor]) -> bytes:
+        """Fit corrections that many small pictures share.
+
+        Args:
+            batches: Some of the pictures, uint8 (B, C, H, W); all of a batch have one size.
+
+        Returns:
+            The corrections, for `adaptations`; empty if none are worth their bytes.
+        """
+        collectors: dict[int, Collector] = {}
+        for x in batches:
+            size = x.shape[2], x.shape[3]
+            images = self._images(self._wide(x), size)
+            for k in (k for k, coder in enumerate(self._levels) if coder.adapts):
+                collector = Collector(self._levels[k].counts())
+                self._together(k, list(images), size, collector, images[k])
+                collector.join(collectors.get(k, Collector(self._levels[k].counts())))
+                collectors[k] = collector
+        return _worthwhile({k: c.solve() for k, c in collectors.items()}, len(self._levels))[0]
 
     def _fitted(self, k: int, size: Size) -> list[slice]:
         """Return the bands of y[k] to which corrections are fitted."""
@@ -411,14 +427,19 @@ class ChainCodec:
                 coder.code(outputs.part(rows, grid), collector, y, mask)
         return (outputs if len(grid.bands()) <= _FITTED else None), collector
 
-    def _adaptations(self, data: bytes, size: Size) -> dict[int, Adaptation]:
-        """Return the corrections in `Fit.data`, by level.
+    def adaptations(self, data: bytes, size: Size | None = None) -> dict[int, Adaptation]:
+        """Return corrections by level.
+
+        Args:
+            data: What `fit_together` returned, or `Fit.data` of a picture.
+            size: Height and width of the picture, in pixels; None: of many pictures.
 
         Raises:
             CodecError: The data are damaged.
         """
         reader, found = Reader(data, "the corrections"), {}
-        for k in reversed(range(self.joined(size))) if data else ():
+        levels = self.joined(size) if size else len(self._levels)
+        for k in reversed(range(levels)) if data else ():
             own = reader.take(reader.varint())
             if own and not self._levels[k].adapts:
                 raise CodecError("the file is damaged: it corrects a level that has no corrections")
@@ -546,13 +567,20 @@ class ChainCodec:
             decoder.finish(_checksum(part))
             _rows(y, rows, grid.block[0])[:] = part
 
-    def encode_together(self, images: list[Tensor], size: Size, verify: bool = True) -> bytes:
+    def encode_together(
+        self,
+        images: list[Tensor],
+        size: Size,
+        verify: bool = True,
+        adaptations: Mapping[int, Adaptation] = _NONE,
+    ) -> bytes:
         """Encode the coarsest levels of pictures of one size in one stream.
 
         Args:
             images: The coarsest y[k], uint8 (B, C, h, w) each, finest first.
             size: Height and width of the pictures x, in pixels.
             verify: Decode the stream and compare.
+            adaptations: Corrections by level.
 
         Raises:
             CodecError: The pixels do not come back.
@@ -560,16 +588,23 @@ class ChainCodec:
         encoder, first = SlotEncoder(), len(self._levels) - len(images)
         known: list[Tensor | None] = [*[None] * first, *images]
         for k in reversed(range(first, len(self._levels))):
-            self._together(k, known, size, encoder, images[k - first])
+            self._together(k, known, size, encoder, images[k - first], adaptations.get(k))
         stream = encoder.finish(_checksum(*images))
         if verify:
-            for again, y in zip(
-                self.decode_together(stream, first, len(images[0]), size), images, strict=True
-            ):
+            found = self.decode_together(stream, first, len(images[0]), size, adaptations=adaptations)
+            for again, y in zip(found, images, strict=True):
                 _check_equal(again, y)
         return stream
 
-    def decode_together(self, stream: bytes, first: int, n: int, size: Size, upto: int = 0) -> list[Tensor]:
+    def decode_together(
+        self,
+        stream: bytes,
+        first: int,
+        n: int,
+        size: Size,
+        upto: int = 0,
+        adaptations: Mapping[int, Adaptation] = _NONE,
+    ) -> list[Tensor]:
         """Decode what `encode_together` returned, for n pictures and levels from `first` on.
 
         Returns:
@@ -583,41 +618,66 @@ class ChainCodec:
         last = len(self._levels) - 1
         known[last] = torch.empty(n, 0, *self.size(last, size), dtype=torch.uint8)
         for k in reversed(range(upto, len(self._levels))):
-            known[k] = self._together(k, known, size, decoder, None)
+            known[k] = self._together(k, known, size, decoder, None, adaptations.get(k))
         found = [y for y in known if y is not None]
         if upto == first:
             decoder.finish(_checksum(*found))
         return found
 
-    def encode_batch(self, x: Tensor) -> bytes:
-        """Encode pictures of one size, uint8 (B, C, H, W), in one stream; a large one as `encode` does."""
-        size = x.shape[2], x.shape[3]
-        wide = x.expand(-1, self.model.spec.channels, -1, -1)
-        if len(x) == 1 and x[0, 0].numel() > _STRIP:
-            return _join([data for _, data in self.encode(wide, verify=False)])
-        return self.encode_together(self._images(wide, size), size, verify=False)
+    def encode_batch(self, x: Tensor, shared: Mapping[int, Adaptation] = _NONE) -> bytes:
+        """Encode pictures of one size in one stream, a large one as `encode` does.
 
-    def decode_batch(self, data: bytes, n: int, size: Size) -> Tensor:
+        Args:
+            x: uint8 (B, C, H, W).
+            shared: Corrections by level. A large picture has its own instead.
+        """
+        size, wide = (x.shape[2], x.shape[3]), self._wide(x)
+        if is_large(len(x), size):
+            fit = self.fit(wide)
+            return _join([fit.data, *(data for _, data in self.encode(wide, fit, verify=False))])
+        return self.encode_together(self._images(wide, size), size, verify=False, adaptations=shared)
+
+    def decode_batch(
+        self, data: bytes, n: int, size: Size, shared: Mapping[int, Adaptation] | None = _NONE
+    ) -> Tensor:
         """Decode what `encode_batch` returned for n pictures: uint8 (n, C, H, W).
+
+        Args:
+            data: The stream.
+            n: The number of pictures.
+            size: Their height and width, in pixels.
+            shared: Corrections by level; None: no picture has any, as in archives of format 3.
 
         Raises:
             CodecError: The data are damaged.
         """
-        if n == 1 and math.prod(size) > _STRIP:
-            y = self.decode(_split(data, self.joined(size) + 1), size)[0]
+        if is_large(n, size):
+            own = 0 if shared is None else 1
+            parts = _split(data, own + self.joined(size) + 1)
+            y = self.decode(parts[own:], size, corrections=b"".join(parts[:own]))[0]
         else:
-            y = self.decode_together(data, 0, n, size)[0]
+            y = self.decode_together(data, 0, n, size, adaptations=shared or {})[0]
         return y[:, :, : size[0], : size[1]]
 
+    def _wide(self, x: Tensor) -> Tensor:
+        """Return pictures with the model's channels: grey ones have equal channels."""
+        return x.expand(-1, self.model.spec.channels, -1, -1)
+
     def _together(
-        self, k: int, known: list[Tensor | None], size: Size, coder: Coder, y: Tensor | None
+        self,
+        k: int,
+        known: Sequence[Tensor | None],
+        size: Size,
+        coder: Coder,
+        y: Tensor | None,
+        adaptation: Adaptation | None = None,
     ) -> Tensor:
         above, grid = self._above(k, known), self._grid(k, size)
         outputs = self._levels[k].outputs(above, slice(0, grid.rows), grid)
         mask = self._inside(k, size)
         if mask is not None:
             mask = mask.expand(len(above), -1, -1, -1)
-        return self._levels[k].code(outputs, coder, y, mask)
+        return self._levels[k].code(outputs, coder, y, mask, adaptation)
 
     @torch.no_grad()
     def decode(
@@ -644,7 +704,7 @@ class ChainCodec:
             CodecError: A part is damaged.
         """
         joined, threads = self.joined(size), torch.get_num_threads()
-        adaptations = self._adaptations(corrections, size)
+        adaptations = self.adaptations(corrections, size)
         coarse = self.decode_together(parts[0], joined, 1, size, upto)
         images = dict(enumerate(coarse, len(self._levels) - len(coarse)))
         with side_by_side(threads) as run:
@@ -662,6 +722,32 @@ class ChainCodec:
                     pass
                 images[k] = y
         return images
+
+
+def is_large(n: int, size: Size) -> bool:
+    """Whether n pictures of that size are one that a batch codes as `ChainCodec.encode` does."""
+    return n == 1 and math.prod(size) > _STRIP
+
+
+def _worthwhile(
+    solved: Mapping[int, tuple[Adaptation, float]], levels: int
+) -> tuple[bytes, dict[int, Adaptation]]:
+    """Return the corrections that are worth their bytes, packed and by level.
+
+    Args:
+        solved: By level: corrections, and how many bits they save.
+        levels: The number of levels that can have any.
+    """
+    found, data = {}, b""
+    for k in reversed(range(levels)):
+        own = b""
+        if k in solved:
+            adaptation, saved = solved[k]
+            packed = adaptation.to_bytes()
+            if saved > 8 * (len(packed) + _WORTH):
+                found[k], own = adaptation, packed
+        data += varint(len(own)) + own
+    return data if found else b"", found
 
 
 def _check_equal(again: Tensor, y: Tensor) -> None:

@@ -1,8 +1,9 @@
-"""How good enhanced images are: PSNR, SSIM, consistency with y, diversity."""
+"""How good enhanced images are: PSNR, SSIM, SSIMULACRA 2, consistency with y, diversity."""
 
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Iterable
 from typing import Any, Unpack
 
@@ -25,6 +26,7 @@ __all__ = [
     "luma",
     "psnr",
     "ssim",
+    "ssimulacra2",
 ]
 
 
@@ -77,6 +79,40 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
         for p, q in pairs
     ]  # fmt: skip
     return torch.from_numpy(np.array(values))
+
+
+def ssimulacra2(a: Tensor, b: Tensor) -> Tensor:
+    """Perceptual similarity of two sets of images: SSIMULACRA 2.
+
+    Args:
+        a, b: (B, C, H, W), any dtype, on the scale 0..255, grey or RGB; at least 8 x 8 pixels. Values are
+            rounded.
+
+    Returns:
+        float64 (B,), at most 100: 90 visually lossless, 70 high, 50 medium, 30 low quality.
+
+    Raises:
+        ImportError: if the package is missing.
+        ValueError: if the images are smaller.
+
+    Source: the measure of the JPEG XL project (libjxl), by the package ssimulacra2.
+    """
+    if min(a.shape[2:]) < 8:
+        raise ValueError(f"SSIMULACRA 2 needs images of 8 x 8 pixels; got {a.shape[2]} x {a.shape[3]}")
+    try:
+        from ssimulacra2 import compute_ssimulacra2
+    except ImportError:
+        raise ImportError("SSIMULACRA 2 needs its package: pip install 'selfvae[bench]'") from None
+
+    def file(image: Tensor) -> io.BytesIO:
+        out = io.BytesIO()
+        pixels = image.double().round().clamp(0, 255).byte().expand(3, -1, -1)
+        Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(out, "bmp")
+        return out
+
+    return torch.tensor(
+        [compute_ssimulacra2(file(q), file(p)) for p, q in zip(a, b, strict=True)], dtype=torch.float64
+    )
 
 
 def baseline_enhancement(model: SelfVAE, y: Tensor, k: int = 1, enlarging: str = "bicubic") -> Tensor:
@@ -141,16 +177,17 @@ def _compare(
     x: Tensor,
     result: Tensor,
     y: Tensor,
-    protocol: tuple[bool, int],
+    protocol: tuple[bool, int, bool],
 ) -> dict[str, Tensor]:
     """Scores of results (on x's scale, float or uint8) against x and the given y, (B,) each, by name."""
     back = _reduced(result.round().to(torch.uint8), reductions)
-    on_luma, border = protocol
+    on_luma, border, perceptual = protocol
     inside = slice(border, -border or None)
     a, b = (image[..., inside, inside].double() * unit for image in (result, x))
+    scores = {f"ssimulacra2_{kind}": ssimulacra2(a, b)} if perceptual else {}
     if on_luma:
         a, b = luma(a), luma(b)
-    return {
+    return scores | {
         f"psnr_{kind}": psnr(a, b),
         f"ssim_{kind}": ssim(a, b),
         f"consistency_error_{kind}": (back.double() - y.double()).abs().flatten(1).mean(1),
@@ -169,6 +206,7 @@ def evaluate_enhancement(
     scale: int | None = None,
     on_luma: bool = False,
     border: int = 0,
+    perceptual: bool = False,
     **how: Unpack[SamplingOptions],
 ) -> dict[str, Any]:
     """Compare images found given only y[k] with the images x that y[k] was computed from.
@@ -186,17 +224,20 @@ def evaluate_enhancement(
             what the reduction by `scale` computes from x.
         on_luma: compute PSNR and SSIM of the luma of RGB images, as publications on super-resolution do.
         border: pixels on each side that PSNR and SSIM leave out, in publications as many as the factor.
+        perceptual: also compute `ssimulacra2`, of all channels.
         **how: of the draws, see `SamplingOptions`.
 
     Returns:
         Means over images, for the mean of the distribution (NAME_mean), single draws (NAME_draw), the
         average of all draws (NAME_average), `baseline_enhancement` (NAME_plain), and with Lanczos' filter
-        (NAME_lanczos) where the model enlarges: psnr (dB) and ssim against x, and consistency_error, the
-        mean distance of d(result) to y[k] in values of y[k]. diversity_rmse: the root mean square distance
-        between two draws, mean over pairs and images. All but the consistency error on the scale 0..255.
+        (NAME_lanczos) where the model enlarges: psnr (dB) and ssim against x, ssimulacra2 if it was asked
+        for, and consistency_error, the mean distance of d(result) to y[k] in values of y[k].
+        diversity_rmse: the root mean square distance between two draws, mean over pairs and images. All but
+        the consistency error on the scale 0..255.
 
     Raises:
         ValueError: if an argument is out of range, or the images do not fit.
+        ImportError: if `perceptual` lacks its package.
     """
     check_computed(model, k)
     if draws < 2 and draws:
@@ -207,6 +248,7 @@ def evaluate_enhancement(
         raise ValueError(f"only RGB images have a luma; the model's have {model.spec.channels} channels")
     n, work = batches(model, images, limit, batch_size)
     seed, unit = how.get("seed"), 255 / model.spec.max_value
+    protocol = on_luma, border, perceptual
     times = times_applied(model, k, scale)
     reductions = _reductions(model, k, times)
     factors = (n ** (times - 1) for n in model.scale(k))
@@ -228,7 +270,7 @@ def evaluate_enhancement(
     def score(batch: range) -> dict[str, Tensor]:
         x = images.take(batch)[:, :, :height, :width].to(model.device)
         y = _reduced(x, reductions)
-        compare = functools.partial(_compare, reductions, unit, x=x, y=y, protocol=(on_luma, border))
+        compare = functools.partial(_compare, reductions, unit, x=x, y=y, protocol=protocol)
         expected = found(y, temperature=0.0, decode="mean", seed=seed)
         scores = {
             **compare("mean", result=expected),

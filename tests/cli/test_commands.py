@@ -255,6 +255,22 @@ def test_psnr_and_ssim() -> None:
         enhancement.ssim(x[:, :, :8], x[:, :, :8])
 
 
+def test_ssimulacra2(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, cols = torch.meshgrid(torch.arange(40.0), torch.arange(48.0), indexing="ij")
+    x = (120 + 80 * torch.sin(rows / 5) * torch.cos(cols / 7)).expand(1, 3, -1, -1)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    little, much = (enhancement.ssimulacra2(x + n * noise, x).item() for n in (1, 20))
+    assert enhancement.ssimulacra2(x, x).item() == pytest.approx(100)
+    assert 100 > little > 60 > much
+    grey = enhancement.ssimulacra2(x[:, :1] + noise[:, :1], x[:, :1])
+    assert grey.shape == (1,) and 100 > grey.item() > 60
+    with pytest.raises(ValueError, match="8 x 8 pixels; got 7 x 48"):
+        enhancement.ssimulacra2(x[:, :, :7], x[:, :, :7])
+    monkeypatch.setitem(sys.modules, "ssimulacra2", None)
+    with pytest.raises(ImportError, match=r"selfvae\[bench\]"):
+        enhancement.ssimulacra2(x, x)
+
+
 @pytest.mark.parametrize("name", ["selfvae", "selfvae-grey", "selfvae-bits", "selfvae-halve"])
 def test_enhancement_scores(name: str, runs: Path) -> None:
     model = selfvae.load(runs / name)
@@ -321,19 +337,21 @@ def test_the_protocol_of_publications(
     xs = [torch.randint(0, 256, (1, 3, h, 32), dtype=torch.uint8) for h in (24, 31)]
     for i, x in enumerate(xs):
         pictures.write(x[0], folder / f"{i}.png")
-    flags = ["--whole", "--draws", "0", "--on-luma", "--border", "2", "--json"]
+    flags = ["--whole", "--draws", "0", "--on-luma", "--border", "2", "--perceptual", "--json"]
     assert main(["eval-enhance", str(runs / "selfvae"), "--data", str(folder), *flags]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert scores["images"] == 2 and "psnr_draw" not in scores
-    expected = []
+    expected, perceptual = [], []
     for x in xs:
         rows = model.multiples[0][0]
         x = x[:, :, : x.shape[2] // rows * rows]
         y = MeanDownscale(2)(x)
         found = enhance(model, y, temperature=0.0, decode="mean")
-        a, b = (enhancement.luma(image)[:, :, 2:-2, 2:-2] for image in (x, found))
-        expected.append(enhancement.psnr(a, b).item())
+        a, b = (image[:, :, 2:-2, 2:-2] for image in (x, found))
+        expected.append(enhancement.psnr(enhancement.luma(a), enhancement.luma(b)).item())
+        perceptual.append(enhancement.ssimulacra2(b, a).item())
     assert scores["psnr_mean"] == pytest.approx(sum(expected) / 2)
+    assert scores["ssimulacra2_mean"] == pytest.approx(sum(perceptual) / 2)
     image = Image.fromarray(MeanDownscale(2)(xs[0])[0].permute(1, 2, 0).numpy())
     for name in ("bicubic", "lanczos"):
         wanted = np.asarray(image.resize((32, 24), Image.Resampling[name.upper()]))

@@ -297,6 +297,14 @@ def golden_album_3(channels: int, n: int) -> list[tuple[str, Tensor]]:
     return [(f"{i}.png", x.roll(i, 3)[:, :, : 4 - i // 8]) for i in range(n)]
 
 
+def golden_album_4() -> list[tuple[str, Tensor]]:
+    """Small pictures, which share corrections, and a large one, which has its own."""
+    x = golden_3("corrected")
+    small = [(f"{i}.png", x[:, :, i : i + 24, : 20 + i // 16]) for i in range(24)]
+    large = (torch.arange(3 * 256 * 258).view(1, 3, 256, 258) % 258 // 64).byte()
+    return [*small, ("large.png", large)]
+
+
 def saved_golden() -> selfvae.SelfVAE:
     """The model that is kept as a folder beside the files."""
     how: dict[str, Any] = {"image_shape": (1, 8, 8), "width": 0.01, "components": 2}

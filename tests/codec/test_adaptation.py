@@ -202,7 +202,7 @@ def test_damaged_corrections_are_refused(data: bytes, cut: int) -> None:
     with pytest.raises(CodecError):
         Adaptation.from_bytes(packed, [*counts, 5])
     with pytest.raises(CodecError):
-        codec._adaptations(b"\x01" + data, (130, 260))
+        codec.adaptations(b"\x01" + data, (130, 260))
 
 
 def test_a_large_picture_is_fitted_at_some_of_its_bands(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,11 +209,32 @@ def test_archives(which: str, block: int, monkeypatch: pytest.MonkeyPatch) -> No
         ("grey small.png", x[:, :1, :5]),
     ]
     data = pack(codec, album, block=block)
-    assert data[4] == 3
+    assert data[4] == 4
     found = Archive(codec, data)
     for (name, x), (other, back) in zip(album, found, strict=True):
         assert name == other and torch.equal(x, back)
     assert torch.equal(found["grey.png"], album[2][1]) and torch.equal(found[9], album[9][1])
+
+
+def test_the_pictures_of_an_archive_share_corrections(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, album = integer_codec(), [(str(i), photo_like(32, 32, seed=i)) for i in range(40)]
+    data = pack(codec, album, block=16)
+    archive = Archive(codec, data)
+    assert archive._shared and all(torch.equal(x, archive[name]) for name, x in album[::7])
+    monkeypatch.setattr(chains, "_WORTH", 1 << 40)
+    plain = pack(codec, album, block=16)
+    assert not Archive(codec, plain)._shared
+    assert len(data) < 0.95 * len(plain)
+
+
+def test_a_large_picture_in_an_archive_has_its_own_corrections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chains, "_STRIP", 1 << 12)
+    codec, x = integer_codec(), photo_like(90, 100)
+    assert codec.chain is not None
+    stream, fit = codec.chain.encode_batch(x), codec.chain.fit(x)
+    assert fit.data and fit.data in stream
+    assert torch.equal(codec.chain.decode_batch(stream, 1, (90, 100)), x)
+    assert torch.equal(Archive(codec, pack(codec, [("a", x)]))["a"], x)
 
 
 @pytest.mark.usefixtures("small_bands")

@@ -22,6 +22,7 @@ from codec_models import (
     fixed,
     gaussian,
     golden_album_3,
+    golden_album_4,
     golden_checksums,
     golden_codec,
     golden_picture,
@@ -274,6 +275,14 @@ def test_golden_archives_of_format_3(name: str) -> None:
     again = pack(integer_codec(which), album, block=8)
     index = [21 + int.from_bytes(file[13:17], "little") for file in (data, again)]
     assert data[index[0] :] == again[index[1] :]  # the index is compressed by zlib
+
+
+def test_a_golden_archive_of_format_4() -> None:
+    data, album = (GOLDEN / "4/shared.svaes").read_bytes(), golden_album_4()
+    archive = Archive(integer_codec(), data)
+    assert data[4] == 4 and archive._shared
+    for (own, x), (name, back) in zip(album, archive, strict=True):
+        assert own == name and torch.equal(x, back)
 
 
 def test_a_saved_integer_model_is_read() -> None:

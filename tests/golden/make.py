@@ -1,6 +1,7 @@
 """Writes the golden files again: only for a new version of the format.
 
-python -m tests.golden.make 2: of models whose networks are in float64; 3: of integer models.
+python -m tests.golden.make 2: of models whose networks are in float64; 3: of integer models; 4: an archive
+of an integer model. (The archives of format 3 cannot be written any more.)
 """
 
 import json
@@ -15,12 +16,11 @@ if __name__ == "__main__":  # pytest imports every module to look for doctests
     from codec_models import (
         GOLDEN,
         GOLDEN_3,
-        GOLDEN_ARCHIVES,
         GOLDEN_FILES,
         fixed,
         golden_3,
         golden_album,
-        golden_album_3,
+        golden_album_4,
         golden_codec,
         golden_picture,
         golden_tables,
@@ -43,13 +43,13 @@ if __name__ == "__main__":  # pytest imports every module to look for doctests
             x = golden_3(name)
             (folder / f"{name}.svae").write_bytes(write_golden_3(name))
             checks[name] = [list(x.shape), zlib.crc32(x.numpy().tobytes())]
-        for name, (which, *how) in GOLDEN_ARCHIVES.items():
-            (folder / f"{name}.svaes").write_bytes(
-                pack(integer_codec(which), golden_album_3(*how), block=8)
-            )
         hub.save(saved_golden(), folder / "model")
         checks["model"] = [fingerprint(saved_golden()).hex(), hub.known_answer(saved_golden())]
         (folder / "checksums.json").write_text(json.dumps(checks) + "\n")
+    elif sys.argv[1:] == ["4"]:
+        folder = GOLDEN / "4"
+        folder.mkdir(exist_ok=True)
+        (folder / "shared.svaes").write_bytes(pack(integer_codec(), golden_album_4(), block=8))
     elif sys.argv[1:] == ["2"]:
         folder = GOLDEN / str(VERSION)
         folder.mkdir(exist_ok=True)

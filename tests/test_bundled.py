@@ -20,7 +20,7 @@ from selfvae.transforms import MeanDownscale
 
 NAMES = (
     "cifar10-2m-v1", "cifar10-latent", "emoji-v1", "photos-deband-v1", "photos-v0",
-    "photos-v1", "photos-v2", "photos-v3", "photos-x2-bicubic-v1", "photos-x2-v1",
+    "photos-v2", "photos-v3", "photos-x2-bicubic-v1", "photos-x2-jpeg-v1", "photos-x2-v1",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from selfvae.metrics.enhancement import baseline_enhancement, psnr
 from selfvae.model import SelfVAE, spread_levels
 from selfvae.progress import Track, no_progress
 from selfvae.tiling import tiled_if_large
-from selfvae.transforms import BicubicDownscale
+from selfvae.transforms import BicubicDownscale, Jpeg
 from selfvae.transforms.base import round_up
 
 __all__ = [
@@ -32,9 +32,10 @@ __all__ = [
     "interpolate", "keeps_alpha", "open_packed", "prefix", "read", "shares",
 ]  # fmt: skip
 
-_GAPS = ("photos-x2-v1", "photos-x2-bicubic-v1", "photos-deband-v1")
+_GAPS = ("photos-x2-v1", "photos-x2-bicubic-v1", "photos-x2-jpeg-v1", "photos-deband-v1")
 _CODEC, _LATENT = "photos-v3", "cifar10-latent"
 _GENERATORS = ("emoji-v1", "cifar10-2m-v1", _LATENT, _CODEC)
+_REDUCED = {BicubicDownscale: "reduced by bicubic interpolation", Jpeg: "saved as JPEG"}
 _LEVELS = 6  # shown of a long chain
 
 
@@ -50,8 +51,9 @@ class Gap:
         given, whole = self.model.levels[self.k].spec, self.model.spec
         words = []
         if rows * cols > 1:
-            bicubic = isinstance(self.model.levels[0].transform, BicubicDownscale)
-            reduced = " (reduced by bicubic interpolation)" if bicubic else ""
+            parts = {type(part) for part in self.model.levels[0].transform.modules()}
+            how = [text for kind, text in _REDUCED.items() if kind in parts]
+            reduced = f" ({' and '.join(how)})" if how else ""
             words.append(f"enlarge it{reduced}, {cols} x as wide and {rows} x as high")
         if given.channels < whole.channels:
             words.append("colourise a grey picture")

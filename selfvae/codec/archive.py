@@ -46,6 +46,7 @@ MAGIC, VERSION = b"SVAS", 4
 _SHARING = 4  # the first format with corrections
 _TOGETHER = 1 << 18  # pixels that are computed at once; part of the format
 _FITTED = 1 << 18  # pixels to which an archive's corrections are fitted
+_READ = 1 << 22  # pixels that are read to find these, where most pictures are large
 _INDEX = 1 << 24  # the largest length of an index, bytes
 
 Named = tuple[str, Tensor]
@@ -194,15 +195,16 @@ def _fit(codec: Codec, named: Sequence[Named | Unread]) -> bytes:
     """Fit the corrections of an archive to some of its small pictures, the same in every process."""
     assert codec.chain is not None
     found: dict[tuple[int, ...], list[Tensor]] = {}
-    pixels = 0
+    fitted = read = 0
     for i in sorted(range(len(named)), key=lambda i: i * 2654435761 % 2**32):  # irregularly spread
         name, x = named[i][0], _pixels(named[i][1])
         _entry(codec, name, x)  # checks it
-        own = x.shape[2] * x.shape[3]
-        if 2 * own <= _TOGETHER:
+        pixels = x.shape[2] * x.shape[3]
+        read += pixels
+        if 2 * pixels <= _TOGETHER:
             found.setdefault(tuple(x.shape[1:]), []).append(x)
-            pixels += own
-        if pixels >= _FITTED:
+            fitted += pixels
+        if fitted >= _FITTED or read >= _READ:
             break
     return codec.chain.fit_together(torch.cat(alike) for alike in found.values())
 

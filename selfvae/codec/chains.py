@@ -38,7 +38,7 @@ from selfvae.progress import Track, no_progress
 from selfvae.transforms import Support
 from selfvae.transforms.base import round_up
 
-__all__ = ["ChainCodec", "Fit", "is_large", "side_by_side"]
+__all__ = ["ChainCodec", "Fit", "side_by_side"]
 
 _BAND = 1 << 14  # positions in a band; part of the format
 _JOINED = 1 << 12  # positions in the coarsest levels that share a stream; part of the format
@@ -632,7 +632,7 @@ class ChainCodec:
             shared: Corrections by level. A large picture has its own instead.
         """
         size, wide = (x.shape[2], x.shape[3]), self._wide(x)
-        if is_large(len(x), size):
+        if _is_large(len(x), size):
             fit = self.fit(wide)
             return _join([fit.data, *(data for _, data in self.encode(wide, fit, verify=False))])
         return self.encode_together(self._images(wide, size), size, verify=False, adaptations=shared)
@@ -651,7 +651,7 @@ class ChainCodec:
         Raises:
             CodecError: The data are damaged.
         """
-        if is_large(n, size):
+        if _is_large(n, size):
             own = 0 if shared is None else 1
             parts = _split(data, own + self.joined(size) + 1)
             y = self.decode(parts[own:], size, corrections=b"".join(parts[:own]))[0]
@@ -724,7 +724,7 @@ class ChainCodec:
         return images
 
 
-def is_large(n: int, size: Size) -> bool:
+def _is_large(n: int, size: Size) -> bool:
     """Whether n pictures of that size are one that a batch codes as `ChainCodec.encode` does."""
     return n == 1 and math.prod(size) > _STRIP
 

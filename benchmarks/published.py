@@ -139,7 +139,7 @@ def compare(source: Path, name: str, batch: int, repeats: int) -> dict[str, Any]
     fast = selfvae.build(name, "paper").eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fast.load_state_dict(model.state_dict())
     # without gradients the published code's convolutions choose the channels-last layout by themselves
-    plain = reference.plain(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    plain = reference.plain(model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.no_grad():
         forward = {
             "published": flop_count(lambda: theirs(x.float() / 255)),

@@ -388,15 +388,12 @@ class ChainCodec:
         Returns:
             The corrections, for `adaptations`; empty if none are worth their bytes.
         """
-        collectors: dict[int, Collector] = {}
+        collectors = {k: Collector(coder.counts()) for k, coder in enumerate(self._levels) if coder.adapts}
         for x in batches:
             size = x.shape[2], x.shape[3]
             images = self._images(self._wide(x), size)
-            for k in (k for k, coder in enumerate(self._levels) if coder.adapts):
-                collector = Collector(self._levels[k].counts())
-                self._together(k, list(images), size, collector, images[k])
-                collector.join(collectors.get(k, Collector(self._levels[k].counts())))
-                collectors[k] = collector
+            for k, collector in collectors.items():
+                self._together(k, images, size, collector, images[k])
         return _worthwhile({k: c.solve() for k, c in collectors.items()}, len(self._levels))[0]
 
     def _fitted(self, k: int, size: Size) -> list[slice]:

@@ -283,6 +283,9 @@ def test_a_golden_archive_of_format_4() -> None:
     assert data[4] == 4 and archive._shared
     for (own, x), (name, back) in zip(album, archive, strict=True):
         assert own == name and torch.equal(x, back)
+    again = pack(integer_codec(), album, block=8, verify=False)
+    index = [21 + int.from_bytes(file[13:17], "little") for file in (data, again)]
+    assert data[index[0] :] == again[index[1] :]  # the index is compressed by zlib
 
 
 def test_a_saved_integer_model_is_read() -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from selfvae import hub
 from selfvae.files import write_atomic, write_tensors
 from selfvae.model import SelfVAE
+from selfvae.nn.autoregressive import AutoregressiveDecoder
 from selfvae.presets import FORMAT, ModelConfig
 from selfvae.training.config import TrainConfig
 from selfvae.training.graphs import GraphedPass
@@ -235,27 +236,36 @@ def _differences(a: ModelConfig, b: ModelConfig) -> dict[str, tuple[Any, Any]]:
 
 def is_wider(config: ModelConfig, start: ModelConfig) -> bool:
     """Whether a model differs from another one by more channels in residual networks without latents."""
-    same = dataclasses.replace(start, width=config.width) == config
+    same = dataclasses.replace(start, width=config.width, level_width=config.level_width) == config
     return same and config.width > start.width and (config.backbone, config.latents) == ("residual", "none")
 
 
-def _widened(weights: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a wider model that computes what a narrower one does.
+def _widened(model: SelfVAE, start: SelfVAE) -> dict[str, Tensor]:
+    """The weights of a wider model, which make it compute what a narrower one does.
 
     Channels that both have are computed from these alone. The others keep the weights of the wider model,
     and change nothing until training makes use of them.
 
     Source: after Chen et al. 2016 (Net2Net), who copy channels instead.
     """
-    found = {}
-    for name, value in weights.items():
-        old = start[name]
-        found[name] = new = value.clone()
-        if old.shape == value.shape:
+    narrow, found = hub.unique_state_dict(start), {}
+    parts = {  # features of each group of pixels follow each other: they are widened one by one
+        f"{name}.decoder.{tensor}": len(module.groups)
+        for name, module in model.named_modules()
+        if isinstance(module, AutoregressiveDecoder)
+        for tensor, _ in module.decoder.named_parameters()
+        if tensor == "params" or "head" in tensor.split(".")
+    }
+    for name, value in hub.unique_state_dict(model).items():
+        found[name] = value.clone()
+        new, old = found[name], narrow[name]
+        if name in parts:
+            new, old = (v.view(parts[name], -1, *v.shape[1:]) for v in (new, old))
+        if old.shape == new.shape:
             new.copy_(old)
             continue
-        if old.ndim > 1:
-            new[: len(old)] = 0
+        rows = old.shape[: 2 if name in parts else 1]
+        new[tuple(map(slice, rows))] = 0
         new[tuple(map(slice, old.shape))] = old
     return found
 
@@ -270,9 +280,8 @@ def take_weights(model: SelfVAE, start: SelfVAE) -> None:
         ValueError: if they are not of the same shapes; the message says which settings differ.
     """
     try:
-        weights = hub.unique_state_dict(start)
-        if is_wider(model.config, start.config):
-            weights = _widened(hub.unique_state_dict(model), weights)
+        wider = is_wider(model.config, start.config)
+        weights = _widened(model, start) if wider else hub.unique_state_dict(start)
         if model.config.integer and not start.config.integer:
             weights = {**hub.unique_state_dict(model), **weights}
         hub.load_unique_state_dict(model, weights)

@@ -585,11 +585,16 @@ def test_a_run_starts_from_a_trained_model(tmp_path: Path, images: sources.Datas
     assert _state(after)["step"] == 2
 
 
-def test_a_wider_model_begins_at_a_narrower_one(tmp_path: Path, images: sources.Dataset) -> None:
-    narrow = presets.from_config(SHARED)
+@pytest.mark.parametrize("autoregressive", [0, 3])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_wider_model_begins_at_a_narrower_one(
+    tmp_path: Path, images: sources.Dataset, autoregressive: int, shared: bool
+) -> None:
+    start = replace(SHARED, autoregressive=autoregressive, shared=shared, level_width=1.5)
+    narrow = presets.from_config(start)
     x = images.train.take(range(8))
     narrow.initialise(x)
-    wide = presets.from_config(replace(SHARED, width=0.12))
+    wide = presets.from_config(replace(start, width=0.12, level_width=1.2))
     wide.initialise(x)
     take_weights(wide, narrow)
     count = [sum(p.numel() for p in model.parameters()) for model in (narrow, wide)]
@@ -600,6 +605,9 @@ def test_a_wider_model_begins_at_a_narrower_one(tmp_path: Path, images: sources.
     assert all(g is not None and (g != 0).flatten(1).any(1).float().mean() > 0.2 for g in directions)
     run = train(wide.config, images, tmp_path, settings(steps=1), init_from=narrow, quiet=True)
     assert run.config.width == 0.12
+    if not shared:  # wider on fine levels, narrower on coarse ones
+        with pytest.raises(ValueError, match="do not fit.*'level_width'"):
+            take_weights(presets.from_config(replace(wide.config, width=0.14, level_width=0.5)), wide)
 
 
 def test_weights_to_start_from_must_fit(

@@ -105,7 +105,7 @@ def test_a_sum_beyond_float32_is_not_convolved_as_bytes() -> None:
         conv = IntegerConv(wide, 4)
         with torch.no_grad():
             conv.direction.fill_(1.0)  # all weights are the largest
-            found.append(exact._ByteConvolution(conv, act, 256.0)._fits)
+            found.append(exact._ByteConvolution(exact._Kernel.of(conv), act, 256.0)._fits)
     assert found == [True, False]
 
 

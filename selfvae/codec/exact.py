@@ -116,32 +116,39 @@ class _Kernel(NamedTuple):
     """The weights of an integer convolution, its channels in some order.
 
     Attributes:
-        weight: Float32 (O, I, k, k).
-        scale: The power of two, per output channel, by which weights are whole: (O,).
+        whole: In units of 1 / scale: float32 (O, I, k, k).
+        scale: A power of two per output channel: (O,).
         bias: (O,).
         padding: Zeros on each side.
     """
 
-    weight: Tensor
+    whole: Tensor
     scale: Tensor
     bias: Tensor
     padding: int
 
     @classmethod
     def of(cls, conv: IntegerConv, outputs: Tensor | None = None, inputs: Tensor | None = None) -> _Kernel:
-        """Take a convolution's weights; outputs, inputs: orders of channels, where -1 means one of zeros."""
-        weight, bias = conv.weight(), conv.rounded_bias()
-        scale = conv.weight_scale(weight).view(-1)
-        if inputs is not None:
-            weight = F.pad(weight, (0, 0, 0, 0, 0, 1))[:, inputs]
-        if outputs is not None:
-            weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, 1))[outputs]
-            scale, bias = F.pad(scale, (0, 1), value=1.0)[outputs], F.pad(bias, (0, 1))[outputs]
-        return cls(weight, scale, bias, conv.padding)
+        """Take a convolution's weights.
 
-    def whole(self) -> Tensor:
-        """Return the weights in their units: int8 (O, I, k, k)."""
-        return (self.weight * self.scale.view(-1, 1, 1, 1)).to(torch.int8)
+        Args:
+            conv: The convolution.
+            outputs, inputs: Orders of channels. -1 stands for a channel of zeros; of a channel that appears
+                twice, each appearance has half of the weights.
+        """
+        weight, bias = conv.weight(), conv.rounded_bias()
+        scale = conv.weight_scale(weight)
+        whole, scale = weight * scale, scale.view(-1)
+        if inputs is not None:
+            half = torch.trunc(whole / 2)
+            before = (inputs[:, None] == inputs).tril(-1).any(1)
+            twice = (inputs[:, None] == inputs).sum(1) == 2
+            whole, half = (F.pad(w, (0, 0, 0, 0, 0, 1))[:, inputs] for w in (whole, half))
+            whole = torch.where((before & twice).view(-1, 1, 1), half, whole - half * twice.view(-1, 1, 1))
+        if outputs is not None:
+            whole = F.pad(whole, (0, 0, 0, 0, 0, 0, 0, 1))[outputs]
+            scale, bias = F.pad(scale, (0, 1), value=1.0)[outputs], F.pad(bias, (0, 1))[outputs]
+        return cls(whole, scale, bias, conv.padding)
 
 
 class _Convolution:
@@ -157,7 +164,7 @@ class _Convolution:
 
     def __init__(self, kernel: _Kernel, step: float, unit: Tensor | float) -> None:
         scale = torch.as_tensor(unit, dtype=torch.float32).view(-1)
-        weight = kernel.weight * (scale * step).view(-1, 1, 1, 1)
+        weight = kernel.whole * (scale * step / kernel.scale).view(-1, 1, 1, 1)
         self.weight = weight.contiguous(memory_format=torch.channels_last)
         self.bias, self.padding = kernel.bias * scale, kernel.padding
 
@@ -182,7 +189,7 @@ class _ByteConvolution:
 
     def __init__(self, kernel: _Kernel, act: _Activation, unit: Tensor | float) -> None:
         unit = torch.as_tensor(unit, dtype=torch.float32).view(-1)
-        whole = kernel.whole()
+        whole = kernel.whole.to(torch.int8)
         self._scales = unit * act.step / kernel.scale
         self._bias, self._zero = kernel.bias * unit, act.zero
         if not kernel.padding:  # without a border of zeros the bias can stand for them
@@ -230,23 +237,36 @@ def _paired(convs: Sequence[IntegerConv]) -> Tensor:
     """Return an order of the input channels in which convolutions of bytes are exact with AVX2, too.
 
     Its instructions multiply bytes, and add the products of two neighbouring channels in 16 bits. So
-    neighbours must be channels whose weights together never exceed 128. Where none is left for a channel,
-    its neighbour is a channel of zeros, which -1 stands for.
+    neighbours must be channels whose weights together never exceed 128. Of three channels that find no such
+    neighbour one appears twice, with half of its weights each, beside the other two. The neighbour of the
+    others is a channel of zeros. See `_Kernel.of`.
     """
-    kernels = [_Kernel.of(conv).whole().int().permute(0, 2, 3, 1).flatten(0, 2) for conv in convs]
+    kernels = [_Kernel.of(conv).whole.permute(0, 2, 3, 1).flatten(0, 2) for conv in convs]
     weights = torch.cat([half for kernel in kernels for half in (kernel, -kernel)]).clamp(min=0)
     n = weights.shape[1]
-    sums = torch.stack([(weights + weights[:, a : a + 1]).amax(0) for a in range(n)])
-    fits = (sums <= _PAIR).numpy()
-    np.fill_diagonal(fits, False)
+
+    def suits(first: Tensor) -> npt.NDArray[np.bool_]:
+        largest = torch.stack([(first[:, a : a + 1] + weights).amax(0) for a in range(n)])
+        return largest.fill_diagonal_(_PAIR + 1).numpy() <= _PAIR
+
+    whole, halves = suits(weights), suits(torch.ceil(weights / 2))
     order: list[int] = []
-    left = list(range(n))
+    left, alone = list(range(n)), []
     while left:  # first those that suit the fewest others (Karp & Sipser 1981)
-        choices = {a: [b for b in left if fits[a, b]] for a in left}
+        choices = {a: [b for b in left if whole[a, b]] for a in left}
         a = min(left, key=lambda c: (len(choices[c]) or n, c))
         b = min(choices[a], key=lambda c: len(choices[c]), default=-1)
-        order += a, b
+        if b < 0:
+            alone.append(a)
+        else:
+            order += a, b
         left = [c for c in left if c not in (a, b)]
+    while alone:
+        choices = {a: [b for b in alone if halves[a, b]] for a in alone}
+        a = max(alone, key=lambda c: len(choices[c]))
+        used = [a, *choices[a][:2]]
+        order += [a, used[1], a, used[2]] if len(used) == 3 else [a, -1]
+        alone = [c for c in alone if c not in (used if len(used) == 3 else [a])]
     return torch.tensor(order + [-1] * (-len(order) % _MULTIPLE))
 
 

@@ -2,9 +2,9 @@
 
 An `ExactNetwork` computes the same numbers as the decoder that it is made of (`nn.integer`): scales are
 folded into the weights, so that all numbers are whole, and what lies between two convolutions is one
-compiled loop. x86 processors convolve bytes, two to five times as fast as float32; the channels are put into
-an order in which older ones (AVX2 without VNNI) are exact too. The decoder itself remains the definition,
-and is used on GPUs and where nothing is compiled.
+compiled loop. x86 processors convolve bytes, two to five times as fast as float32; for older ones (AVX2
+without VNNI) the channels are put into an order in which this is exact. The decoder itself remains the
+definition, and is used on GPUs and where nothing is compiled.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from selfvae.codec import Codec, exact
 from selfvae.codec.exact import ExactNetwork
 from selfvae.level import Level
 from selfvae.nn.integer import IntegerActivation, IntegerConv
+from selfvae.nn.networks import Shared
 
 
 def contexts(model: selfvae.SelfVAE, n: int = 1, side: int = 48) -> list[tuple[Level, Tensor]]:
@@ -96,6 +97,38 @@ def test_convolutions_of_bytes_are_refused_where_sums_are_cut(monkeypatch: pytes
     expected = reference(level, context)
     monkeypatch.setattr(exact._ByteConvolution, "__call__", cut)
     assert np.array_equal(ExactNetwork(level.decoder)(context), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spread", [20.0, 45.0, 90.0])
+def test_two_products_of_neighbours_fit_in_16_bits(spread: float) -> None:
+    """In the order of `_paired`, whatever the weights; and the sums stay the same."""
+    torch.manual_seed(0)
+    convs = [IntegerConv(24, 16), IntegerConv(24, 16, 1)]
+    for conv in convs:
+        conv.direction.copy_((torch.randn_like(conv.direction) * spread).clamp(-127, 127))
+        conv.direction[:, 0, 0, 0] = 127
+    order = exact._paired(convs)
+    assert len(order) % 8 == 0 and sorted(set(order.tolist()) - {-1}) == list(range(24))
+    for conv in convs:
+        before, after = exact._Kernel.of(conv), exact._Kernel.of(conv, inputs=order)
+        for sign in (1, -1):
+            pairs = (sign * after.whole).clamp(min=0).unflatten(1, (-1, 2)).sum(2)
+            assert 255 * int(pairs.max()) <= 32767
+        found = torch.zeros(16, 25, *before.whole.shape[2:]).index_add(1, order % 25, after.whole)
+        assert torch.equal(found[:, :24], before.whole) and not found[:, 24].any()
+
+
+@torch.no_grad()
+def test_orders_of_channels_change_no_output() -> None:
+    for level, context in contexts(integer(**WIDE)):
+        network = ExactNetwork(level.decoder)
+        if not context.shape[1]:
+            continue
+        inner = level.decoder.decoder if isinstance(level.decoder, Shared) else level.decoder
+        twice = torch.tensor([*reversed(range(len(inner.joint[0].bias))), 0, 2, -1, -1])
+        network._assemble(inner, [twice, *[twice] * len(network._layers)])
+        assert np.array_equal(network(context), reference(level, context))
 
 
 def test_a_sum_beyond_float32_is_not_convolved_as_bytes() -> None:

@@ -5,7 +5,8 @@
 
 Measures three sides in turn, in float32, for `vae` and `srvae` as published (RealNVP prior, 32 x 32): the
 published code as it stands, the plain reference (reference.py), which does the same, and ours with its
-default settings, which include a moving average of the weights and a guard of the gradients besides.
+default settings, which include a moving average of the weights and a guard of the gradients besides. On a
+processor where bfloat16 is our default (`--precision auto`), ours is measured so as well ("ours_bf16").
 All sides have the same convolutions, so the ratio to the time that these take in the published code
 ("at_most") is what any other code could reach. Needs a quiet machine.
 
@@ -39,6 +40,7 @@ from benchmarks import reference
 from benchmarks.measure import Task, flop_count, medians
 from benchmarks.speed import model_and_images, plain_training, training
 from selfvae.files import write_atomic
+from selfvae.nn.precision import autocast, resolve
 
 # of ours: the published model and its network
 _NAMES = {"vae": ("VAE", "densenet32"), "srvae": ("srVAE", "densenet16x32")}
@@ -124,6 +126,11 @@ def published(source: Path, name: str, x: Tensor) -> tuple[nn.Module, Task, Task
     return net, step, generate
 
 
+def _generate_bf16(model: selfvae.SelfVAE, n: int) -> None:
+    with autocast(model.device, "bf16-mixed"):
+        selfvae.generate(model, n)
+
+
 def convolution_seconds(task: Task) -> float:
     """Return the seconds that a task spends in convolutions, forward and backward, by torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU]) as record:
@@ -158,6 +165,9 @@ def compare(source: Path, name: str, batch: int, repeats: int) -> dict[str, Any]
             "ours": partial(selfvae.generate, fast, 20),
         },
     }
+    if resolve("auto", "cpu") == "bf16-mixed":
+        tasks["train"]["ours_bf16"] = training(model, x, precision="bf16-mixed")
+        tasks["generate20"]["ours_bf16"] = partial(_generate_bf16, fast, 20)
     out: dict[str, Any] = {
         "parameters": {
             "published": sum(p.numel() for p in theirs.parameters()),
@@ -168,8 +178,8 @@ def compare(source: Path, name: str, batch: int, repeats: int) -> dict[str, Any]
     for what, sides in tasks.items():
         found = medians(sides, repeats)
         out[what] = {f"{side}_seconds": round(value, 4) for side, value in found.items()}
-        out[what]["published/ours"] = round(found["published"] / found["ours"], 2)
-        out[what]["published/reference"] = round(found["published"] / found["reference"], 2)
+        for side in (name for name in sides if name != "published"):
+            out[what][f"published/{side}"] = round(found["published"] / found[side], 2)
         convolutions = convolution_seconds(sides["published"])
         out[what]["convolutions_seconds"] = round(convolutions, 4)  # of the published code
         out[what]["at_most"] = round(found["published"] / convolutions, 2)  # if nothing else took time

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from selfvae import SelfVAE
 from selfvae.codec import Codec
-from selfvae.nn.layers import DenseStep
 from selfvae.transforms import BicubicDownscale
 
 __all__ = ["compress", "decompress", "iwae", "plain", "train_step"]
@@ -26,15 +25,8 @@ __all__ = ["compress", "decompress", "iwae", "plain", "train_step"]
 def plain(model: SelfVAE) -> SelfVAE:
     """Return a copy of a model that computes the same without optimisations."""
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    for module in model.modules():
-        if isinstance(module, DenseStep):
-            module.forward = types.MethodType(_dense_step, module)  # type: ignore[method-assign]
     model.pyramid = types.MethodType(_pyramid, model)  # type: ignore[method-assign]
     return model
-
-
-def _dense_step(step: DenseStep, x: Tensor) -> Tensor:
-    return nn.functional.elu_(torch.cat([x, nn.Sequential.forward(step, x)], 1))
 
 
 def _pyramid(model: SelfVAE, x: Tensor) -> list[Tensor]:

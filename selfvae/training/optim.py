@@ -26,9 +26,18 @@ def _orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
-    for _ in range(steps):
-        square = x @ x.mT
-        x = a * x + torch.baddbmm(square, square, square, beta=b, alpha=c) @ x
+    if 2 * x.shape[1] <= x.shape[2] and x.dtype != torch.bfloat16:
+        # a step multiplies x from the left by a polynomial of x x^T: collect these, and multiply once
+        square, product = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        for _ in range(steps):
+            factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
+            factor.diagonal(dim1=1, dim2=2).add_(a)
+            product, square = factor @ product, factor @ square @ factor
+        x = product @ x
+    else:
+        for _ in range(steps):
+            square = x @ x.mT
+            x = a * x + torch.baddbmm(square, square, square, beta=b, alpha=c) @ x
     return x.mT if tall else x
 
 

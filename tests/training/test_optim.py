@@ -22,6 +22,16 @@ def test_orthogonalised_keeps_directions_and_evens_sizes(shape: tuple[int, int])
     assert values.min() > 0.6 and values.max() < 1.3
 
 
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
+def test_orthogonalised_by_small_squares_equals_the_steps_written_out(shape: tuple[int, int]) -> None:
+    left, _, right = torch.linalg.svd(torch.randn(3, *shape), full_matrices=False)
+    matrices = left @ torch.diag_embed(torch.logspace(0, -4, 8).expand(3, -1)) @ right
+    x = matrices.double() / (matrices.double().norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        x = 3.4445 * x + (-4.7750 * (x @ x.mT) + 2.0315 * (x @ x.mT) @ (x @ x.mT)) @ x
+    assert (_orthogonalised(matrices) - x).abs().max() < 1e-3
+
+
 def test_what_is_no_kernel_is_adams() -> None:
     """Biases and small kernels move as torch's Adam moves them, at a tenth of the rate."""
     ours = [nn.Parameter(torch.randn(7)), nn.Parameter(torch.randn(3, 4, 3, 3))]

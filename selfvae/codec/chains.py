@@ -311,6 +311,7 @@ class ChainCodec:
             except ValueError as error:
                 raise ValueError(f"the network of y{k} cannot be used for files: {error}") from None
         self._levels = [_LevelCoder(level) for level in model.levels]
+        self._multiple = model.multiples[0]
         self._check_answer(mark)
 
     def _check_answer(self, mark: bytes) -> None:
@@ -334,7 +335,7 @@ class ChainCodec:
 
     def size(self, k: int, size: Size) -> Size:
         """Return the padded height and width of y[k], in pixels, for a picture of a size."""
-        padded, scale = round_up(size, self.model.multiples[0]), self.model.scale(k)
+        padded, scale = round_up(size, self._multiple), self.model.scale(k)
         return padded[0] // scale[0], padded[1] // scale[1]
 
     def _grid(self, k: int, size: Size) -> _Grid:
@@ -501,7 +502,7 @@ class ChainCodec:
         Beyond the picture, a level that models dropped pixels codes nothing: any values would do.
         """
         padded, scale = self.size(k, size), self.model.scale(k)
-        if size == round_up(size, self.model.multiples[0]):
+        if size == round_up(size, self._multiple):
             return None
         if not all(level.keeps for level in self.model.levels[: k + 1]):
             return None

@@ -29,10 +29,13 @@ __all__ = ["ExactNetwork", "Steps", "exact_arithmetic"]
 Steps = npt.NDArray[np.int16]
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+_Slices = tuple[slice, ...]
 _UNIT = 1 << FRACTION
 _BYTE = 255
 _PAIR = 128  # largest sum of two weights whose products with bytes can be added in 16 bits
 _MULTIPLE = 8  # of channels, for which kernels are fast
+_CACHED = 1 << 14  # positions that are convolved at a time
+_TALL = 16  # rows of these, at least
 _LONGEST = 1.5  # times as many channels, at most, are worth being convolved as bytes
 
 
@@ -195,9 +198,9 @@ class _ByteConvolution:
         if not kernel.padding:  # without a border of zeros the bias can stand for them
             self._bias = self._bias - whole.sum((1, 2, 3)) * self._zero * self._scales
             self._zero = 0
-        self._padding, self._zeros = [kernel.padding] * 2, torch.zeros(len(whole), dtype=torch.int32)
+        self.padding, self._zeros = kernel.padding, torch.zeros(len(whole), dtype=torch.int32)
         self._packed = torch.ops.onednn.qconv_prepack(
-            whole, self._scales, 1.0, self._zero, [1, 1], self._padding, [1, 1], 1
+            whole, self._scales, 1.0, self._zero, [1, 1], [self.padding] * 2, [1, 1], 1
         )
         largest = _BYTE * whole.abs().sum((1, 2, 3)) * self._scales + self._bias.abs()
         self._fits = bool((largest < EXACT * self._scales.clamp(max=1)).all())  # the bias is whole
@@ -212,8 +215,8 @@ class _ByteConvolution:
         """Map (B, h, w, C) to (B, h, w, C'), not rounded."""
         out: Tensor = torch.ops.onednn.qconv2d_pointwise(
             torch.from_numpy(x).permute(0, 3, 1, 2), 1.0, self._zero, self._packed, self._scales,
-            self._zeros, self._bias, [1, 1], self._padding, [1, 1], 1, 1.0, 0, torch.float32, "none", [],
-            "",
+            self._zeros, self._bias, [1, 1], [self.padding] * 2, [1, 1], 1, 1.0, 0, torch.float32, "none",
+            [], "",
         )  # fmt: skip
         return out.permute(0, 2, 3, 1).contiguous().numpy()
 
@@ -351,10 +354,39 @@ class ExactNetwork:
         x = np.rint(context.permute(0, 2, 3, 1).numpy() * np.float32(_UNIT)).clip(-_UNIT, _UNIT)
         x = self._stem(np.ascontiguousarray(x))
         x = self._first(x) * np.float32(self._first.step * _UNIT)
-        stream = np.empty_like(x)
-        for i, (act, wide, inside, narrow) in enumerate(self._layers):
-            x = narrow(inside(wide(act(x, stream, adds=i > 0))))
-        x = self._head(self._last(x, stream, adds=True))
-        out = np.empty(x.shape, np.int16)
-        _finish(x.reshape(-1, x.shape[3]), self._limits, out.reshape(-1, x.shape[3]))
+        stream, acts = np.empty_like(x), [*(layer[0] for layer in self._layers[1:]), self._last]
+        x = self._layers[0][0](x, stream)
+        for (_, wide, inside, narrow), act in zip(self._layers, acts, strict=True):
+            found = np.empty(stream.shape, np.uint8 if act.in_bytes else np.float32)
+            for part, seen, own in _parts(stream.shape, wide.padding):
+                sums = narrow(inside(wide(x[seen])[own]))
+                found[part] = act(sums, stream[part], adds=True)
+            x = found
+        out = np.empty((*x.shape[:3], self.params), np.int16)
+        for part, seen, own in _parts(x.shape, self._head.padding):
+            sums = self._head(x[seen])[own]
+            _finish(sums.reshape(-1, self.params), self._limits, out[part].reshape(-1, self.params))
         return out
+
+
+def _parts(shape: tuple[int, ...], halo: int) -> Iterator[tuple[_Slices, _Slices, _Slices]]:
+    """Divide images (B, h, w, C) into parts whose sums stay in a processor's cache.
+
+    Yields:
+        The part; the same with `halo` more rows on both sides, as far as there are any; and where the part
+        lies in the latter.
+    """
+    b, h, w, _ = shape
+    rows = max(_TALL, _CACHED // w)
+    if rows >= h:  # whole images
+        n = max(1, _CACHED // (h * w))
+        for i in range(0, b, n):
+            yield (slice(i, i + n),), (slice(i, i + n),), ()
+        return
+    for i in range(b):
+        for a in range(0, h, rows):
+            first, last = max(0, a - halo), min(h, a + rows + halo)
+            own = slice(a - first, min(h, a + rows) - first)
+            yield (slice(i, i + 1), slice(a, a + rows)), (slice(i, i + 1), slice(first, last)), (
+                slice(None), own,
+            )  # fmt: skip

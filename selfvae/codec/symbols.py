@@ -224,6 +224,29 @@ def _slots(edge: int, lo: int, hi: int, weights: Any, i: int, c: Any, to: int, t
 
 
 @compiled
+def _interval(value: int, lo: int, hi: int, weights: Any, i: int, c: Any, t: Any) -> tuple[int, int]:
+    """Return the first slot of a value of lo..hi and the number of its slots; masses go to c as above.
+
+    Both edges in one loop, which is faster than `_slots` twice.
+    """
+    n = hi + 1 - lo
+    if n <= t[_TOP]:
+        first = _slots(value, lo, hi, weights, i, c, _BELOW, t)
+        return first, _slots(value + 1, lo, hi, weights, i, c, _ABOVE, t) - first
+    below, above, unit = 0, 0, 1 << t[_BITS]
+    middle = (value << t[_BITS]) - (unit >> 1)
+    for m in range(t[_COMPONENTS]):
+        mean, inverse, weight = c[_MEANS, m], c[_INV, m], weights[i, m]
+        under = _mass(middle, mean, inverse, t) if value > 0 else 0
+        over = _mass(middle + unit, mean, inverse, t) if value < t[_TOP] else 1 << _MASS
+        c[_BELOW, m], c[_ABOVE, m] = under, over
+        below += weight * under
+        above += weight * over
+    first = ((below >> _WEIGHT) * ((1 << _SLOTS) - n)) >> _MASS
+    return first + value, (((above >> _WEIGHT) * ((1 << _SLOTS) - n)) >> _MASS) + 1 - first
+
+
+@compiled
 def _components(
     rows: Any, at: int, channel: int, prediction: Any, values: Any, means: Any, t: Any, parts: Any
 ) -> None:
@@ -351,8 +374,7 @@ def _try(
     for k in range(len(parts)):
         _load(parts, k, c)
         _move(moments[k, 0], moments[k, 1], shifts[k], factors[k] & 15, c, t)
-        first = _slots(values[k], 0, t[_TOP], weights, k, c, _BELOW, t)
-        number = _slots(values[k] + 1, 0, t[_TOP], weights, k, c, _ABOVE, t) - first
+        number = _interval(values[k], 0, t[_TOP], weights, k, c, t)[1]
         digits = 0
         while number >> digits > 1:
             digits += 1
@@ -416,8 +438,7 @@ def _learn(parts: Any, values: Any, coded: Any, weights: Any, t: Any) -> None:
         if not coded[i]:
             continue
         _load(parts, i, c)
-        _slots(values[i], 0, t[_TOP], weights, i, c, _BELOW, t)
-        _slots(values[i] + 1, 0, t[_TOP], weights, i, c, _ABOVE, t)
+        _interval(values[i], 0, t[_TOP], weights, i, c, t)
         _observe(weights, i, c)
 
 
@@ -439,9 +460,7 @@ def _find(
             _limit(a, b, c, t)
         if not coded[i] or a == b:
             continue
-        first = _slots(value, a, b, weights, i, c, _BELOW, t)
-        slots[found, 0] = first
-        slots[found, 1] = _slots(value + 1, a, b, weights, i, c, _ABOVE, t) - first
+        slots[found, 0], slots[found, 1] = _interval(value, a, b, weights, i, c, t)
         found += 1
         if channel + 1 < t[_CHANNELS]:
             _observe(weights, i, c)

@@ -60,6 +60,15 @@ def test_the_fast_network_computes_what_the_decoder_does(
             assert found.dtype == np.int16 and np.array_equal(found, expected)
 
 
+@pytest.mark.parametrize("cached", [1 << 20, 100, 1])
+def test_parts_of_images_give_what_whole_ones_do(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole images, several rows or one row at a time: borders between parts leave no trace."""
+    monkeypatch.setattr(exact, "_CACHED", cached)
+    monkeypatch.setattr(exact, "_TALL", 1)
+    for level, context in contexts(integer(**WIDE), 3):
+        assert np.array_equal(ExactNetwork(level.decoder)(context), reference(level, context))
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_same_numbers_however_they_are_computed() -> None:

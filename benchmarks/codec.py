@@ -1,6 +1,6 @@
 """Sizes and times of compressed photographs, beside JPEG XL and WebP in the same run.
 
-    python -m benchmarks.codec FOLDER [--models photos-v0 PATH ...] [--threads 1 2] [--repeats 3]
+    python -m benchmarks.codec FOLDER [--models photos-v3 PATH ...] [--threads 1 2] [--repeats 3]
                                [--limit N] [--others NAME ...] [--out results/codec]
 
 For every picture, number of threads, and model or format:
@@ -18,8 +18,8 @@ encoding and decoding, without corrections), and the bytes of all streams withou
 
 JPEG XL has effort 7 (pillow-jxl-plugin) and as many threads; WebP is lossless, quality 100, method 6, and
 uses one thread. Prints a table in Markdown, and writes OUT/codec.json, which has all figures, and
-OUT/codec.md. Run it on an idle machine: wall times beside other work mean little. photos-v0 takes about a
-minute of CPU time per Kodak photograph and repeat.
+OUT/codec.md. Run it on an idle machine: wall times beside other work mean little. Models that are not
+integer models, such as results/models/photos-v0, take about a minute of CPU time per Kodak photograph.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "python -m benchmarks.codec", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="pictures; sub-folders are included")
-    parser.add_argument("--models", nargs="+", default=["photos-v0"], help="bundled models or folders")
+    parser.add_argument("--models", nargs="+", default=["photos-v3"], help="bundled models or folders")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="default: 1 2")
     parser.add_argument("--repeats", type=int, default=3, help="default: 3")
     parser.add_argument("--limit", type=int, help="number of pictures, the first by name; default: all")

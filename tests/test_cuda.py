@@ -79,7 +79,7 @@ def test_consistency_of_what_is_drawn() -> None:
 
 
 def test_bfloat16_scores_are_close() -> None:
-    model = selfvae.load("photos-v0").cuda()
+    model = selfvae.load("results/models/photos-v0").cuda()
     x = photograph(64, 96).cuda()
     with torch.no_grad():
         exact = model(x).bits_per_dim(x[0].numel())
@@ -88,7 +88,7 @@ def test_bfloat16_scores_are_close() -> None:
     assert 2 < exact.item() < 5 and low.item() == pytest.approx(exact.item(), abs=0.05)
 
 
-@pytest.mark.parametrize("name", ["photos-v0", "cifar10-latent", "photos-deband-v1"])
+@pytest.mark.parametrize("name", ["results/models/photos-v0", "cifar10-latent", "photos-deband-v1"])
 def test_bundled_models_files_cross(name: str) -> None:
     """Written on the CPU and read on the GPU, and the other way: the same pixels."""
     model = selfvae.load(name)

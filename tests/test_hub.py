@@ -231,7 +231,7 @@ def test_folders_and_shipped_models_need_no_hub(tmp_path: Path) -> None:
     assert "no latents: its likelihood is exact" in text and "| y6 | 3 channels of 256 values" in text
     loaded = selfvae.from_pretrained(tmp_path / "mine")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
-    assert selfvae.from_pretrained("photos-v0").config.name
+    assert selfvae.from_pretrained("photos-v2").config.name
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         selfvae.from_pretrained("no-such-model")
     with pytest.raises(ValueError, match="OWNER/NAME"):

@@ -188,7 +188,7 @@ def test_a_folder_goes_on_past_a_broken_file(
         (["interpolate", "PHOTO", "PHOTO", "PHOTO", "--model", "selfvae"], "is the input itself"),
         (["generate", "selfvae", "--out", "o"], "ends in .png"),
         (["enhance", "PHOTO", "o.png", "--model", "nowhere"], "unknown model 'nowhere' (expected a folder"),
-        (["enhance", "PHOTO", "o.png", "--model", "photo-v0"], "did you mean 'photos-v0'?"),
+        (["enhance", "PHOTO", "o.png", "--model", "photo-v2"], "did you mean 'photos-v2'?"),
     ],
 )
 def test_wrong_input(

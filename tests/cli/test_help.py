@@ -177,8 +177,8 @@ def test_presets_are_listed_without_torch() -> None:
         ("train --modle vae", "unknown flag '--modle': did you mean '--model'? (selfvae train --help"),
         ("train --out x --iw 3", "unknown flag '--iw'"),
         ("train --out x --model vaee", "unknown model 'vaee': did you mean 'vae'?"),
-        ("train --out x --model photos-v0", "is a trained model, not a preset: continue from it with"),
-        ("train --out x --init-from photo-v0", "did you mean 'photos-v0'?"),
+        ("train --out x --model photos-v2", "is a trained model, not a preset: continue from it with"),
+        ("train --out x --init-from photo-v2", "did you mean 'photos-v2'?"),
         ("enhance a.png b.png --model photos-x3-v1", "did you mean 'photos-x2-v1'?"),
         ("info cifar10-2m", "did you mean 'cifar10-2m-v1'?"),
         ("train --config", "--config takes a YAML file"),
@@ -247,7 +247,7 @@ def test_sigterm_ends_with_one_line(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_while_torch_is_imported(tmp_path: Path) -> None:
-    with command("info", "photos-v0", cwd=tmp_path, options=("-X", "importtime")) as running:
+    with command("info", "photos-v2", cwd=tmp_path, options=("-X", "importtime")) as running:
         assert running.stderr is not None
         while "torch." not in (line := running.stderr.readline()):
             assert line

@@ -381,7 +381,7 @@ def test_one_heavy_job_at_a_time(address: str, models: Models, monkeypatch: pyte
 
 
 def test_a_job_can_be_stopped_and_says_how_far_it_is(x: torch.Tensor) -> None:
-    codec, jobs, seen = Codec(selfvae.load("photos-v0")), Jobs(), []
+    codec, jobs, seen = Codec(selfvae.load("results/models/photos-v0")), Jobs(), []
     steps, _ = work.compression(codec)
 
     def show(part: float, text: str) -> None:
@@ -444,7 +444,7 @@ def test_the_command_ends_clean(tmp_path: Path) -> None:
     client = pytest.importorskip("gradio_client")
     Image.effect_noise((400, 400), 50).convert("RGB").save(tmp_path / "noise.png")
     with subprocess.Popen(
-        [sys.executable, "-m", "selfvae.cli", "serve", "photos-v0", "--no-browser"],
+        [sys.executable, "-m", "selfvae.cli", "serve", "photos-v2", "--no-browser"],
         env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, text=True,
     ) as server:  # fmt: skip
         assert server.stdout

@@ -269,15 +269,11 @@ class Collector:
         misses = near.add(values, moments)
         which, coarse = _some(len(values), _REGRESSED), near.bits - _FINE
         features = near.features(which)
+        rough = torch.from_numpy((features >> coarse).astype(np.float64))
         spread = np.maximum(moments[which, 1] >> coarse, 1)
-        heavy, missed = np.maximum(_HEAVIEST // spread**2, 1), misses[which] >> coarse
-        squares, products = map(torch.from_numpy, (self._squares[s], self._products[s]))
-        for at in range(0, len(which), _CHUNK):
-            here = slice(at, at + _CHUNK)
-            rough = torch.from_numpy((features[:, here] >> coarse).astype(np.float64))
-            weighted = rough * torch.from_numpy(heavy[here])
-            squares.addmm_(weighted, rough.T)
-            products.addmv_(weighted, torch.from_numpy(missed[here]).double())
+        weighted = rough * torch.from_numpy(np.maximum(_HEAVIEST // spread**2, 1))
+        self._squares[s] += (weighted @ rough.T).numpy()
+        self._products[s] += (weighted @ torch.from_numpy(misses[which] >> coarse).double()).numpy()
         some = _some(len(which), _SAMPLE)
         features, which = features[:, some], which[some]
         seen.seen[0].reshape(near.h + 1, near.w + 2)[1:, 1:-1] = misses.reshape(near.h, near.w)

@@ -35,6 +35,8 @@ from selfvae.data.metadata import Metadata
 
 __all__ = ["CodeLevels", "DecodeLevels", "Levels", "decode", "encode", "read_header", "read_metadata"]
 
+_BESIDE = 2**23  # pixels; for a larger picture WebP beside the networks would take too much memory
+
 Levels = list[tuple[int, bytes]]
 CodeLevels = Callable[[Tensor], tuple[bytes, Levels]]
 DecodeLevels = Callable[[PictureHeader, bytes, Levels, int], Tensor]
@@ -76,13 +78,15 @@ def encode(
     x = x.cpu().contiguous()
     header = PictureHeader(NO_MODEL, x.shape[1], num_values, x.shape[2], x.shape[3])
     first = [PicturePart(Kind.METADATA, metadata.to_bytes())] if metadata else []
-    coded, small = None, False
+    coded, smaller = None, False
     if code_levels is not None:
-        with ThreadPoolExecutor(1) as beside:  # Pillow encodes while the networks compute
-            quick = None if thorough else beside.submit(webp_size, x, effort=0)
+        beside = not thorough and x.shape[2] * x.shape[3] <= _BESIDE
+        with ThreadPoolExecutor(1) as other:  # Pillow encodes while the networks compute
+            quick = other.submit(webp_size, x, effort=0) if beside else None
             coded = _coded(x, header, first, code_levels, fingerprint)
-        small = quick is not None and _clearly_smaller(len(coded), x, quick.result())
-    if coded is not None and small:
+        if not thorough:
+            smaller = _clearly_smaller(len(coded), x, quick.result() if quick else webp_size(x, effort=0))
+    if coded is not None and smaller:
         data = coded
     else:
         data = write(header, [*first, PicturePart(Kind.PIXELS, encode_pixels(x))])

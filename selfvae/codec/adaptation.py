@@ -210,6 +210,31 @@ class Neighbours:
         self._step += 1
         return misses.reshape(-1)
 
+    def regress(self, which: Ints, misses: Ints, moments: Ints, squares: Floats, products: Floats) -> None:
+        """Add the sums of a regression of the step that was added last.
+
+        Args:
+            which: Numbers of the positions that take part, (k,).
+            misses: At all positions, (h w,).
+            moments: Means and spreads, (h w, 2).
+            squares: Receives the products of two features, (N, N).
+            products: Receives the products of a feature and the miss, (N,).
+        """
+        images, table = self._places(_features(self._kept, self._channels, self._step - 1))
+        at, spreads, coarse = self._at(which), moments[which, 1], self.bits - _FINE
+        missed = torch.from_numpy(misses[which] >> coarse).double()
+        rough, weighted = np.empty((2, len(table), _CHUNK))
+        for i in range(0, len(which), _CHUNK):
+            n = min(_CHUNK, len(which) - i)
+            _fill(images, table, at[i : i + n], spreads[i : i + n], coarse, rough, weighted)
+            a, b = torch.from_numpy(weighted[:, :n]), torch.from_numpy(rough[:, :n])
+            torch.from_numpy(squares).addmm_(a, b.T)
+            torch.from_numpy(products).addmv_(a, missed[i : i + n])
+
+    def _at(self, which: Ints) -> Ints:
+        """Return where positions stand in images with a border."""
+        return which + (which // self.w) * 2 + self.w + 3
+
     def features(self, which: Ints) -> npt.NDArray[np.int32]:
         """Return the features of the step that was added last at some positions.
 
@@ -220,7 +245,7 @@ class Neighbours:
             (N, k), the causal neighbours first.
         """
         images, table = self._places(_features(self._kept, self._channels, self._step - 1))
-        at = which + (which // self.w) * 2 + self.w + 3
+        at = self._at(which)
         out = np.empty((len(table), len(which)), np.int32)
         for row, (image, distance, minus) in zip(out, table, strict=True):
             np.subtract(images[image].take(at + distance), images[minus].take(at), out=row)
@@ -267,20 +292,14 @@ class Collector:
         values = np.ascontiguousarray(mixture.values[:, mixture.channel])
         seen = near.correct(moments, np.zeros(len(self._products[s]), np.int64), _PLAIN)
         misses = near.add(values, moments)
-        which, coarse = _some(len(values), _REGRESSED), near.bits - _FINE
-        features = near.features(which)
-        rough = torch.from_numpy((features >> coarse).astype(np.float64))
-        spread = np.maximum(moments[which, 1] >> coarse, 1)
-        weighted = rough * torch.from_numpy(np.maximum(_HEAVIEST // spread**2, 1))
-        self._squares[s] += (weighted @ rough.T).numpy()
-        self._products[s] += (weighted @ torch.from_numpy(misses[which] >> coarse).double()).numpy()
-        some = _some(len(which), _SAMPLE)
-        features, which = features[:, some], which[some]
+        which = _some(len(values), _REGRESSED)
+        near.regress(which, misses, moments, self._squares[s], self._products[s])
+        which = which[_some(len(which), _SAMPLE)]
         seen.seen[0].reshape(near.h + 1, near.w + 2)[1:, 1:-1] = misses.reshape(near.h, near.w)
         contexts = find_contexts(seen.own, seen.seen, near.w)
         sample = _Sample(
             mixture.tables, mixture.parts[which].astype(np.int32), mixture.weights[which].astype(np.int32),
-            values[which], moments[which], features, contexts[which],
+            values[which], moments[which], near.features(which), contexts[which],
         )  # fmt: skip
         self._samples[s].append(sample)
 
@@ -317,6 +336,19 @@ def _add_weighted(images: Any, table: Any, weights: Any, first: int, out: Any) -
             minus = images[table[f, 2], start:stop]
             for i in range(len(total)):
                 total[i] += weights[f] * (image[i] - minus[i])
+
+
+@compiled
+def _fill(images: Any, table: Any, at: Any, spreads: Any, coarse: int, rough: Any, weighted: Any) -> None:
+    """Compute the features in a table at some positions, in steps 2^coarse times as wide, and weighted."""
+    for i in range(len(at)):
+        spread = max(spreads[i] >> coarse, 1)
+        spreads[i] = max(_HEAVIEST // (spread * spread), 1)
+    for f in range(len(table)):
+        image, minus, distance = images[table[f, 0]], images[table[f, 2]], table[f, 1]
+        for i in range(len(at)):
+            rough[f, i] = (image[at[i] + distance] - minus[at[i]]) >> coarse
+            weighted[f, i] = rough[f, i] * spreads[i]
 
 
 def _some(n: int, part: int) -> Ints:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -34,8 +35,8 @@ _UNIT = 1 << FRACTION
 _BYTE = 255
 _PAIR = 128  # largest sum of two weights whose products with bytes can be added in 16 bits
 _MULTIPLE = 8  # of channels, for which kernels are fast
-_CACHED = 1 << 14  # positions that are convolved at a time
-_TALL = 16  # rows of these, at least
+_CACHED = 1 << 13  # positions that are convolved at a time
+_TALL = 12  # rows of these, at least
 _LONGEST = 1.5  # times as many channels, at most, are worth being convolved as bytes
 
 
@@ -103,11 +104,20 @@ class _Activation:
         self._top, self.zero = np.float32(highest / self.step), round(-lowest / self.step)
         self.in_bytes = False
 
-    def __call__(self, sums: Floats, stream: Floats | None = None, *, adds: bool = False) -> Floats | Bytes:
-        """Return the activations of sums, which may be overwritten; see `_activate`."""
+    def image(self, shape: tuple[int, int, int, int], margin: int) -> _Image:
+        """Return an image (B, h, w, C) for activations, 0 in the margin."""
+        b, h, w, channels = shape
+        kind: type = np.uint8 if self.in_bytes else np.float32
+        array = np.empty((b, h + 2 * margin, w, channels), kind)
+        array[:, :margin] = array[:, h + margin :] = self.zero if self.in_bytes else 0
+        return _Image(array, margin)
+
+    def __call__(
+        self, sums: Floats, out: Floats | Bytes, stream: Floats | None = None, *, adds: bool = False
+    ) -> Floats | Bytes:
+        """Write the activations of sums to out, all contiguous, and return it; see `_activate`."""
         keeps = stream is not None
         kept = np.empty(0, np.float32) if stream is None else stream.reshape(-1)
-        out: Floats | Bytes = np.empty(sums.shape, np.uint8) if self.in_bytes else sums
         zero = np.float32(self.zero if self.in_bytes else 0)
         _activate(
             sums.reshape(-1), out.reshape(-1), kept, self._lines, self._scale, self._top, zero, adds, keeps
@@ -171,11 +181,10 @@ class _Convolution:
         self.weight = weight.contiguous(memory_format=torch.channels_last)
         self.bias, self.padding = kernel.bias * scale, kernel.padding
 
-    def __call__(self, x: Floats) -> Floats:
-        """Map (B, h, w, C) to (B, h, w, C'), not rounded."""
-        out = F.conv2d(
-            torch.from_numpy(x).permute(0, 3, 1, 2), self.weight, self.bias, padding=self.padding
-        )
+    def __call__(self, x: Floats, margin: int = 0) -> Floats:
+        """Map (B, h, w, C) to (B, h, w, C'), not rounded; x has rows beyond h, up to the padding."""
+        padding = self.padding - margin, self.padding
+        out = F.conv2d(torch.from_numpy(x).permute(0, 3, 1, 2), self.weight, self.bias, padding=padding)
         return out.permute(0, 2, 3, 1).contiguous().numpy()
 
 
@@ -200,8 +209,9 @@ class _ByteConvolution:
             self._zero = 0
         self.padding, self._zeros = kernel.padding, torch.zeros(len(whole), dtype=torch.int32)
         self._packed = torch.ops.onednn.qconv_prepack(
-            whole, self._scales, 1.0, self._zero, [1, 1], [self.padding] * 2, [1, 1], 1
-        )
+            whole, self._scales, 1.0, self._zero, [1, 1], [0, self.padding], [1, 1], 1,
+            [1, whole.shape[1], _TALL + 2 * self.padding, _CACHED // _TALL],
+        )  # fmt: skip
         largest = _BYTE * whole.abs().sum((1, 2, 3)) * self._scales + self._bias.abs()
         self._fits = bool((largest < EXACT * self._scales.clamp(max=1)).all())  # the bias is whole
         self._act, self._channels = act, whole.shape[1]
@@ -211,12 +221,12 @@ class _ByteConvolution:
         x = np.full((1, 9, 9, self._channels), _BYTE, np.uint8)
         return self._fits and np.array_equal(self(x), other(x.astype(np.float32) - self._act.zero))
 
-    def __call__(self, x: Bytes) -> Floats:
-        """Map (B, h, w, C) to (B, h, w, C'), not rounded."""
+    def __call__(self, x: Bytes, margin: int = 0) -> Floats:
+        """Map (B, h, w, C) to (B, h, w, C'), not rounded; x has rows beyond h, up to the padding."""
         out: Tensor = torch.ops.onednn.qconv2d_pointwise(
             torch.from_numpy(x).permute(0, 3, 1, 2), 1.0, self._zero, self._packed, self._scales,
-            self._zeros, self._bias, [1, 1], [self.padding] * 2, [1, 1], 1, 1.0, 0, torch.float32, "none",
-            [], "",
+            self._zeros, self._bias, [1, 1], [self.padding - margin, self.padding], [1, 1], 1, 1.0, 0,
+            torch.float32, "none", [], "",
         )  # fmt: skip
         return out.permute(0, 2, 3, 1).contiguous().numpy()
 
@@ -352,41 +362,73 @@ class ExactNetwork:
         if isinstance(self._decoder, Shared):
             context = self._decoder.with_planes(context)
         x = np.rint(context.permute(0, 2, 3, 1).numpy() * np.float32(_UNIT)).clip(-_UNIT, _UNIT)
-        x = self._stem(np.ascontiguousarray(x))
-        x = self._first(x) * np.float32(self._first.step * _UNIT)
-        stream, acts = np.empty_like(x), [*(layer[0] for layer in self._layers[1:]), self._last]
-        x = self._layers[0][0](x, stream)
-        for (_, wide, inside, narrow), act in zip(self._layers, acts, strict=True):
-            found = np.empty(stream.shape, np.uint8 if act.in_bytes else np.float32)
-            for part, seen, own in _parts(stream.shape, wide.padding):
-                sums = narrow(inside(wide(x[seen])[own]))
-                found[part] = act(sums, stream[part], adds=True)
-            x = found
-        out = np.empty((*x.shape[:3], self.params), np.int16)
-        for part, seen, own in _parts(x.shape, self._head.padding):
-            sums = self._head(x[seen])[own]
-            _finish(sums.reshape(-1, self.params), self._limits, out[part].reshape(-1, self.params))
-        return out
+        (b, h, w, _), width = x.shape, len(self._stem.bias)
+        tiles, by_rows = _tiles(b, h, w)
+        # what each convolution after the first one reads
+        acts = [*(layer[0] for layer in self._layers), self._last]
+        convs = [*(layer[1] for layer in self._layers), self._head]
+        images = [
+            partial(act.image, (b, h, w, width), conv.padding if by_rows else 0)
+            for act, conv in zip(acts, convs, strict=True)
+        ]
+        seen = _Image.of(x, self._stem.padding if by_rows else 0)
+        stream, image = np.empty((b, h, w, width), np.float32), images[0]()
+        unit = np.float32(self._first.step * _UNIT)
+        for tile in tiles:
+            sums = self._stem(seen.around(tile), seen.margin)
+            first = self._first(sums, np.empty_like(sums))  # in place would not use vector instructions
+            first *= unit
+            acts[0](first, image.inside(tile), stream[tile])
+        for (_, wide, middle, narrow), act, new in zip(self._layers, acts[1:], images[1:], strict=True):
+            found = new()
+            for tile in tiles:
+                sums = wide(image.around(tile), image.margin)
+                out = np.empty(sums.shape, np.uint8 if middle.in_bytes else np.float32)
+                act(narrow(middle(sums, out)), found.inside(tile), stream[tile], adds=True)
+            image = found
+        steps = np.empty((b, h, w, self.params), np.int16)
+        for tile in tiles:
+            sums = self._head(image.around(tile), image.margin)
+            _finish(sums.reshape(-1, self.params), self._limits, steps[tile].reshape(-1, self.params))
+        return steps
 
 
-def _parts(shape: tuple[int, ...], halo: int) -> Iterator[tuple[_Slices, _Slices, _Slices]]:
-    """Divide images (B, h, w, C) into parts whose sums stay in a processor's cache.
+class _Image(NamedTuple):
+    """Inputs of a convolution, which are read tile by tile.
 
-    Yields:
-        The part; the same with `halo` more rows on both sides, as far as there are any; and where the part
-        lies in the latter.
+    Attributes:
+        array: (B, m + h + m, w, C), with zeros above and below.
+        margin: m; 0 where tiles are whole images: the convolution adds the zeros.
     """
-    b, h, w, _ = shape
+
+    array: Floats | Bytes
+    margin: int
+
+    @classmethod
+    def of(cls, x: Floats, margin: int) -> _Image:
+        """Add zeros to x (B, h, w, C)."""
+        return cls(np.pad(x, ((0, 0), (margin, margin), (0, 0), (0, 0))), margin)
+
+    def inside(self, tile: _Slices) -> Any:
+        """Return the tile."""
+        images, rows = tile
+        return self.array[images, rows.start + self.margin : rows.stop + self.margin]
+
+    def around(self, tile: _Slices) -> Any:
+        """Return the tile and the rows of the margin on both sides."""
+        images, rows = tile
+        return self.array[images, rows.start : rows.stop + 2 * self.margin]
+
+
+def _tiles(b: int, h: int, w: int) -> tuple[list[_Slices], bool]:
+    """Divide images (B, h, w, C) into tiles whose sums stay in a processor's cache.
+
+    Returns:
+        Slices of images and of rows; and whether tiles are rows of one image, rather than whole images.
+    """
     rows = max(_TALL, _CACHED // w)
-    if rows >= h:  # whole images
+    if rows >= h:
         n = max(1, _CACHED // (h * w))
-        for i in range(0, b, n):
-            yield (slice(i, i + n),), (slice(i, i + n),), ()
-        return
-    for i in range(b):
-        for a in range(0, h, rows):
-            first, last = max(0, a - halo), min(h, a + rows + halo)
-            own = slice(a - first, min(h, a + rows) - first)
-            yield (slice(i, i + 1), slice(a, a + rows)), (slice(i, i + 1), slice(first, last)), (
-                slice(None), own,
-            )  # fmt: skip
+        return [(slice(i, i + n), slice(0, h)) for i in range(0, b, n)], False
+    starts = [(i, a) for i in range(b) for a in range(0, h, rows)]
+    return [(slice(i, i + 1), slice(a, min(h, a + rows))) for i, a in starts], True

@@ -188,10 +188,8 @@ class Neighbours:
         total = np.zeros((self.h + 2, self.w + 2), np.int64)
         features = _features(self._kept, self._channels, self._step)[_CAUSAL:]
         _add_weighted(*self._places(features), weights[_CAUSAL:], self.w + 3, total.reshape(-1))
-        energy = np.full((2, self.h, self.w), _AT_LEAST, np.int64)
-        for down, right in _CROSS:
-            energy += self._energy[:, 1 + down : 1 + down + self.h, 1 + right : 1 + right + self.w]
-        own = np.stack([*moments.T, total[inside, inside].reshape(-1), *energy.reshape(2, -1)], 1)
+        own = np.empty((self.h * self.w, 5), np.int64)
+        _fill_own(moments, total, self._energy, own)
         seen = np.zeros((2, self.h + 1, self.w + 2), np.int64)
         seen[1, 1:, 1:-1] = self._whole(moments[:, 1])
         fit = np.concatenate([[self.w], weights[:_CAUSAL], factors])
@@ -203,7 +201,10 @@ class Neighbours:
         own = self._whole(values).astype(np.int32) << self.bits
         misses = own - self._whole(moments[:, 0])
         at = _KEPT + self._kept * self._channels + 2 * self._step
-        self._images[at] = np.pad(own, 1, mode="edge")
+        image = self._images[at]
+        image[inside, inside] = own
+        image[0], image[-1] = image[1], image[-2]
+        image[:, 0], image[:, -1] = image[:, 1], image[:, -2]
         self._images[at + 1, inside, inside] = misses
         self._energy[0, inside, inside] += np.abs(misses)
         self._energy[1, inside, inside] += self._whole(moments[:, 1])
@@ -336,6 +337,19 @@ def _add_weighted(images: Any, table: Any, weights: Any, first: int, out: Any) -
             minus = images[table[f, 2], start:stop]
             for i in range(len(total)):
                 total[i] += weights[f] * (image[i] - minus[i])
+
+
+@compiled
+def _fill_own(moments: Any, total: Any, energy: Any, own: Any) -> None:
+    """Fill `Corrected.own` from moments (h w, 2) and, with a border, weighted sums and sums of misses."""
+    w, i = total.shape[1] - 2, 0
+    for row in range(1, total.shape[0] - 1):
+        for col in range(1, w + 1):
+            own[i, 0], own[i, 1], own[i, 2] = moments[i, 0], moments[i, 1], total[row, col]
+            for j in range(2):
+                near = energy[j, row, col - 1] + energy[j, row, col] + energy[j, row, col + 1]
+                own[i, 3 + j] = _AT_LEAST + near + energy[j, row - 1, col] + energy[j, row + 1, col]
+            i += 1
 
 
 @compiled

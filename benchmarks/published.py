@@ -7,8 +7,11 @@ Measures three sides in turn, in float32, for `vae` and `srvae` as published (Re
 published code as it stands, the plain reference (reference.py), which does the same, and ours with its
 default settings, which include a moving average of the weights and a guard of the gradients besides. On a
 processor where bfloat16 is our default (`--precision auto`), ours is measured so as well ("ours_bf16").
-All sides have the same convolutions, so the ratio to the time that these take in the published code
-("at_most") is what any other code could reach. Needs a quiet machine.
+All sides have the same convolutions, so the ratio to the time that these and the optimizer take in the
+published code ("at_most") is what any other code could reach. Needs a quiet machine.
+
+Each side has a process of its own, as in use: oneDNN keeps 1,024 compiled operations per process, and all
+sides in one process would have theirs compiled again at each step, the published code most of all.
 
 The published code imports torchvision, of which it needs three transforms here; where it is not installed
 they are replaced by Pillow's. It also asks for views that present torch cannot give where a convolution
@@ -17,13 +20,16 @@ chose another memory layout: they become copies.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
+import multiprocessing as mp
 import platform
-import subprocess
 import sys
 import types
+from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,10 +43,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import selfvae
 from benchmarks import reference
-from benchmarks.measure import Task, flop_count, medians
-from benchmarks.speed import model_and_images, plain_training, training
+from benchmarks.measure import Task, flop_count, medians, peak_flops, seconds
+from benchmarks.speed import model_and_images, plain_training, training, within
 from selfvae.files import write_atomic
-from selfvae.nn.precision import autocast, resolve
+from selfvae.nn.precision import Precision, resolve
 
 # of ours: the published model and its network
 _NAMES = {"vae": ("VAE", "densenet32"), "srvae": ("srVAE", "densenet16x32")}
@@ -96,8 +102,8 @@ def _view(x: Tensor, *shape: Any) -> Tensor:
         return x.reshape(*shape)
 
 
-def published(source: Path, name: str, x: Tensor) -> tuple[nn.Module, Task, Task]:
-    """Return the published model, its training step on images x and its generation of 20 images."""
+def published(source: Path, name: str, x: Tensor) -> tuple[nn.Module, dict[str, Task]]:
+    """Return the published model and its tasks on images x (see `side`)."""
     model, network = _NAMES[name]
     _stand_ins()
     sys.path.insert(0, str(source))
@@ -123,66 +129,90 @@ def published(source: Path, name: str, x: Tensor) -> tuple[nn.Module, Task, Task
         net.eval()
         net.generate(20)
 
-    return net, step, generate
+    return net, {"train": step, "generate20": generate, "bound": lambda: criterion(data, net(data), net)}
 
 
-def _generate_bf16(model: selfvae.SelfVAE, n: int) -> None:
-    with autocast(model.device, "bf16-mixed"):
-        selfvae.generate(model, n)
+def side(which: str, source: Path, name: str, batch: int) -> tuple[nn.Module, dict[str, Task]]:
+    """Prepare one side: published, reference, ours or ours_bf16.
+
+    Returns:
+        Its model, and its tasks: a training step, generation of 20 images, and the bound of a batch.
+    """
+    model, x = model_and_images(name, "paper", batch)
+    if which == "published":
+        return published(source, name, x)
+    precision: Precision = "bf16-mixed" if which == "ours_bf16" else "32-true"
+    if which == "reference":
+        step = plain_training(model, x, averaged=False)
+        drawing = reference.plain(model)
+    else:
+        step = training(model, x, precision=precision)
+        drawing = copy.deepcopy(model)
+    # without gradients the published code's convolutions choose the channels-last layout by themselves
+    drawing = drawing.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    generate = partial(within, precision, selfvae.generate, drawing, 20)
+    return model, {"train": step, "generate20": generate, "bound": lambda: model(x)}
 
 
-def convolution_seconds(task: Task) -> float:
-    """Return the seconds that a task spends in convolutions, forward and backward, by torch's profiler."""
+def necessary_seconds(task: Task) -> float:
+    """Return the seconds of a task's convolutions, both ways, and its optimizer, by torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU]) as record:
         task()
-    spent = {event.key: event.self_cpu_time_total for event in record.key_averages()}
-    return sum(us for key, us in spent.items() if key.startswith("aten::") and "convolution" in key) / 1e6
+    events = record.key_averages()
+    spent = sum(
+        e.self_cpu_time_total for e in events if e.key.startswith("aten::") and "convolution" in e.key
+    )
+    return (spent + sum(e.cpu_time_total for e in events if e.key.startswith("Optimizer.step"))) / 1e6
 
 
-def compare(source: Path, name: str, batch: int, repeats: int) -> dict[str, Any]:
-    """Measure one model: seconds, ratios to the published code, parameters and GFLOP."""
-    model, x = model_and_images(name, "paper", batch)
-    theirs, step, generate = published(source, name, x)
-    fast = selfvae.build(name, "paper").eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    fast.load_state_dict(model.state_dict())
-    # without gradients the published code's convolutions choose the channels-last layout by themselves
-    plain = reference.plain(model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def _serve(pipe: Connection, threads: int, which: str, source: Path, name: str, batch: int) -> None:
+    """Prepare a side and do what the pipe asks for until it asks for nothing."""
+    torch.set_num_threads(threads)
+    model, tasks = side(which, source, name, batch)
     with torch.no_grad():
-        forward = {
-            "published": flop_count(lambda: theirs(x.float() / 255)),
-            "reference": flop_count(lambda: plain(x)),
-            "ours": flop_count(lambda: model(x)),
-        }
-    tasks: dict[str, dict[str, Task]] = {
-        "train": {
-            "published": step,
-            "reference": plain_training(model, x, averaged=False),
-            "ours": training(model, x, precision="32-true"),
-        },
-        "generate20": {
-            "published": generate,
-            "reference": partial(selfvae.generate, plain, 20),
-            "ours": partial(selfvae.generate, fast, 20),
-        },
-    }
+        flop = flop_count(tasks["bound"])
+    pipe.send((sum(p.numel() for p in model.parameters()), flop))
+    while asked := pipe.recv():
+        what, task = asked
+        pipe.send(what(tasks[task]))
+
+
+def _ask(pipe: Connection, what: Callable[[Task], object], task: str) -> Any:
+    pipe.send((what, task))
+    return pipe.recv()
+
+
+def compare(source: Path, name: str, batch: int, repeats: int, threads: int) -> dict[str, Any]:
+    """Measure one model: seconds, ratios to the published code, parameters and GFLOP."""
+    names = ["published", "reference", "ours"]
     if resolve("auto", "cpu") == "bf16-mixed":
-        tasks["train"]["ours_bf16"] = training(model, x, precision="bf16-mixed")
-        tasks["generate20"]["ours_bf16"] = partial(_generate_bf16, fast, 20)
+        names.append("ours_bf16")
+    context, pipes, processes = mp.get_context("spawn"), {}, []
+    for which in names:
+        pipes[which], theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, threads, which, source, name, batch))
+        process.start()
+        theirs.close()
+        processes.append(process)
+    facts = {which: pipe.recv() for which, pipe in pipes.items()}
+    three = names[:3]
     out: dict[str, Any] = {
-        "parameters": {
-            "published": sum(p.numel() for p in theirs.parameters()),
-            "ours": sum(p.numel() for p in model.parameters()),
-        },
-        "forward_gflop_per_image": {side: round(n / batch / 1e9, 3) for side, n in forward.items()},
+        "parameters": {which: facts[which][0] for which in ("published", "ours")},
+        "forward_gflop_per_image": {which: round(facts[which][1] / batch / 1e9, 3) for which in three},
     }
-    for what, sides in tasks.items():
-        found = medians(sides, repeats)
-        out[what] = {f"{side}_seconds": round(value, 4) for side, value in found.items()}
-        for side in (name for name in sides if name != "published"):
-            out[what][f"published/{side}"] = round(found["published"] / found[side], 2)
-        convolutions = convolution_seconds(sides["published"])
-        out[what]["convolutions_seconds"] = round(convolutions, 4)  # of the published code
-        out[what]["at_most"] = round(found["published"] / convolutions, 2)  # if nothing else took time
+    for task in ("train", "generate20"):
+        found = medians({which: partial(_ask, pipes[which], seconds, task) for which in names}, repeats)
+        out[task] = {f"{which}_seconds": round(found[which], 4) for which in names}
+        out[task] |= {
+            f"published/{which}": round(found["published"] / found[which], 2) for which in names[1:]
+        }
+        necessary = _ask(pipes["published"], necessary_seconds, task)
+        out[task]["necessary_seconds"] = round(necessary, 4)  # of the published code
+        out[task]["at_most"] = round(found["published"] / necessary, 2)  # if nothing else took time
+    for pipe in pipes.values():
+        pipe.send(None)
+    for process in processes:
+        process.join()
     return out
 
 
@@ -193,38 +223,33 @@ def main(
     repeats: int = 7,
     threads: int = 2,
     out: Path | None = None,
-    one: str | None = None,
 ) -> None:
     """Measure.
 
     Args:
         source: clone of the published code.
-        models: vae, srvae or both; each in a process of its own.
+        models: vae, srvae or both.
         batch: images per training step.
         repeats: of each measurement.
         threads: of torch.
-        out: JSON file for the result.
-        one: only measure this model, in this process.
+        out: JSON file for the result; models that are not measured stay in it.
     """
     torch.set_num_threads(threads)
-    if one:
-        print(json.dumps(compare(source.resolve(), one, batch, repeats)))
-        return
+    kept = json.loads(out.read_text()) if out and out.exists() else {}
     result: dict[str, Any] = {
         "batch": batch,
         "repeats": repeats,
         "threads": threads,
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),
+        "peak_float32_gflop_per_second": round(peak_flops(torch.float32) / 1e9, 1),
+        **{name: kept[name] for name in _NAMES if name in kept},
     }
     for name in models:
-        command = [sys.executable, "-m", "benchmarks.published", str(source), "--one", name]
-        command += ["--batch", str(batch), "--repeats", str(repeats), "--threads", str(threads)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        result[name] = json.loads(done.stdout.splitlines()[-1])
+        result[name] = compare(source.resolve(), name, batch, repeats, threads)
         print(name, json.dumps(result[name], indent=1), flush=True)
-    if out:
-        write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+        if out:
+            write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

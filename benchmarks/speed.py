@@ -72,6 +72,12 @@ def training(model: selfvae.SelfVAE, x: Tensor, device: str = "cpu", precision: 
     return lambda: make_step(fabric, wrapped, state, x, config)
 
 
+def within(precision: Precision, task: Callable[..., object], model: selfvae.SelfVAE, *args: Any) -> object:
+    """Do a task of a model in a precision, as the command line does."""
+    with autocast(model.device, precision):
+        return task(model, *args)
+
+
 def few(draws: int) -> int:
     """Return the number of draws for the reference, which would take too long with all of them."""
     return max(1, draws // 32)
@@ -84,18 +90,16 @@ def inference(
     slow = reference.plain(model)
     fast = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     low = resolve("auto", "cpu")
-
-    def quickly(task: Callable[..., object], *args: Any) -> object:
-        with autocast(fast.device, low):
-            return task(fast, *args)
-
     pairs: dict[str, Pair] = {
-        f"generate{n}": (partial(selfvae.generate, slow, n), partial(quickly, selfvae.generate, n))
+        f"generate{n}": (
+            partial(selfvae.generate, slow, n),
+            partial(within, low, selfvae.generate, fast, n),
+        )
         for n in generated
     }
     pairs["iwae512"] = (
         partial(reference.iwae, slow, x[:1], few(draws)),
-        partial(quickly, selfvae.iwae, x[:1], draws),
+        partial(within, low, selfvae.iwae, fast, x[:1], draws),
     )
     one, other = Codec(slow), Codec(fast)
     album = [(str(i), x[i : i + 1]) for i in range(files)]

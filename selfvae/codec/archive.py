@@ -35,7 +35,7 @@ from torch import Tensor
 
 from selfvae.codec.adaptation import Adaptation
 from selfvae.codec.ans import ANSCoder
-from selfvae.codec.container import CHANGED, PADDED, CodecError, Reader, check_size, check_start, varint
+from selfvae.codec.container import CHANGED, PADDED, TOGETHER, CodecError, Reader, check_start, varint
 from selfvae.codec.progressive import Codec
 from selfvae.distributed import distributed_map
 from selfvae.progress import Track, no_progress
@@ -44,7 +44,6 @@ __all__ = ["Archive", "Entry", "pack", "read_fingerprint"]
 
 MAGIC, VERSION = b"SVAS", 4
 _SHARING = 4  # the first format with corrections
-_TOGETHER = 1 << 18  # pixels that are computed at once; part of the format
 _FITTED = 1 << 18  # pixels to which an archive's corrections are fitted
 _READ = 1 << 22  # pixels that are read to find these, where most pictures are large
 _INDEX = 1 << 24  # the largest length of an index, bytes
@@ -86,7 +85,7 @@ def _groups(codec: Codec, entries: Sequence[Entry]) -> list[list[int]]:
         members = list(same)[::-1]
         first = entries[members[0]]
         pixels = math.prod(codec.padded(first.height, first.width))
-        most = max(1, _TOGETHER // pixels)
+        most = max(1, TOGETHER // pixels)
         if codec.gaussian:
             end = len(members)
             while end:
@@ -201,7 +200,7 @@ def _fit(codec: Codec, named: Sequence[Named | Unread]) -> bytes:
         _entry(codec, name, x)  # checks it
         pixels = x.shape[2] * x.shape[3]
         read += pixels
-        if 2 * pixels <= _TOGETHER:
+        if 2 * pixels <= TOGETHER:
             found.setdefault(tuple(x.shape[1:]), []).append(x)
             fitted += pixels
         if fitted >= _FITTED or read >= _READ:
@@ -289,7 +288,7 @@ class Archive:
         if codec.chain is not None and version >= _SHARING:
             self._shared = codec.chain.adaptations(corrections)
         for size in {(entry.height, entry.width) for entry in self.entries}:
-            check_size(*codec.padded(*size))
+            codec.check_size(*size)
         self._numbers = {entry.name: i for i, entry in enumerate(self.entries)}
         self._data = [memoryview(data)[a:b] for a, b in itertools.pairwise(
             itertools.accumulate((b.size for b in self.blocks), initial=at)

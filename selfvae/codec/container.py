@@ -16,6 +16,7 @@ the last. The words are one ANS stack, its top first: a prefix of the file conta
 from __future__ import annotations
 
 import itertools
+import os
 import struct
 import zlib
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ CHANGED = (
     "does not come back as it was: the file is damaged, or the model computes different values on this "
     "machine (in that case please report it, with the file)"
 )
+TOGETHER = 1 << 18  # pixels of an archive that are computed at once; part of the format
 _PARTS = 64  # no model has more
+_LATENT_PIXELS = "SELFVAE_LATENT_PIXELS"  # an environment variable
 
 
 class CodecError(ValueError):
@@ -190,11 +193,19 @@ def _names(count: int, latents: int) -> list[str]:
     return [f"{kind}{kinds[i:].count('y') - 1}" for i, kind in enumerate(kinds)]
 
 
-def check_size(height: int, width: int) -> None:
+def check_size(height: int, width: int, latents: bool = False) -> None:
     """Check a picture's size against the limit of Pillow, which reads no larger picture files.
 
+    Args:
+        height: In pixels, with the padding.
+        width: The same.
+        latents: Whether the file holds latents. These are computed from the whole picture at once, in up to
+            4 kB of memory per pixel with narrow networks, so they have a lower limit: 2^18 pixels, as many
+            as an archive codes at once, or what the environment variable SELFVAE_LATENT_PIXELS says.
+
     Raises:
-        CodecError: The picture has more than 2 `PIL.Image.MAX_IMAGE_PIXELS` pixels, 179 million.
+        CodecError: The picture has more than 2 `PIL.Image.MAX_IMAGE_PIXELS` pixels, 179 million, or more
+            than a model with latents may code.
     """
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and height * width > 2 * limit:
@@ -202,6 +213,19 @@ def check_size(height: int, width: int) -> None:
             f"{height} x {width} pixels are more than {2 * limit}: cut the picture up; or, if you trust "
             "it, set PIL.Image.MAX_IMAGE_PIXELS in Python to half its pixels or more"
         )
+    if latents and height * width > _latent_pixels():
+        raise CodecError(
+            f"a model with latents codes at most {_latent_pixels()} pixels, since it needs the memory for "
+            f"all of them at once; got {height} x {width}: cut the picture up; or, if you trust it and "
+            f"have the memory, set the environment variable {_LATENT_PIXELS} to {height * width} or more"
+        )
+
+
+def _latent_pixels() -> int:
+    found = os.environ.get(_LATENT_PIXELS) or str(TOGETHER)
+    if not found.isdecimal():
+        raise CodecError(f"{_LATENT_PIXELS} must be a number of pixels, e.g. {TOGETHER}; got {found!r}")
+    return int(found)
 
 
 def check_start(data: bytes, magic: bytes, version: int, kind: str) -> int:

@@ -236,7 +236,7 @@ class Codec:
             raise ValueError(
                 f"expected one picture uint8 (1, C, H, W), C one of {sorted(allowed)}; got {tuple(x.shape)}"
             )
-        check_size(*self.padded(x.shape[2], x.shape[3]))
+        self.check_size(x.shape[2], x.shape[3])
         if int(x.max()) > spec.max_value:
             raise ValueError(
                 f"the model has values 0 to {spec.max_value}; the picture holds {int(x.max())}"
@@ -245,6 +245,14 @@ class Codec:
     def padded(self, height: int, width: int) -> tuple[int, int]:
         """Return the height and width, in pixels, to which a picture is padded for the model's levels."""
         return round_up((height, width), self.model.multiples[0])
+
+    def check_size(self, height: int, width: int) -> None:
+        """Check a picture's height and width, in pixels, against the limits of `container.check_size`.
+
+        Raises:
+            CodecError: It has too many pixels.
+        """
+        check_size(*self.padded(height, width), latents=self.model.has_latents)
 
     def check_model(self, found: bytes) -> None:
         """Check the fingerprint in a file.
@@ -263,7 +271,7 @@ class Codec:
             return
         self.check_model(header.fingerprint)
         spec = self.model.spec
-        check_size(*self.padded(header.height, header.width))
+        self.check_size(header.height, header.width)
         if isinstance(header, PictureHeader):
             fits = self.chain is not None and header.channels - header.has_alpha in (1, spec.channels)
         else:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 __all__ = [
@@ -31,6 +32,33 @@ __all__ = [
     "checkpoint_activations",
     "data_dependent_init",
 ]
+
+
+class _WeightNorm(torch.autograd.Function):
+    """gain * v / (|v| + 1e-8), with fewer passes over v in the backward pass than autograd would make.
+
+    Autograd would go through v once per operation, twelve times in all, which took 7% of a training step of
+    the papers' models on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, direction: Tensor, gain: Tensor, others: list[int]) -> Tensor:
+        """Normalise a direction over all its dimensions but one, `others`, that of the gain."""
+        norm = torch.linalg.vector_norm(direction, dim=others, keepdim=True)
+        scale = gain.view_as(norm) / (norm + 1e-8)
+        ctx.save_for_backward(direction, norm, scale)
+        ctx.others = others
+        return direction * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return the gradients of direction and gain."""
+        direction, norm, scale = ctx.saved_tensors
+        # d / d gain; a direction of length 0 has no gradient through its length
+        slope = (grad * direction).sum(ctx.others, keepdim=True) / (norm + 1e-8)
+        along = slope * scale / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+        return torch.addcmul(grad * scale, direction, along, value=-1), slope.flatten(), None
 
 
 class Conv(nn.Module):
@@ -102,11 +130,9 @@ class Conv(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def _normalised(self) -> Tensor:
-        axis, direction = (1 if self.transposed else 0), self._directions()
-        others = [i for i in range(4) if i != axis]
-        norm = torch.linalg.vector_norm(direction, dim=others, keepdim=True)
-        shape = [-1 if i == axis else 1 for i in range(4)]
-        return direction * (self.gain.view(shape) / (norm + 1e-8))
+        others = [i for i in range(4) if i != (1 if self.transposed else 0)]
+        out: Tensor = _WeightNorm.apply(self._directions(), self.gain, others)
+        return out
 
     def _directions(self) -> Tensor:
         return self.direction

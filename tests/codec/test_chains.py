@@ -199,7 +199,7 @@ def test_no_file_is_much_larger_than_webp(kind: str, channels: int) -> None:
 def test_archives(which: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from selfvae.codec import archive
 
-    monkeypatch.setattr(archive, "_TOGETHER", 3000)
+    monkeypatch.setattr(archive, "TOGETHER", 3000)
     codec, x = integer_codec(which), photo_like(24, 30)
     album = [(f"deep/{i}.png", (x.int() + i).clamp(max=255).byte()) for i in range(6)]
     album.insert(2, ("grey.png", x[:, :1]))

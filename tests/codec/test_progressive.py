@@ -1,6 +1,7 @@
 """Single files: exact round trips of every model, size and content; prefixes and cut files."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from selfvae.codec import (
     pack,
     read_header,
 )
+from selfvae.codec.container import Header
 
 
 def test_round_trip_at_the_model_s_length(codec: Codec, picture: Tensor) -> None:
@@ -154,6 +156,34 @@ def test_too_large_and_too_many(codec: Codec, picture: Tensor, monkeypatch: pyte
         Codec(fixed(components=65))
     with pytest.raises(ValueError, match="no config"):
         Codec(selfvae.SelfVAE(fixed().levels))
+
+
+def test_too_many_pixels_for_latents(picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    # their networks see the whole picture: a forged header would make them take any memory
+    codec, chain = cached_codec("gaussian"), cached_codec("halve")
+    data, packed = codec.compress(picture), pack(codec, [("a", picture), ("b", picture)])
+    header = read_header(data)
+    assert isinstance(header, Header)
+    payload = data[header.size :]
+    forged = replace(header, height=255, width=4000).to_bytes(payload) + payload
+    refused = "at most 262144 pixels.*got 256 x 4000.*SELFVAE_LATENT_PIXELS to 1024000 or more"
+    with pytest.raises(CodecError, match=refused):
+        codec.decompress(forged)
+    monkeypatch.setenv("SELFVAE_LATENT_PIXELS", "767")
+    for task in (
+        lambda: codec.compress(picture),
+        lambda: codec.decompress(data),
+        lambda: Archive(codec, packed),
+    ):
+        with pytest.raises(CodecError, match="at most 767 pixels.*got 24 x 32"):
+            task()
+    assert torch.equal(chain.decompress(chain.compress(picture)), picture)  # computed in tiles
+    monkeypatch.setenv("SELFVAE_LATENT_PIXELS", "768")
+    assert torch.equal(codec.decompress(data), picture)
+    assert len(list(Archive(codec, packed))) == 2
+    monkeypatch.setenv("SELFVAE_LATENT_PIXELS", "1e6")
+    with pytest.raises(CodecError, match="must be a number of pixels.*got '1e6'"):
+        codec.decompress(data)
 
 
 def test_wrong_input(codec: Codec, picture: Tensor) -> None:

@@ -182,6 +182,27 @@ def test_weight_norm() -> None:
     assert torch.allclose(norm, torch.arange(1.0, 7.0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradient_of_the_weight_norm(transposed: bool) -> None:
+    conv = Conv(4, 6, stride=2 if transposed else 1, transposed=transposed).double()
+    shape, others = ([1, 6, 1, 1], (0, 2, 3)) if transposed else ([6, 1, 1, 1], (1, 2, 3))
+
+    def plain(v: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        return v * (g.view(shape) / (torch.linalg.vector_norm(v, dim=others, keepdim=True) + 1e-8))
+
+    rows = conv.direction.detach().transpose(0, 1) if transposed else conv.direction.detach()
+    rows[2] = 0.0  # a direction of length 0
+    upstream = torch.randn_like(conv.direction)
+    with torch.no_grad():
+        conv.gain.copy_(torch.rand(6) + 0.5)
+    inputs = (conv.direction, conv.gain)
+    assert torch.equal(conv.weight(), plain(*inputs))
+    found = torch.autograd.grad(conv.weight(), inputs, upstream)
+    expected = torch.autograd.grad(plain(*inputs), inputs, upstream)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", list(BACKBONES))
 def test_blocks_say_their_channels(name: str) -> None:
     block = BACKBONES[name](6, 8, 3)

@@ -14,7 +14,7 @@ from selfvae.distributions.pixels import PixelMixture, to_unit
 from selfvae.distributions.priors import LatentDistribution
 from selfvae.nn.autoregressive import AutoregressiveDecoder
 from selfvae.transforms import ImageSpec, Null, Subsampling, Support, Transform
-from selfvae.transforms.base import scale_slice
+from selfvae.transforms.base import BlockSupport, scale_slice
 
 __all__ = ["Level", "Posterior"]
 
@@ -191,6 +191,8 @@ class Level(nn.Module):
                 ..., scale_slice(interior[0], rows, high), scale_slice(interior[1], cols, wide)
             ]
         support = (self.transform.support if self.consistent else Support)(y_up, self.spec)
+        if decoder.radius == 0 and self.subpixel and isinstance(support, BlockSupport):
+            support.alternate()
         return AutoregressiveMixture(
             features,
             decoder,

@@ -278,7 +278,7 @@ def describe(model: SelfVAE) -> list[str]:
         if level.has_latent:
             line += f", latent z{k}"
         if level.autoregressive:
-            line += ", pixel after pixel"
+            line += ", group after group" if level.decoder.radius == 0 else ", pixel after pixel"
         if isinstance(level.transform, Null):
             lines.append(f"{line}; the top")
             continue

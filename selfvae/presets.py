@@ -120,9 +120,12 @@ class ModelConfig:
         subpixel: Decoders work on the grid of the smaller image above, and predict all pixels of a block at
             once (sub-pixel convolution); needs latents="none", integer=false.
         autoregressive: Kernel size, 3, 5 or 7, of the masked convolutions by which a pixel sees those
-            before it: at the top, on levels that keep pixels and on those with sub-pixel decoders. 0: the
-            pixels of a group are independent given the image above. Needs backbone="residual",
-            integer=false.
+            before it: at the top, on levels that keep pixels and on those with sub-pixel decoders. 1: on
+            levels that model several pixels per block, a pixel sees the earlier groups, that is, those at
+            other places in their blocks, on all sides; with sub-pixel decoders, these follow each other
+            like the colours of a checkerboard. 0: pixels are independent given the image above, but for
+            what it leaves possible. Needs backbone="residual", integer=false, and with sub-pixel decoders
+            consistent=true and block means.
         width: Factor on the numbers of channels.
         depth: Factor on the numbers of steps per block.
         level_width: In residual decoders, factor on the number of channels for each halving of the grid
@@ -231,8 +234,8 @@ class ModelConfig:
                 f"latents={self.latents}, backbone={self.backbone}, depthwise={self.depthwise}"
             )
 
-        if isinstance(self.autoregressive, bool) or self.autoregressive not in (0, 3, 5, 7):
-            raise ValueError(f"autoregressive must be 0, 3, 5 or 7; got {self.autoregressive!r}")
+        if isinstance(self.autoregressive, bool) or self.autoregressive not in (0, 1, 3, 5, 7):
+            raise ValueError(f"autoregressive must be 0, 1, 3, 5 or 7; got {self.autoregressive!r}")
         if self.autoregressive and (self.integer or self.backbone != "residual"):
             raise ValueError(
                 "autoregressive needs backbone=residual and integer=false; got "
@@ -526,6 +529,11 @@ class _Plan:
         params, head_scale = own * groups, HEAD_SCALE
         autoregressive = self.autoregressive(k)
         if autoregressive:
+            if self.subpixel(k) and not (config.consistent and isinstance(t, MeanDownscale)):
+                raise ValueError(
+                    "autoregressive and subpixel=true together need consistent=true and block means; got "
+                    f"consistent={config.consistent}, {t}"
+                )
             groups = math.prod(t.scale) if self.subpixel(k) else groups
             params, head_scale = self.channels(k) * groups, 1.0
         elif keeps and config.residual_mean:
@@ -568,7 +576,10 @@ class _Plan:
 
     def autoregressive(self, k: int) -> bool:
         """Whether level k's pixels depend on those before them."""
-        here = k == self.top or self.keeps(k) is not None or self.subpixel(k)
+        keeps = self.keeps(k)
+        if self.config.autoregressive == 1:  # a group sees those before it only: there must be several
+            return self.subpixel(k) or (keeps is not None and math.prod(keeps.block) - len(keeps.kept) > 1)
+        here = k == self.top or keeps is not None or self.subpixel(k)
         return here and self.config.autoregressive > 0
 
     def halvings(self, k: int) -> float:

@@ -1,9 +1,9 @@
 """Pixels that depend on each other: the mixture of a level whose network also sees the pixels before.
 
 The groups of a block follow each other as in `pixels.PixelMixture`, each over the whole image. Within a
-group a pixel sees those above it, and those to its left, in a window of the grid. Scoring computes all
-positions at once. Sampling and decoding proceed in waves: positions of one wave lie on a slanted line, see
-only earlier waves, and are computed together.
+group a pixel sees those above it, and those to its left, in a window of the grid, or none of them. Scoring
+computes all positions at once. Sampling and decoding proceed in waves: positions of one wave lie on a
+slanted line, see only earlier waves, and are computed together. Without windows a group is one wave.
 
 Source: van den Oord et al. 2016 (PixelRNN, PixelCNN); a small window suffices for compression (Zhang et al.
 2021, NeLLoC), with the same waves.
@@ -29,11 +29,13 @@ Wave = tuple[Tensor, Tensor]  # rows and columns, int64 (n,) both
 def waves(height: int, width: int, radius: int, device: torch.device | None = None) -> list[Wave]:
     """Divide a grid into waves: a position's window, `radius` to all sides, holds earlier waves only.
 
+    A window of radius 0 is empty, and the grid one wave.
+
     >>> [list(zip(*(x.tolist() for x in wave))) for wave in waves(2, 3, 1)]
     [[(0, 0)], [(0, 1)], [(0, 2), (1, 0)], [(1, 1)], [(1, 2)]]
     """
     rows = torch.arange(height, device=device)[:, None]
-    number = rows * (radius + 1) + torch.arange(width, device=device)
+    number = (rows * (radius + 1) + torch.arange(width, device=device)) * (radius > 0)
     out = [torch.nonzero(number == t, as_tuple=True) for t in range(int(number.max()) + 1)]
     return [(found[0], found[1]) for found in out if len(found[0])]
 

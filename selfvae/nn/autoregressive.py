@@ -1,7 +1,9 @@
-"""Networks whose outputs depend on the pixels before: masked convolutions over a level's own pixels.
+"""Networks whose outputs depend on the pixels before, in earlier groups and in a pixel's own.
 
-Only the first layer looks around; 1x1 layers follow. So the parameters of one pixel need a window of its
-neighbours and no other computation again, which keeps sampling and decoding short.
+Within its own group a pixel sees those before it by a masked convolution. Only that first layer looks
+around; 1x1 layers follow. So the parameters of one pixel need a window of its neighbours and no other
+computation again, which keeps sampling and decoding short. A network that sees earlier groups only computes
+all positions at once, and all of its layers look around.
 
 Source: van den Oord et al. 2016 (PixelCNN), section 3.1, mask A; Zhang et al. 2021 (NeLLoC), section 3.
 """
@@ -52,23 +54,31 @@ class MaskedConv(Conv):
 class GroupNet(nn.Module):
     """The parameters of one group's pixels from features, earlier groups and earlier pixels of the group.
 
+    With a kernel of 1 a pixel sees no other one of its group; the layers are then 3x3.
+
     Args:
         channels: C of the pixels.
         before: Number of earlier groups.
         width: F, channels of the features and the layers.
         params: Parameters per pixel.
-        kernel: Of the masked convolution.
-        steps: Number of 1x1 residual layers.
+        kernel: Of the masked convolution; 1: there is none.
+        steps: Number of residual layers.
     """
 
     def __init__(
         self, channels: int, before: int, width: int, params: int, kernel: int, steps: int
     ) -> None:
         super().__init__()
-        self.own = MaskedConv(channels, width, kernel)
+        self.own = MaskedConv(channels, width, kernel) if kernel > 1 else None
+        self.radius = kernel // 2
         self.earlier = Conv(channels * before, width) if before else None
-        layers = (ResidualLayer(width, 1) for _ in range(steps))
-        self.layers = nn.Sequential(*layers, nn.ELU(), Conv(width, params, 1, init_scale=HEAD_SCALE))
+        around, layers = (0, steps) if self.own else (steps, 0)
+        self.around = nn.Sequential(*(ResidualLayer(width) for _ in range(around)))
+        self.layers = nn.Sequential(
+            *(ResidualLayer(width, 1) for _ in range(layers)),
+            nn.ELU(),
+            Conv(width, params, 1, init_scale=HEAD_SCALE),
+        )
 
     def begin(self, features: Tensor, earlier: Tensor) -> Tensor:
         """Return what is known before the group's first pixel: (B, F, h, w).
@@ -77,11 +87,13 @@ class GroupNet(nn.Module):
             features: (B, F, h, w).
             earlier: Entries of earlier groups, (B, before * C, h, w).
         """
-        return features if self.earlier is None else features + self.earlier(earlier)
+        out: Tensor = self.around(features if self.earlier is None else features + self.earlier(earlier))
+        return out
 
     def forward(self, features: Tensor, own: Tensor, earlier: Tensor) -> Tensor:
         """Return parameters (B, P, h, w) at all positions, given the group's entries own (B, C, h, w)."""
-        out: Tensor = self.layers(self.begin(features, earlier) + self.own(own))
+        base = self.begin(features, earlier)
+        out: Tensor = self.layers(base if self.own is None else base + self.own(own))
         return out
 
     def at(self, base: Tensor, own: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -92,7 +104,8 @@ class GroupNet(nn.Module):
             own: The group's entries as far as they are known, padded as for `MaskedConv.at`.
             rows, cols: The positions, int64 (n,).
         """
-        out: Tensor = self.layers((base + self.own.at(own, rows, cols))[:, :, None])
+        seen = base if self.own is None else base + self.own.at(own, rows, cols)
+        out: Tensor = self.layers(seen[:, :, None])
         return out[:, :, 0]
 
 
@@ -108,7 +121,7 @@ class AutoregressiveDecoder(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.groups: Sequence[GroupNet] = nn.ModuleList(groups)  # type: ignore[assignment]
-        self.radius = groups[0].own.padding
+        self.radius = groups[0].radius
 
     def forward(self, y: Tensor, z: Tensor | None) -> Tensor:
         out: Tensor = self.decoder(y, z)

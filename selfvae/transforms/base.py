@@ -283,14 +283,25 @@ class BlockSupport(Support):
         super().__init__(y, spec)
         self.scale = scale
         self.groups = scale[0] * scale[1]
+        self.phases = list(range(self.groups))  # in coding order
+
+    def alternate(self) -> None:
+        """Let phases of one colour of a checkerboard precede the others, as (0, 0), (1, 1), (0, 1), (1, 0).
+
+        Each phase of the second colour then lies between known pixels on all four sides.
+        """
+        self.phases.sort(key=lambda i: (i // self.scale[1] + i % self.scale[1]) % 2)
 
     def space_to_depth(self, x: Tensor) -> Tensor:
         (n, m), (b, c, h, w) = self.scale, x.shape
         x = x.reshape(b, c, h // n, n, w // m, m)
-        return x.permute(0, 3, 5, 1, 2, 4).reshape(b, n * m, c, h // n, w // m)
+        v = x.permute(0, 3, 5, 1, 2, 4).reshape(b, n * m, c, h // n, w // m)
+        return v if self.phases == list(range(n * m)) else v[:, self.phases]
 
     def depth_to_space(self, v: Tensor) -> Tensor:
         (n, m), (b, _, c, h, w) = self.scale, v.shape
+        if self.phases != list(range(n * m)):
+            v = v[:, [self.phases.index(i) for i in range(n * m)]]
         v = v.reshape(b, n, m, c, h, w).permute(0, 3, 4, 1, 5, 2)
         return v.reshape(b, c, h * n, w * m)
 

@@ -21,6 +21,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "shared": ("selfvae-quincunx", {"shared": True}),
     "latent": ("selfvae-quincunx", {"latents": "top", "prior": "normal"}),
     "means": ("selfvae", SUBPIXEL),
+    "alternating": ("selfvae", {**SUBPIXEL, "autoregressive": 1}),
+    "kept": ("selfvae-quincunx", {"transforms": ("subsample2", "subsample2"), "autoregressive": 1}),
 }
 
 
@@ -52,11 +54,14 @@ def levels(model: SelfVAE, x: Tensor) -> list[tuple[Tensor, AutoregressiveMixtur
 
 
 def test_a_window_holds_earlier_waves_only() -> None:
-    for height, width, radius in ((1, 1, 1), (4, 7, 1), (5, 3, 2), (9, 9, 3)):
+    for height, width, radius in ((1, 1, 1), (4, 7, 1), (5, 3, 2), (9, 9, 3), (4, 5, 0)):
         number = torch.full((height, width), -1)
         for i, (rows, cols) in enumerate(waves(height, width, radius)):
             assert (number[rows, cols] == -1).all()
             number[rows, cols] = i
+        if radius == 0:  # the window is empty
+            assert (number == 0).all()
+            continue
         for row in range(height):
             for col in range(width):
                 left = max(0, col - radius)
@@ -94,6 +99,11 @@ def test_a_pixel_sees_only_those_before_it(model: SelfVAE, images: Tensor) -> No
             differs = (mixture.given(mixture.support.merge(changed).to(torch.uint8)).offsets != before)[0]
             differs = differs.flatten(1, 2).any(1)  # groups, rows, columns
             assert not differs[:group].any()
+            if mixture.decoder.radius == 0:
+                assert not differs[group].any()
+                for later in differs[group + 1 :]:  # on all sides
+                    assert later[max(0, row - 1) : row + 2, max(0, col - 1) : col + 2].all()
+                continue
             assert not differs[group, :row].any() and not differs[group, row, : col + 1].any()
             if h > 1 and w > col + 1:
                 assert differs[group, row, col + 1]
@@ -143,6 +153,17 @@ def test_pixels_of_a_draw_depend_on_each_other(images: Tensor) -> None:
     assert (v[0, 0, 0, 0] > 120).all() and (v[0, 0, 0, 1:] == 100).all()
 
 
+def test_the_groups_alternate(images: Tensor) -> None:
+    """The first half of the groups lie on one colour of a checkerboard; other models keep their order."""
+    place = torch.arange(4, dtype=torch.uint8).view(1, 1, 2, 2).expand(1, 3, 2, 2)
+    for kernel, order in ((0, [0, 1, 2, 3]), (1, [0, 3, 1, 2]), (3, [0, 1, 2, 3])):
+        model = selfvae.build("selfvae", "tiny", (3, 16, 16), autoregressive=kernel, **SUBPIXEL)
+        model.initialise(images)
+        support = model.levels[0].likelihood(place[..., :1, :1], None).support
+        assert support.split(place)[0, :, 0, 0, 0].tolist() == order
+        assert torch.equal(support.merge(support.split(place)), place)
+
+
 def test_files_come_back(model: SelfVAE) -> None:
     codec = Codec(model.float())
     for size in ((16, 16), (13, 5)):
@@ -154,9 +175,14 @@ def test_what_it_cannot_do_says_so(images: Tensor) -> None:
     for options in ({"integer": True}, {"backbone": "dense", "latents": "all"}, {"autoregressive": 4}):
         with pytest.raises(ValueError, match="autoregressive"):
             selfvae.build("selfvae-quincunx", "tiny", **{"autoregressive": 5, **options})
+    for options in ({"consistent": False}, {"transforms": ("bicubic2",)}):
+        with pytest.raises(ValueError, match="autoregressive"):
+            selfvae.build("selfvae", "tiny", autoregressive=1, **{**SUBPIXEL, **options})
     model = selfvae.build("selfvae-quincunx", "tiny", (3, 16, 16), autoregressive=3)
     model.initialise(images)
     assert "pixel after pixel" in describe(model)[0]
+    alternating = selfvae.build("selfvae", "tiny", autoregressive=1, **SUBPIXEL)
+    assert "group after group" in describe(alternating)[0] and "after" not in describe(alternating)[1]
     with pytest.raises(ValueError, match="autoregressive"):
         DecoderPart(model)
     with pytest.raises(ValueError, match="autoregressive"):

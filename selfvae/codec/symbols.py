@@ -432,9 +432,7 @@ def _try(
             centres[k] = moments[i, 0]
             moved[k] = moments[i, 0] + _limited(shifts[i], moments[i, 1])
             wider[k], narrower[k] = _WIDER[factors[i] & 15], _NARROWER[factors[i] & 15]
-        _masses(
-            start, parts, weights, lowest[:n], centres, moved, wider, narrower, t, below, above, inside
-        )
+        _masses(start, parts, weights, lowest[:n], centres, moved, wider, narrower, t, below, above, inside)
         for k in range(n):
             number = _ends(values[start + k], below[k], above[k], t)[1]
             digits = 0
@@ -542,9 +540,7 @@ def _find_corrected(
             centres[k] = own[i, 0]
             moved[k] = own[i, 0] + _limited((shift + _HALF) >> WEIGHT_BITS, own[i, 1])
             wider[k], narrower[k] = _WIDER[factor], _NARROWER[factor]
-        _masses(
-            start, parts, weights, lowest[:n], centres, moved, wider, narrower, t, below, above, inside
-        )
+        _masses(start, parts, weights, lowest[:n], centres, moved, wider, narrower, t, below, above, inside)
         for k in range(n):
             if not coded[start + k]:
                 continue

@@ -160,7 +160,9 @@ def test_colour(tmp_path: Path) -> None:
     smooth = x[:, :, :4, :4].repeat_interleave(8, 2).repeat_interleave(8, 3)
     for i, picture in enumerate(smooth):
         write(picture, tmp_path / f"{i}.png")
-    colour.main((tmp_path,), tmp_path, tmp_path, seconds=0.1, batch=2, scales=2, out=tmp_path / "found.json")
+    colour.main(
+        (tmp_path,), tmp_path, tmp_path, seconds=0.1, batch=2, scales=2, out=tmp_path / "found.json"
+    )
     found = json.loads((tmp_path / "found.json").read_text())["mean"]["test"]
     assert found["true coarse colour"] > found["true mean colour"] > found["grey"] - 1
     assert found["predicted"] >= found["grey"]  # with a factor of 0 nothing is lost

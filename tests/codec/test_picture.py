@@ -7,10 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfvae.codec import CodecError
-from selfvae.codec.fallback import decode_pixels, encode_alpha, encode_pixels
+from selfvae.codec import CodecError, picture
+from selfvae.codec.fallback import (
+    decode_pixels,
+    encode_alpha,
+    encode_pixels,
+    estimated_webp_size,
+    webp_size,
+)
 from selfvae.codec.format3 import NO_MODEL, PictureHeader, read_header
 from selfvae.codec.picture import Levels, decode, encode, read_metadata
+from selfvae.data.crops import photo
 from selfvae.data.metadata import Metadata
 from selfvae.data.pictures import encode_lossless, to_image
 
@@ -108,6 +115,23 @@ def test_the_slow_encoder_is_spared_where_the_model_is_better(
         calls.clear()
     encode(few, None, lambda x: (b"", [(0, bytes(10))]), MODEL)
     assert calls == [2]
+
+
+def test_a_quarter_of_the_rows_tells_the_size_of_a_photograph() -> None:
+    x = torch.from_numpy(photo("coffee", 2)[:, :192].copy())[None]
+    assert abs(estimated_webp_size(x) / webp_size(x, 0) - 1) < 0.07
+    for unknown in (x[:, :, :128], x[:, :, :96].repeat(1, 1, 2, 1)):  # few rows; a pattern
+        assert estimated_webp_size(unknown) == 0
+
+
+def test_a_photograph_s_model_file_needs_no_whole_webp_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.from_numpy(photo("coffee", 2)[:, :192].copy())[None]
+    tried: list[int] = []
+    monkeypatch.setattr(picture, "webp_size", lambda x, effort: tried.append(effort) or 1)
+    for share, count in ((0.85, 0), (0.9, 2)):
+        size = round(share * estimated_webp_size(x))
+        encode(x, None, lambda x, n=size: (b"", [(0, bytes(n))]), MODEL, thorough=False)
+        assert len(tried) == count
 
 
 @pytest.mark.parametrize("channels", [1, 4])

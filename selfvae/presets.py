@@ -132,6 +132,7 @@ class ModelConfig:
             from level to level, up to 3 times in all; 2 gives coarse levels as much arithmetic as fine
             ones.
         level_depth: The same for the number of layers.
+        top_width: Factor on all numbers of channels of the coarsest level.
 
     Raises:
         ValueError: A setting is out of range or does not fit another; the message names it.
@@ -163,6 +164,7 @@ class ModelConfig:
     depth: float = 1.0
     level_width: float = 1.0
     level_depth: float = 0.5
+    top_width: float = 1.0
 
     def __post_init__(self) -> None:
         try:
@@ -204,8 +206,8 @@ class ModelConfig:
         object.__setattr__(self, "kernels", tuple(kernels))
         for field, kinds, most in (  # more than any model needs: a file could ask for any memory
             ("width", (int, float), 64), ("depth", (int, float), 64), ("level_width", (int, float), 2),
-            ("level_depth", (int, float), 1), ("latent_channels", int, 4096),
-            ("components", int, 256), ("prior_components", int, 65_536), ("num_values", int, 256),
+            ("level_depth", (int, float), 1), ("top_width", (int, float), 64),
+            ("latent_channels", int, 4096), ("components", int, 256), ("prior_components", int, 65_536), ("num_values", int, 256),
         ):  # fmt: skip
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= most:
@@ -498,6 +500,9 @@ class _Plan:
 
     def level(self, k: int) -> Level:
         config, latent = self.config, self.has_latent(k)
+        if k == self.top and config.top_width != 1:
+            wider = dataclasses.replace(config, width=config.width * config.top_width, top_width=1.0)
+            return dataclasses.replace(self, config=wider).level(k)
         return Level(
             self.specs[k],
             self.transforms[k],

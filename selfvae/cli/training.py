@@ -48,7 +48,8 @@ def train(
         options: fields of the model's configuration, e.g. width=0.25 latents=top.
         init_from: trained model whose weights and configuration the run begins with, a folder or a bundled
             model, in place of --model and --size; --options changes its settings. A wider model without
-            latents begins at what a narrower one computes.
+            latents begins at what a narrower one computes; one with other transforms or latents at the
+            top begins with the finest levels.
         integer: train a network of whole numbers, which compresses fast; usually --init-from a float one.
         resume: continue the run in OUT; --steps and --max-seconds count over all calls together.
         devices: number of GPUs or processes on each node.

@@ -270,18 +270,46 @@ def _widened(model: SelfVAE, start: SelfVAE) -> dict[str, Tensor]:
     return found
 
 
+def has_another_top(config: ModelConfig, start: ModelConfig) -> bool:
+    """Whether a model differs from another one in its coarsest levels only."""
+    top = "transforms", "latents", "latent_channels", "prior", "prior_components", "posterior", "top_width"
+    same = dataclasses.replace(start, **{name: getattr(config, name) for name in top}) == config
+    return same and config != start and config.backbone == "residual" and not config.shared
+
+
+def _with_another_top(model: SelfVAE, start: SelfVAE) -> dict[str, Tensor]:
+    """The weights of a model, with those of the finest levels of another one, as far as these are alike."""
+    found, given = hub.unique_state_dict(model), hub.unique_state_dict(start)
+    for k, (level, other) in enumerate(zip(model.levels[:-1], start.levels[:-1], strict=False)):
+        prefix = f"levels.{k}."
+        own = {name: value for name, value in found.items() if name.startswith(prefix)}
+        theirs = {name: value for name, value in given.items() if name.startswith(prefix)}
+        if str(level.transform) != str(other.transform) or _shapes(own) != _shapes(theirs):
+            break
+        found.update(theirs)
+    return found
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in tensors.items()}
+
+
 def take_weights(model: SelfVAE, start: SelfVAE) -> None:
     """Copy the weights of `start` into a model.
 
     An integer model also takes those of its float twin; its steps are then left to the initialisation. A
-    wider model (see `is_wider`), which must be initialised, then computes the same.
+    wider model (see `is_wider`), which must be initialised, then computes the same. One with another top
+    (see `has_another_top`), which must be initialised too, takes those of the finest levels.
 
     Raises:
         ValueError: if they are not of the same shapes; the message says which settings differ.
     """
     try:
         wider = is_wider(model.config, start.config)
-        weights = _widened(model, start) if wider else hub.unique_state_dict(start)
+        if has_another_top(model.config, start.config):
+            weights = _with_another_top(model, start)
+        else:
+            weights = _widened(model, start) if wider else hub.unique_state_dict(start)
         if model.config.integer and not start.config.integer:
             weights = {**hub.unique_state_dict(model), **weights}
         hub.load_unique_state_dict(model, weights)

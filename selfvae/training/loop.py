@@ -41,6 +41,7 @@ from selfvae.training.checkpoint import (
     State,
     check_free,
     check_same_model,
+    has_another_top,
     is_wider,
     read_checkpoint,
     take_weights,
@@ -344,13 +345,15 @@ def _begin(
     model = from_config(model_config).to(fabric.device)
     check_values(model, data.train)
     _check_levels(model_config, model, config.levels)
-    wider = init_from is not None and is_wider(model_config, init_from.config)
-    if init_from is not None and not wider:
+    partly = init_from is not None and (
+        is_wider(model_config, init_from.config) or has_another_top(model_config, init_from.config)
+    )
+    if init_from is not None and not partly:
         take_weights(model, init_from)
     # every process initialises on the whole first batch, so all start alike
     chosen = batch_indices(len(data.train), config.batch_size, 0, config.seed)
     model.initialise(data.train.take(chosen).to(fabric.device))
-    if init_from is not None and wider:
+    if init_from is not None and partly:
         take_weights(model, init_from)
     return prepare(model, fabric, config)
 
@@ -397,7 +400,8 @@ def train(
         out: folder of the run.
         config: how it is trained.
         init_from: a trained model of the same structure whose weights a new run begins with, or a narrower
-            one without latents: the run begins at what that computes.
+            one without latents: the run begins at what that computes; or one with
+            another top: the run begins with its finest levels.
         resume: go on with the run in `out`; on the CPU the steps are those of a run without a break.
         fabric: devices and precision; by default one device as `distributed.accelerator` says.
         quiet: show no progress bar.

@@ -610,6 +610,33 @@ def test_a_wider_model_begins_at_a_narrower_one(
             take_weights(presets.from_config(replace(wide.config, width=0.14, level_width=0.5)), wide)
 
 
+def test_a_model_with_another_top_begins_with_the_finest_levels(
+    tmp_path: Path, images: sources.Dataset
+) -> None:
+    """A shorter chain with a latent at its top, whose networks may be wider."""
+    long = replace(SHARED, shared=False, autoregressive=3)
+    start = presets.from_config(long)
+    x = images.train.take(range(8))
+    start.initialise(x)
+    top = {"transforms": ("checkerboard", "staggered"), "latents": "top", "prior": "normal"}
+    short = replace(long, **top, top_width=2.0)
+    found = presets.from_config(short)
+    found.initialise(x)
+    take_weights(found, start)
+    ours, theirs = found.eval()(x), start.eval()(x)
+    assert all(torch.equal(a, b) for a, b in zip(ours.re[:2], theirs.re[:2], strict=True))
+    assert not torch.equal(ours.re[2], theirs.re[2]) and (ours.kl[2] != 0).all()
+    size = [sum(p.numel() for p in presets.from_config(c).levels[2].parameters())
+            for c in (replace(short, top_width=1.0), short)]  # fmt: skip
+    assert size[1] > 2 * size[0]
+    kept = hub.unique_state_dict(start)
+    config = settings(steps=1, levels=(2, 2), ema=0.0)
+    run = hub.unique_state_dict(train(short, images, tmp_path, config, init_from=start, quiet=True))
+    assert all(torch.equal(v, run[k]) for k, v in kept.items() if k.startswith(("levels.0.", "levels.1.")))
+    with pytest.raises(ValueError, match="do not fit.*'width'"):
+        take_weights(presets.from_config(replace(short, width=0.14)), start)
+
+
 def test_weights_to_start_from_must_fit(
     tmp_path: Path, images: sources.Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -207,7 +207,8 @@ class ModelConfig:
         for field, kinds, most in (  # more than any model needs: a file could ask for any memory
             ("width", (int, float), 64), ("depth", (int, float), 64), ("level_width", (int, float), 2),
             ("level_depth", (int, float), 1), ("top_width", (int, float), 64),
-            ("latent_channels", int, 4096), ("components", int, 256), ("prior_components", int, 65_536), ("num_values", int, 256),
+            ("latent_channels", int, 4096), ("components", int, 256), ("prior_components", int, 65_536),
+            ("num_values", int, 256),
         ):  # fmt: skip
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= most:

@@ -56,9 +56,14 @@ def model_and_images(
     return model, x
 
 
-def plain_training(model: selfvae.SelfVAE, x: Tensor, averaged: bool = True) -> Task:
-    """Return a training step of the reference."""
-    model = reference.plain(model)
+def plain_training(
+    model: selfvae.SelfVAE,
+    x: Tensor,
+    averaged: bool = True,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Task:
+    """Return a training step of the reference, its networks in a memory layout."""
+    model = reference.plain(model).to(memory_format=layout)  # type: ignore[call-overload]
     average = copy.deepcopy(model) if averaged else None
     optimizer = torch.optim.Adamax(model.parameters(), lr=1e-4, foreach=False)
     return lambda: reference.train_step(model, average, optimizer, x)

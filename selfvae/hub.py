@@ -70,6 +70,7 @@ _PLAIN: dict[str, Any] = {
     "autoregressive": 0,
     "level_width": 1.0,
     "level_depth": 0.5,
+    "top_width": 1.0,
 }
 # what fingerprints call presets and priors that were renamed
 _NAMES = {"selfvae-mean-3lvl": "selfvae-3"}

@@ -108,7 +108,7 @@ class _Activation:
         """Return an image (B, h, w, C) for activations, 0 in the margin."""
         b, h, w, channels = shape
         kind: type = np.uint8 if self.in_bytes else np.float32
-        array = np.empty((b, h + 2 * margin, w, channels), kind)
+        array: Floats | Bytes = np.empty((b, h + 2 * margin, w, channels), kind)
         array[:, :margin] = array[:, h + margin :] = self.zero if self.in_bytes else 0
         return _Image(array, margin)
 

@@ -71,6 +71,7 @@ _PLAIN: dict[str, Any] = {
     "level_width": 1.0,
     "level_depth": 0.5,
     "top_width": 1.0,
+    "top_autoregressive": 0,
 }
 # what fingerprints call presets and priors that were renamed
 _NAMES = {"selfvae-mean-3lvl": "selfvae-3"}

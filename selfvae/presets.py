@@ -119,7 +119,7 @@ class ModelConfig:
         shared: Levels with the same transform share one decoder; needs latents="none", backbone="residual".
         subpixel: Decoders work on the grid of the smaller image above, and predict all pixels of a block at
             once (sub-pixel convolution); needs latents="none", integer=false.
-        autoregressive: Kernel size, 3, 5 or 7, of the masked convolutions by which a pixel sees those
+        autoregressive: Kernel size, 3, 5, 7 .. 31, of the masked convolutions by which a pixel sees those
             before it: at the top, on levels that keep pixels and on those with sub-pixel decoders. 1: on
             levels that model several pixels per block, a pixel sees the earlier groups, that is, those at
             other places in their blocks, on all sides; with sub-pixel decoders, these follow each other
@@ -133,6 +133,8 @@ class ModelConfig:
             ones.
         level_depth: The same for the number of layers.
         top_width: Factor on all numbers of channels of the coarsest level.
+        top_autoregressive: Kernel size of the coarsest level's masked convolution, odd and from 3 to 31; 0:
+            as `autoregressive`.
 
     Raises:
         ValueError: A setting is out of range or does not fit another; the message names it.
@@ -165,6 +167,7 @@ class ModelConfig:
     level_width: float = 1.0
     level_depth: float = 0.5
     top_width: float = 1.0
+    top_autoregressive: int = 0
 
     def __post_init__(self) -> None:
         try:
@@ -237,9 +240,21 @@ class ModelConfig:
                 f"latents={self.latents}, backbone={self.backbone}, depthwise={self.depthwise}"
             )
 
-        if isinstance(self.autoregressive, bool) or self.autoregressive not in (0, 1, 3, 5, 7):
-            raise ValueError(f"autoregressive must be 0, 1, 3, 5 or 7; got {self.autoregressive!r}")
-        if self.autoregressive and (self.integer or self.backbone != "residual"):
+        if isinstance(self.autoregressive, bool) or self.autoregressive not in (0, *range(1, 32, 2)):
+            raise ValueError(
+                f"autoregressive must be 0 or an odd number up to 31; got {self.autoregressive!r}"
+            )
+        if isinstance(self.top_autoregressive, bool) or self.top_autoregressive not in (
+            0,
+            *range(3, 32, 2),
+        ):
+            raise ValueError(
+                "top_autoregressive must be 0 or an odd number from 3 to 31; "
+                f"got {self.top_autoregressive!r}"
+            )
+        if max(self.autoregressive, self.top_autoregressive) and (
+            self.integer or self.backbone != "residual"
+        ):
             raise ValueError(
                 "autoregressive needs backbone=residual and integer=false; got "
                 f"backbone={self.backbone}, integer={self.integer}"
@@ -583,10 +598,15 @@ class _Plan:
     def autoregressive(self, k: int) -> bool:
         """Whether level k's pixels depend on those before them."""
         keeps = self.keeps(k)
-        if self.config.autoregressive == 1:  # a group sees those before it only: there must be several
+        if self.kernel(k) == 1:  # a group sees those before it only: there must be several
             return self.subpixel(k) or (keeps is not None and math.prod(keeps.block) - len(keeps.kept) > 1)
         here = k == self.top or keeps is not None or self.subpixel(k)
-        return here and self.config.autoregressive > 0
+        return here and self.kernel(k) > 0
+
+    def kernel(self, k: int) -> int:
+        """Return the size of level k's masked convolutions; 1: none."""
+        top = self.config.top_autoregressive if k == self.top else 0
+        return top or self.config.autoregressive
 
     def halvings(self, k: int) -> float:
         """Return how often the grid of level k's decoder is halved, in height and width, from level 0's."""
@@ -601,8 +621,7 @@ class _Plan:
     def _groups(self, k: int, groups: int) -> list[GroupNet]:
         channels, width = self.specs[k].channels, self.channels(k)
         params, steps = param_count(channels, self.config.components), self.deep(4)
-        kernel = self.config.autoregressive
-        return [GroupNet(channels, g, width, params, kernel, steps) for g in range(groups)]
+        return [GroupNet(channels, g, width, params, self.kernel(k), steps) for g in range(groups)]
 
     def _z_branch(self, k: int, scale: tuple[int, int], out: int) -> Branch:
         part, downs = self.parts(k)["decoder"], self.downs(k)

@@ -272,7 +272,10 @@ def _widened(model: SelfVAE, start: SelfVAE) -> dict[str, Tensor]:
 
 def has_another_top(config: ModelConfig, start: ModelConfig) -> bool:
     """Whether a model differs from another one in its coarsest levels only."""
-    top = "transforms", "latents", "latent_channels", "prior", "prior_components", "posterior", "top_width"
+    top = (
+        "transforms", "latents", "latent_channels", "prior", "prior_components", "posterior", "top_width",
+        "top_autoregressive",
+    )  # fmt: skip
     same = dataclasses.replace(start, **{name: getattr(config, name) for name in top}) == config
     return same and config != start and config.backbone == "residual" and not config.shared
 

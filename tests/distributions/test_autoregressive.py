@@ -18,6 +18,7 @@ SUBPIXEL = {"latents": "none", "backbone": "residual", "subpixel": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "quincunx": ("selfvae-quincunx", {}),
     "halve": ("selfvae-halve", {"autoregressive": 3}),
+    "top": ("selfvae-quincunx", {"transforms": ("checkerboard",), "top_autoregressive": 9}),
     "shared": ("selfvae-quincunx", {"shared": True}),
     "latent": ("selfvae-quincunx", {"latents": "top", "prior": "normal"}),
     "means": ("selfvae", SUBPIXEL),
@@ -172,7 +173,8 @@ def test_files_come_back(model: SelfVAE) -> None:
 
 
 def test_what_it_cannot_do_says_so(images: Tensor) -> None:
-    for options in ({"integer": True}, {"backbone": "dense", "latents": "all"}, {"autoregressive": 4}):
+    wrong = {"integer": True}, {"backbone": "dense", "latents": "all"}, {"autoregressive": 4}
+    for options in (*wrong, {"top_autoregressive": 33}, {"top_autoregressive": 1}):
         with pytest.raises(ValueError, match="autoregressive"):
             selfvae.build("selfvae-quincunx", "tiny", **{"autoregressive": 5, **options})
     for options in ({"consistent": False}, {"transforms": ("bicubic2",)}):

@@ -619,7 +619,7 @@ def test_a_model_with_another_top_begins_with_the_finest_levels(
     x = images.train.take(range(8))
     start.initialise(x)
     top = {"transforms": ("checkerboard", "staggered"), "latents": "top", "prior": "normal"}
-    short = replace(long, **top, top_width=2.0)
+    short = replace(long, **top, top_width=2.0, top_autoregressive=7)
     found = presets.from_config(short)
     found.initialise(x)
     take_weights(found, start)

@@ -29,6 +29,7 @@ from benchmarks import (
     published,
     rates,
     sheets,
+    variations,
 )
 from benchmarks.measure import flop_count, medians, peak_flops, seconds
 from selfvae import SelfVAE, save
@@ -172,6 +173,18 @@ def test_sheet(tmp_path: Path) -> None:
     write(torch.from_numpy(photo("coffee", 4)[:, :41, :63].copy()), tmp_path / "a.png")
     sheets.main("photos-x2-v1", (tmp_path / "a.png",), tmp_path / "sheet.png", height=32, width=32)
     assert Image.open(tmp_path / "sheet.png").size == (5 * 32 + 4 * 2, 32)
+
+
+def test_interpolations_and_variations(tmp_path: Path, images: torch.Tensor) -> None:
+    for split in ("train", "test"):
+        np.save(tmp_path / f"{split}.npy", images.numpy())
+    model = selfvae.build("selfvae", "tiny", tuple(images.shape[1:]), width=0.06)
+    model.initialise(images)
+    save(model, tmp_path / "model")
+    variations.main(str(tmp_path / "model"), str(tmp_path), tmp_path, rows=1, columns=3)
+    side = 2 * images.shape[3]
+    for name in ("interpolations", "variations"):
+        assert Image.open(tmp_path / f"{name}.png").size == (3 * side + 2 * 2, 2 * images.shape[2])
 
 
 @pytest.mark.slow

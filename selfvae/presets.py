@@ -11,7 +11,13 @@ from typing import Any, Literal
 from torch import nn
 
 from selfvae.distributions.pixels import param_count, param_grid
-from selfvae.distributions.priors import TOP_PRIORS, FlowPrior, MixturePrior, ResidualFlowPrior
+from selfvae.distributions.priors import (
+    TOP_PRIORS,
+    AutoregressivePrior,
+    FlowPrior,
+    MixturePrior,
+    ResidualFlowPrior,
+)
 from selfvae.hints import unknown
 from selfvae.level import Level
 from selfvae.model import SelfVAE
@@ -99,7 +105,8 @@ class ModelConfig:
             side first where it is at least twice the other.
         prior: Of the top latent: "normal"; "mog", a mixture over the whole latent, for one image size;
             "mog-local", a mixture at each position; "flow", RealNVP with dense blocks; "flow-residual",
-            RealNVP with residual networks; "logistic", with a uniform posterior.
+            RealNVP with residual networks; "flow-autoregressive", whose positions depend on those before
+            them; "logistic", with a uniform posterior.
         posterior: Of all latents: "normal", or "uniform", whose latents are coded as integers.
         latents: Levels that have a latent: "all", "top" or "none".
         latent_channels: Channels of each latent.
@@ -144,7 +151,9 @@ class ModelConfig:
     image_shape: tuple[int, int, int] = (3, 32, 32)
     num_values: int = 256
     transforms: tuple[str, ...] = ()
-    prior: Literal["normal", "mog", "mog-local", "flow", "flow-residual", "logistic"] = "flow"
+    prior: Literal[
+        "normal", "mog", "mog-local", "flow", "flow-residual", "flow-autoregressive", "logistic"
+    ] = "flow"
     posterior: Literal["normal", "uniform"] = "normal"
     latents: Literal["all", "top", "none"] = "all"
     latent_channels: int = 16
@@ -654,6 +663,8 @@ class _Plan:
             return FlowPrior(latent, stride, self.wide(64), self.deep(5), config.inner_elu)
         if config.prior == "flow-residual":
             return ResidualFlowPrior(latent, stride, self.wide(64), self.deep(5))
+        if config.prior == "flow-autoregressive":
+            return AutoregressivePrior(latent, stride, self.wide(256), self.deep(4))
         if config.prior == "mog":
             size = -(-height // stride), -(-width // stride)
             return MixturePrior(latent, stride, size, config.prior_components)

@@ -21,11 +21,12 @@ from selfvae.distributions.latents import (
     NoisyLogistic,
     soft_limit,
 )
-from selfvae.nn.flows import Network, RealNVP, dense_network, residual_network
+from selfvae.nn.flows import AutoregressiveFlow, Network, RealNVP, dense_network, residual_network
 from selfvae.transforms import at_least_float32
 
 __all__ = [
     "TOP_PRIORS",
+    "AutoregressivePrior",
     "FlowDistribution",
     "FlowPrior",
     "LatentDistribution",
@@ -142,7 +143,9 @@ class FlowDistribution:
         like: a tensor of the dtype and on the device of the draws.
     """
 
-    def __init__(self, flow: RealNVP, shape: tuple[int, int, int, int], like: Tensor) -> None:
+    def __init__(
+        self, flow: RealNVP | AutoregressiveFlow, shape: tuple[int, int, int, int], like: Tensor
+    ) -> None:
         self.flow, self.shape, self.device, self.dtype = flow, shape, like.device, like.dtype
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -187,11 +190,23 @@ class ResidualFlowPrior(_FlowPrior):
         super().__init__(latent, stride, network, halves=False)
 
 
+class AutoregressivePrior(_TopPrior):
+    """A flow by which each position of the latent depends on those before it."""
+
+    def __init__(self, latent: int, stride: int, width: int = 128, steps: int = 2) -> None:
+        super().__init__(latent, stride)
+        self.flow = AutoregressiveFlow(latent, width, steps)
+
+    def forward(self, y: Tensor, z: Tensor | None) -> LatentDistribution:
+        return FlowDistribution(self.flow, self.shape(y), y)
+
+
 TOP_PRIORS: dict[str, type[_TopPrior]] = {
     "normal": NormalPrior,
     "mog": MixturePrior,
     "mog-local": LocalMixturePrior,
     "flow": FlowPrior,
     "flow-residual": ResidualFlowPrior,
+    "flow-autoregressive": AutoregressivePrior,
     "logistic": LogisticPrior,
 }

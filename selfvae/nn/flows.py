@@ -1,6 +1,7 @@
-"""RealNVP: an invertible map between latents and Gaussian noise, with its log-determinant.
+"""Invertible maps between latents and Gaussian noise, with their log-determinants: RealNVP, autoregressive.
 
-Source: Dinh et al. 2016, sections 3.1 to 3.6 (without batch normalisation: weight norm instead).
+Source: Dinh et al. 2016, sections 3.1 to 3.6 (without batch normalisation: weight norm instead);
+Papamakarios et al. 2017 (MAF), section 3; Chen et al. 2017 (VLAE), section 3.2, for its use as a prior.
 """
 
 from __future__ import annotations
@@ -8,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from selfvae.nn.autoregressive import GroupNet
 from selfvae.nn.layers import Conv, DenseBlock, ResidualBlock
 
 __all__ = [
+    "AffineAutoregression",
+    "AutoregressiveFlow",
     "Coupling",
     "Network",
     "RealNVP",
@@ -186,3 +191,86 @@ class RealNVP(nn.Module):
         for coupling in reversed(self.checker):
             z = step(coupling, z)
         return z
+
+
+class AffineAutoregression(nn.Module):
+    """An affine map of each position, from the positions before it; maps as `Coupling` does.
+
+    The channels are in four parts, one after the other. Within a part a position sees those above it and to
+    its left in a window of 15 x 15, and all earlier parts.
+
+    Args:
+        channels: C; there is only one part if 4 does not divide it.
+        width: Channels of the networks.
+        steps: Number of residual layers of each network.
+    """
+
+    WINDOW = 15
+    LIMIT = 5.0  # of the logarithms of the scales
+
+    def __init__(self, channels: int, width: int, steps: int) -> None:
+        super().__init__()
+        self.parts = 1 if channels % 4 else 4
+        size = channels // self.parts
+        self.place = Conv(1, width, self.WINDOW)
+        self.nets: Any = nn.ModuleList(
+            GroupNet(size, g, width, 2 * size, self.WINDOW, steps) for g in range(self.parts)
+        )
+
+    def _places(self, z: Tensor) -> Tensor:
+        """Return features (1, width, h, w) of where a position is: an image of ones shows its margins."""
+        out: Tensor = self.place(torch.ones(1, 1, *z.shape[2:], dtype=z.dtype, device=z.device))
+        return out
+
+    def _affine(self, params: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the shifts, and the logarithms of the scales."""
+        shift, raw = params.to(like.dtype).chunk(2, 1)
+        return shift, self.LIMIT * torch.tanh(raw / self.LIMIT)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        places, parts = self._places(z), z.chunk(self.parts, 1)
+        noise, total = [], torch.zeros(z.shape[0], device=z.device, dtype=z.dtype)
+        for g, (net, part) in enumerate(zip(self.nets, parts, strict=True)):
+            shift, log_scale = self._affine(net(places, part, torch.cat([z[:, :0], *parts[:g]], 1)), z)
+            noise.append((part - shift) * torch.exp(-log_scale))
+            total = total - log_scale.flatten(1).sum(1)
+        return torch.cat(noise, 1), total
+
+    def inverse(self, noise: Tensor) -> Tensor:
+        places, out = self._places(noise), noise[:, :0]
+        height, width = noise.shape[2:]
+        for net, part in zip(self.nets, noise.chunk(self.parts, 1), strict=True):
+            base, margin = net.begin(places, out), net.radius
+            known = nn.functional.pad(torch.zeros_like(part), (margin, margin, margin, 0))
+            for row, col in np.ndindex(height, width):
+                at = (torch.tensor([i], device=noise.device) for i in (row, col))
+                shift, log_scale = self._affine(net.at(base[:, :, row, col, None], known, *at), noise)
+                found = part[:, :, row, col] * torch.exp(log_scale[:, :, 0]) + shift[:, :, 0]
+                known[:, :, row + margin, col + margin] = found
+            out = torch.cat([out, known[:, :, margin:, margin : margin + width]], 1)
+        return out
+
+
+class AutoregressiveFlow(nn.Module):
+    """Two autoregressions, the second in the reverse order of rows, columns and channels.
+
+    Args:
+        channels, width, steps: As in `AffineAutoregression`.
+    """
+
+    def __init__(self, channels: int, width: int, steps: int) -> None:
+        super().__init__()
+        self.maps: Any = nn.ModuleList(AffineAutoregression(channels, width, steps) for _ in range(2))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the noise of z, (B, C, h, w), and ln |det d noise / d z| in nats, (B,)."""
+        first, second = self.maps
+        z, log_det = first(z)
+        noise, other = second(z.flip(1, 2, 3))
+        return noise, log_det + other
+
+    def inverse(self, noise: Tensor) -> Tensor:
+        """Return z of noise, both (B, C, h, w)."""
+        first, second = self.maps
+        out: Tensor = first.inverse(second.inverse(noise).flip(1, 2, 3))
+        return out

@@ -26,6 +26,7 @@ from selfvae.presets import FORMAT, ModelConfig
 from selfvae.training.config import TrainConfig
 from selfvae.training.graphs import GraphedPass
 from selfvae.training.guard import Guard
+from selfvae.transforms import Null
 
 __all__ = [
     "CHECKPOINT",
@@ -281,15 +282,28 @@ def has_another_top(config: ModelConfig, start: ModelConfig) -> bool:
 
 
 def _with_another_top(model: SelfVAE, start: SelfVAE) -> dict[str, Tensor]:
-    """The weights of a model, with those of the finest levels of another one, as far as these are alike."""
+    """The weights of a model, with those of the finest levels of another one, as far as these are alike.
+
+    If all but the coarsest are, also those of its networks that are.
+    """
     found, given = hub.unique_state_dict(model), hub.unique_state_dict(start)
-    for k, (level, other) in enumerate(zip(model.levels[:-1], start.levels[:-1], strict=False)):
-        prefix = f"levels.{k}."
-        own = {name: value for name, value in found.items() if name.startswith(prefix)}
-        theirs = {name: value for name, value in given.items() if name.startswith(prefix)}
-        if str(level.transform) != str(other.transform) or _shapes(own) != _shapes(theirs):
+
+    def take(prefix: str) -> bool:
+        own, theirs = (
+            {name: value for name, value in tensors.items() if name.startswith(prefix)}
+            for tensors in (found, given)
+        )
+        alike = _shapes(own) == _shapes(theirs)
+        found.update(theirs if alike else {})
+        return alike
+
+    for k, (level, other) in enumerate(zip(model.levels, start.levels, strict=False)):
+        if str(level.transform) != str(other.transform):
             break
-        found.update(theirs)
+        if not take(f"levels.{k}."):
+            for part in ("encoder", "prior_net", "decoder") if isinstance(level.transform, Null) else ():
+                take(f"levels.{k}.{part}.")
+            break
     return found
 
 

@@ -21,6 +21,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "top": ("selfvae-quincunx", {"transforms": ("checkerboard",), "top_autoregressive": 9}),
     "shared": ("selfvae-quincunx", {"shared": True}),
     "latent": ("selfvae-quincunx", {"latents": "top", "prior": "normal"}),
+    "prior": ("selfvae-quincunx", {"latents": "top", "prior": "flow-autoregressive"}),
     "means": ("selfvae", SUBPIXEL),
     "alternating": ("selfvae", {**SUBPIXEL, "autoregressive": 1}),
     "kept": ("selfvae-quincunx", {"transforms": ("subsample2", "subsample2"), "autoregressive": 1}),

@@ -19,6 +19,7 @@ from selfvae.distributions.latents import (
 )
 from selfvae.distributions.priors import TOP_PRIORS, MixturePrior
 from selfvae.nn.flows import (
+    AutoregressiveFlow,
     Coupling,
     Network,
     RealNVP,
@@ -310,7 +311,30 @@ def test_realnvp_inverse_and_log_det(kind: str) -> None:
         flow(torch.randn(1, 2, 3, 4, dtype=torch.float64))
 
 
-SMALL = {"mog": ((2, 2), 5), "flow": (8, 1), "flow-residual": (8, 1)}  # further arguments of priors
+@pytest.mark.parametrize("channels", [3, 4])
+def test_autoregressive_flow_inverse_and_log_det(channels: int) -> None:
+    flow = AutoregressiveFlow(channels, 8, 1).double()
+    z = torch.randn(2, channels, 3, 4, dtype=torch.float64)
+    with data_dependent_init(flow):
+        flow(z)
+    _wake(flow)
+    noise, log_det = flow(z)
+    assert torch.allclose(flow.inverse(noise), z, atol=1e-8)
+    n = channels * 12
+    jacobian = torch.autograd.functional.jacobian(lambda t: flow(t)[0], z[:1]).view(n, n)
+    assert torch.allclose(log_det[:1], torch.linalg.slogdet(jacobian).logabsdet, atol=1e-8)
+    assert (jacobian.abs() > 1e-12).any(0).all()
+    # a position knows where it is
+    same = torch.zeros(1, channels, 3, 4, dtype=torch.float64)
+    assert len(flow.maps[0](same)[0][0, 0].flatten().unique()) == 12
+
+
+SMALL = {
+    "mog": ((2, 2), 5),
+    "flow": (8, 1),
+    "flow-residual": (8, 1),
+    "flow-autoregressive": (8, 1),
+}  # further arguments of priors
 
 
 @pytest.mark.parametrize("name", list(TOP_PRIORS))

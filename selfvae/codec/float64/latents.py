@@ -15,7 +15,7 @@
 With a flow as the prior, a latent is coded in the flow's base space. The flow maps integers one to one; the
 remainders of its divisions go to the stack (iFlow, Zhang et al. 2021). For this, a latent that is not drawn
 is *rounded* to a coarse grid, and its further digits are filled up from the stack; if that holds too few
-bits, the latent is rate-optimised in the base space.
+bits, or if the flow is autoregressive, the latent is rate-optimised in the base space.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from selfvae.distributions.latents import (
     UnitUniform,
 )
 from selfvae.distributions.priors import FlowDistribution, LatentDistribution
-from selfvae.nn.flows import Coupling
+from selfvae.nn.flows import Coupling, RealNVP
 
 __all__ = [
     "FINE",
@@ -113,7 +113,7 @@ _CODINGS = 2 * _GRIDS + 1
 
 
 class InsufficientBits(Exception):  # noqa: N818 (not an error: the caller has an alternative)
-    """The stack holds too few bits to draw a latent, or a flow maps it beyond the coded range."""
+    """The stack holds too few bits to draw a latent, or a flow maps no integers, or maps them too far."""
 
 
 class Latent(NamedTuple):
@@ -464,22 +464,27 @@ def _code_by_flow(
     known: Latent | None,
     coding: Coding,
 ) -> Latent:
+    flow = prior.flow
+    if not isinstance(flow, RealNVP):  # only couplings are maps of integers
+        if known is None:
+            raise CodecError("the file is damaged: its latent is coded as no model with this prior does")
+        raise InsufficientBits
     # the digits of a coarse grid are filled up to the finest one, since each coupling rounds
     fill = 0 if coding.mode is Mode.DRAWN else _GRIDS - 1 - coding.grid
-    couple = _Integers(prior, coding.step / 2**fill, math.prod(shape), stack, side)
+    couple = _Integers(flow, prior.device, coding.step / 2**fill, math.prod(shape), stack, side)
     low, noise = np.full(math.prod(shape), 1 << fill), None
     if known is not None:
         v = known.numbers.astype(np.int64) << fill
         if fill:
             v += stack.uniform(low).reshape(shape)
-        noise = prior.flow.walk(torch.from_numpy(v), couple.there).numpy()
+        noise = flow.walk(torch.from_numpy(v), couple.there).numpy()
         if np.abs(noise).max() >= _MANY // 2 or stack.left() == 0:
             raise InsufficientBits
         _push_coding(stack, known)
     found = _standard(torch.zeros(shape)).scaled(0.0, couple.grid).code(_MANY, stack, side, noise)
     if known is not None:
         return known
-    v = prior.flow.walk_back(torch.from_numpy(found), couple.back).numpy()
+    v = flow.walk_back(torch.from_numpy(found), couple.back).numpy()
     if fill:
         stack.uniform(low, (v & (1 << fill) - 1).reshape(-1))
         stack.push()
@@ -557,7 +562,8 @@ class _Integers:
     pushed to it: the net number of bits is the log-determinant (iFlow, Zhang et al. 2021).
 
     Args:
-        prior: The flow.
+        flow: Its couplings.
+        device: Of the flow.
         grid: Step of the latent's grid.
         n: Number of values.
         stack: See above.
@@ -565,13 +571,19 @@ class _Integers:
     """
 
     def __init__(
-        self, prior: FlowDistribution, grid: float, n: int, stack: ANSCoder, side: SideInformation
+        self,
+        flow: RealNVP,
+        device: torch.device,
+        grid: float,
+        n: int,
+        stack: ANSCoder,
+        side: SideInformation,
     ) -> None:
-        flow, self.grid = prior.flow, grid
+        self.grid = grid
         couplings = [*flow.checker, *flow.channel, *flow.final]
         first = side.reserve(2 * n * len(couplings))  # the decoder quantizes them in reverse
         self.at = {coupling: first + 2 * n * i for i, coupling in enumerate(couplings)}
-        self.n, self.device, self.stack, self.side = n, prior.device, stack, side
+        self.n, self.device, self.stack, self.side = n, device, stack, side
 
     def _parameters(self, coupling: Coupling, v: Tensor) -> tuple[Tensor, Ints, Ints]:
         """Return the mask of the values that change, their ratios and their shifts."""

@@ -24,7 +24,7 @@ from selfvae.metrics.baselines import lossless_bits_per_dim
 from selfvae.metrics.enhancement import baseline_enhancement, psnr
 from selfvae.metrics.likelihood import evaluate
 from selfvae.model import SelfVAE
-from selfvae.operations import enhance, generate, reconstruct
+from selfvae.operations import enhance, generate, interpolate, reconstruct
 from selfvae.presets import configure
 from selfvae.training.config import TrainConfig
 from selfvae.training.loop import train
@@ -32,13 +32,13 @@ from selfvae.transforms import MeanDownscale
 
 __all__ = ["run_demo", "train_demo"]
 
-_CODEC, _EMOJI = "photos-v3", "emoji-v1"
+_CODEC, _EMOJI = "photos-v3", "emoji-v2"
 
 
 def run_demo(
     out: str | Path, fast: bool = False, seed: int = 0, report: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Compress two photographs that no model saw, read one file in part, enlarge both, and draw emoji.
+    """Compress two photographs that no model saw, read one file in part, enlarge both; draw emoji.
 
     The photographs are inside scikit-image; they are halved first, which hides their traces of JPEG. Writes
     figure.png, result.json and each photograph as .png and .svae.
@@ -73,9 +73,12 @@ def run_demo(
         row, scores[name] = _enlarged(x2, x, name)
         rows.append(row)
     report("emoji: drawing some")
-    drawn = generate(hub.load(_EMOJI), 16 if fast else 64, 64, 64, temperature=0.8, seed=seed)
+    emoji = hub.load(_EMOJI)
+    drawn = generate(emoji, 16 if fast else 64, 64, 64, temperature=0.8, seed=seed)
     sheets = torch.stack([grid(part, columns=4) for part in drawn.split(16)])
     rows.append((f"unconditional samples of {_EMOJI}, temperature 0.8", sheets))
+    between = interpolate(emoji, drawn[:1], drawn[1:2], steps=8, temperature=0, seed=seed)[0]
+    rows.append(("from the first of them to the second, along u", between))
     save_figure(rows, out / "figure.png")
     subpixels = sum(x.numel() for x in photos.values())
     formats = set.intersection(*map(set, sizes.values()))

@@ -39,10 +39,9 @@ def test_recipe(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     pixels = 64 if file.parent.name in ("64", "photos", "emoji") or file.stem.endswith("-64") else 32
     if (start := yaml.safe_load(file.read_text()).get("init-from", "")).startswith("runs/"):
         first = yaml.safe_load((file.parent / f"{Path(start).name}.yaml").read_text())
-        options = {key: float(value) for key, value in (o.split("=") for o in first["options"])}
-        whole = {key: int(v) if v == int(v) and key != "width" else v for key, v in options.items()}
+        options = {key: yaml.safe_load(value) for key, value in (o.split("=") for o in first["options"])}
         shape = (3, pixels, pixels)
-        selfvae.save(selfvae.build(first["model"], first["size"], shape, **whole), tmp_path / start)
+        selfvae.save(selfvae.build(first["model"], first["size"], shape, **options), tmp_path / start)
     monkeypatch.chdir(tmp_path)
     np.save(tmp_path / "x.npy", np.zeros((8, 3, pixels, pixels), np.uint8))
     command = ["train", "--config", file, "--data", tmp_path / "x.npy", "--out", tmp_path / "run"]

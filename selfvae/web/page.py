@@ -18,10 +18,12 @@ from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from selfvae.codec import Codec
 from selfvae.data import pictures
 from selfvae.data.crops import photo
+from selfvae.operations import generate
 from selfvae.progress import Track
 from selfvae.web import work
 from selfvae.web.jobs import Jobs, StoppedError
@@ -75,11 +77,11 @@ _COMPRESS = """The file holds every pixel exactly, coarse to fine: its first par
 The model was trained on photographs; drawings, and pictures that have been JPEG files, may be smaller as
 they are."""
 _GENERATE = """New images, without any input. The model draws a coarse level first, then finer ones; below
-the images are the levels that they were drawn from. emoji-v1 draws emoji; the other models are small and
+the images are the levels that they were drawn from. emoji-v2 draws emoji; the other models are small and
 saw photographs: expect textures, no objects."""
-_INTERPOLATE = """The model describes a picture by latents, some hundred numbers. On a line between those of
-two pictures, every point is a picture as well. Both are cropped to a square and shrunk to the {} x {}
-pixels of this small model: expect the gist."""
+_INTERPOLATE = """The model describes a picture by a latent, which holds its layout. On a line between those
+of two pictures, every point is a picture as well; the rest is drawn. Both are cropped to a square and
+shrunk to the {} x {} pixels of this model. It knows emoji on white, such as the examples that it draws."""
 
 # small pictures are for looking at, and their pixels are what matters
 _STYLE = """.pixels img { width: 100%; object-fit: contain; image-rendering: pixelated }
@@ -291,9 +293,16 @@ class Page:
         file.write_bytes(data)
         return str(file)
 
-    def _picture(self, label: str, example: str, exact: bool = False, alpha: bool = False) -> gr.File:
-        """A box for a file, what is in it, and a button for a photograph that comes with scikit-image.
+    def _picture(
+        self,
+        label: str,
+        example: str | Callable[[], Tensor],
+        exact: bool = False,
+        alpha: bool = False,
+    ) -> gr.File:
+        """A box for a file, what is in it, and a button for an example.
 
+        example: name of a photograph that comes with scikit-image, or a function that draws a picture.
         exact: refuse at once what `pictures.read_exactly` refuses.
         alpha: but take pictures with alpha.
         """
@@ -309,8 +318,11 @@ class Page:
             return pictures.to_image((found.channels() if alpha else found.pixels)[0])
 
         def example_file() -> str:
-            x = torch.from_numpy(photo(example, 2))
-            return self._file(pictures.encode(pictures.to_image(x)), f"{example}.png")
+            if isinstance(example, str):
+                x, name = torch.from_numpy(photo(example, 2)), example
+            else:
+                x, name = example()[0], "drawn"
+            return self._file(pictures.encode(pictures.to_image(x)), f"{name}.png")
 
         file.change(look, file, seen, api_visibility="private", show_progress="hidden")
         take.click(example_file, None, file, api_visibility="private", show_progress="hidden")
@@ -446,8 +458,10 @@ class Page:
             with gr.Row():
                 with gr.Column(scale=1):
                     ends = [
-                        self._picture("from this picture", "chelsea"),
-                        self._picture("to this one", "coffee"),
+                        self._picture(
+                            label, functools.partial(generate, model, 1, seed=seed, temperature=0.8)
+                        )
+                        for seed, label in enumerate(("from this picture", "to this one"))
                     ]
                 with gr.Column(scale=2):
                     shown = _image("between them", height=400)

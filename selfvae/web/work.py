@@ -33,8 +33,8 @@ __all__ = [
 ]  # fmt: skip
 
 _GAPS = ("photos-x2-v1", "photos-x2-bicubic-v1", "photos-x2-jpeg-v1", "photos-deband-v1")
-_CODEC, _LATENT = "photos-v3", "cifar10-latent"
-_GENERATORS = ("emoji-v1", "cifar10-2m-v1", _LATENT, _CODEC)
+_CODEC, _LATENT = "photos-v3", "emoji-v2"
+_GENERATORS = (_LATENT, "cifar10-2m-v1", _CODEC)
 _REDUCED = {BicubicDownscale: "reduced by bicubic interpolation", Jpeg: "saved as JPEG"}
 _LEVELS = 6  # shown of a long chain
 

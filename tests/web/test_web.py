@@ -167,7 +167,7 @@ def test_generation_and_interpolation(models: Models, x: torch.Tensor) -> None:
     ends = png(x), png(x.flip(3))
     for given in ("reconstruction", "u"):
         frames = work.interpolate(models.latent, ends, PIXELS, 5, given, temperature=0.0, seed=0)
-        assert len(frames) == 5 and frames[0].size == (32, 32)
+        assert len(frames) == 5 and frames[0].size == (64, 64)
         assert len({frame.tobytes() for frame in frames}) == 5
         back = work.interpolate(models.latent, ends[::-1], PIXELS, 5, given, temperature=0.0, seed=0)
         assert back[-1].tobytes() == frames[0].tobytes()

@@ -77,8 +77,9 @@ def run_demo(
     drawn = generate(emoji, 16 if fast else 64, 64, 64, temperature=0.8, seed=seed)
     sheets = torch.stack([grid(part, columns=4) for part in drawn.split(16)])
     rows.append((f"unconditional samples of {_EMOJI}, temperature 0.8", sheets))
-    between = interpolate(emoji, drawn[:1], drawn[1:2], steps=8, temperature=0, seed=seed)[0]
-    rows.append(("from the first of them to the second, along u", between))
+    between = interpolate(emoji, drawn[:8:2], drawn[1:8:2], steps=8, temperature=0, seed=seed)
+    sheets = torch.stack([grid(frames, columns=4) for frames in between])
+    rows.append(("the first eight in pairs, from one to the other along u in eight steps", sheets))
     save_figure(rows, out / "figure.png")
     subpixels = sum(x.numel() for x in photos.values())
     formats = set.intersection(*map(set, sizes.values()))

@@ -187,13 +187,15 @@ def test_a_flow_of_whole_numbers_is_one_to_one(grid: float) -> None:
     words = rng.integers(1, 2**31, 4000).astype(np.uint32)
     stack, side = ANSCoder(words), SideInformation()
     with torch.no_grad():
-        noise = prior.flow.walk(v, _Integers(prior, grid, v.numel(), stack, side).there)
+        noise = prior.flow.walk(v, _Integers(prior.flow, prior.device, grid, v.numel(), stack, side).there)
         exact = prior.flow(v.double() * grid)
         assert (noise - exact[0] / grid).abs().max() < (100 if grid == 1 else 40)  # rounded ten times
         spent = 32 * (len(words) - len(stack.words()))
         assert spent == pytest.approx(exact[1].sum().item() / math.log(2), rel=0.1, abs=100)
         again = SideInformation(side.tobytes())
-        back = prior.flow.walk_back(noise, _Integers(prior, grid, v.numel(), stack, again).back)
+        back = prior.flow.walk_back(
+            noise, _Integers(prior.flow, prior.device, grid, v.numel(), stack, again).back
+        )
     assert torch.equal(back, v) and np.array_equal(stack.words(), words)
 
 

@@ -18,26 +18,10 @@ import torch
 from torch import Tensor
 
 from selfvae.distributions.pixels import REACH_RESIDUAL, PixelMixture
-from selfvae.nn.autoregressive import AutoregressiveDecoder
+from selfvae.nn.autoregressive import AutoregressiveDecoder, Wave, waves
 from selfvae.transforms import ImageSpec, Support
 
-__all__ = ["AutoregressiveMixture", "Wave", "waves"]
-
-Wave = tuple[Tensor, Tensor]  # rows and columns, int64 (n,) both
-
-
-def waves(height: int, width: int, radius: int, device: torch.device | None = None) -> list[Wave]:
-    """Divide a grid into waves: a position's window, `radius` to all sides, holds earlier waves only.
-
-    A window of radius 0 is empty, and the grid one wave.
-
-    >>> [list(zip(*(x.tolist() for x in wave))) for wave in waves(2, 3, 1)]
-    [[(0, 0)], [(0, 1)], [(0, 2), (1, 0)], [(1, 1)], [(1, 2)]]
-    """
-    rows = torch.arange(height, device=device)[:, None]
-    number = (rows * (radius + 1) + torch.arange(width, device=device)) * (radius > 0)
-    out = [torch.nonzero(number == t, as_tuple=True) for t in range(int(number.max()) + 1)]
-    return [(found[0], found[1]) for found in out if len(found[0])]
+__all__ = ["AutoregressiveMixture"]
 
 
 class _Positions(Support):

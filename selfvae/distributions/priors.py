@@ -21,7 +21,7 @@ from selfvae.distributions.latents import (
     NoisyLogistic,
     soft_limit,
 )
-from selfvae.nn.flows import AutoregressiveFlow, Network, RealNVP, dense_network, residual_network
+from selfvae.nn.flows import AutoregressiveFlow, RealNVP, dense_network, residual_network
 from selfvae.transforms import at_least_float32
 
 __all__ = [
@@ -163,10 +163,9 @@ class FlowDistribution:
 
 
 class _FlowPrior(_TopPrior):
-    def __init__(self, latent: int, stride: int, network: Network, halves: bool) -> None:
+    def __init__(self, latent: int, stride: int, flow: RealNVP | AutoregressiveFlow) -> None:
         super().__init__(latent, stride)
-        self.flow = RealNVP(latent, network, halves)
-        self.multiple = 2 * stride  # its squeeze needs latents of even height and width
+        self.flow, self.multiple = flow, flow.multiple * stride
 
     def forward(self, y: Tensor, z: Tensor | None) -> LatentDistribution:
         return FlowDistribution(self.flow, self.shape(y), y)
@@ -179,7 +178,7 @@ class FlowPrior(_FlowPrior):
         self, latent: int, stride: int, growth: int = 64, steps: int = 5, inner_elu: bool = True
     ) -> None:
         network = partial(dense_network, growth=growth, steps=steps, inner_elu=inner_elu)
-        super().__init__(latent, stride, network, halves=True)
+        super().__init__(latent, stride, RealNVP(latent, network, halves=True))
 
 
 class ResidualFlowPrior(_FlowPrior):
@@ -187,18 +186,14 @@ class ResidualFlowPrior(_FlowPrior):
 
     def __init__(self, latent: int, stride: int, hidden: int = 64, blocks: int = 5) -> None:
         network = partial(residual_network, hidden=hidden, blocks=blocks)
-        super().__init__(latent, stride, network, halves=False)
+        super().__init__(latent, stride, RealNVP(latent, network, halves=False))
 
 
-class AutoregressivePrior(_TopPrior):
+class AutoregressivePrior(_FlowPrior):
     """A flow by which each position of the latent depends on those before it."""
 
     def __init__(self, latent: int, stride: int, width: int = 128, steps: int = 2) -> None:
-        super().__init__(latent, stride)
-        self.flow = AutoregressiveFlow(latent, width, steps)
-
-    def forward(self, y: Tensor, z: Tensor | None) -> LatentDistribution:
-        return FlowDistribution(self.flow, self.shape(y), y)
+        super().__init__(latent, stride, AutoregressiveFlow(latent, width, steps))
 
 
 TOP_PRIORS: dict[str, type[_TopPrior]] = {

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from selfvae.nn.autoregressive import GroupNet
+from selfvae.nn.autoregressive import GroupNet, waves
 from selfvae.nn.layers import Conv, DenseBlock, ResidualBlock
 
 __all__ = [
@@ -134,6 +133,8 @@ class RealNVP(nn.Module):
         halves: As in `Coupling`.
     """
 
+    multiple = 2  # of the height and width of z, for the squeeze
+
     def __init__(self, channels: int, network: Network = dense_network, halves: bool = True) -> None:
         super().__init__()
 
@@ -231,7 +232,7 @@ class AffineAutoregression(nn.Module):
         places, parts = self._places(z), z.chunk(self.parts, 1)
         noise, total = [], torch.zeros(z.shape[0], device=z.device, dtype=z.dtype)
         for g, (net, part) in enumerate(zip(self.nets, parts, strict=True)):
-            shift, log_scale = self._affine(net(places, part, torch.cat([z[:, :0], *parts[:g]], 1)), z)
+            shift, log_scale = self._affine(net(places, part, z[:, : g * part.shape[1]]), z)
             noise.append((part - shift) * torch.exp(-log_scale))
             total = total - log_scale.flatten(1).sum(1)
         return torch.cat(noise, 1), total
@@ -242,12 +243,12 @@ class AffineAutoregression(nn.Module):
         for net, part in zip(self.nets, noise.chunk(self.parts, 1), strict=True):
             base, margin = net.begin(places, out), net.radius
             known = nn.functional.pad(torch.zeros_like(part), (margin, margin, margin, 0))
-            for row, col in np.ndindex(height, width):
-                at = (torch.tensor([i], device=noise.device) for i in (row, col))
-                shift, log_scale = self._affine(net.at(base[:, :, row, col, None], known, *at), noise)
-                found = part[:, :, row, col] * torch.exp(log_scale[:, :, 0]) + shift[:, :, 0]
-                known[:, :, row + margin, col + margin] = found
-            out = torch.cat([out, known[:, :, margin:, margin : margin + width]], 1)
+            inner = known[:, :, margin:, margin : margin + width]
+            for rows, cols in waves(height, width, margin, noise.device):
+                at = (..., rows, cols)
+                shift, log_scale = self._affine(net.at(base[at], known, rows, cols), noise)
+                inner[at] = part[at] * torch.exp(log_scale) + shift
+            out = torch.cat([out, inner], 1)
         return out
 
 
@@ -257,6 +258,8 @@ class AutoregressiveFlow(nn.Module):
     Args:
         channels, width, steps: As in `AffineAutoregression`.
     """
+
+    multiple = 1  # of the height and width of z
 
     def __init__(self, channels: int, width: int, steps: int) -> None:
         super().__init__()

@@ -289,20 +289,23 @@ def _with_another_top(model: SelfVAE, start: SelfVAE) -> dict[str, Tensor]:
     found, given = hub.unique_state_dict(model), hub.unique_state_dict(start)
 
     def take(prefix: str) -> bool:
+        """Take the tensors with a prefix if their shapes fit, and return whether they do."""
         own, theirs = (
             {name: value for name, value in tensors.items() if name.startswith(prefix)}
             for tensors in (found, given)
         )
         alike = _shapes(own) == _shapes(theirs)
-        found.update(theirs if alike else {})
+        if alike:
+            found.update(theirs)
         return alike
 
     for k, (level, other) in enumerate(zip(model.levels, start.levels, strict=False)):
         if str(level.transform) != str(other.transform):
             break
-        if not take(f"levels.{k}."):
-            for part in ("encoder", "prior_net", "decoder") if isinstance(level.transform, Null) else ():
+        if isinstance(level.transform, Null):
+            for part in ("encoder", "prior_net", "decoder"):
                 take(f"levels.{k}.{part}.")
+        elif not take(f"levels.{k}."):
             break
     return found
 

@@ -81,7 +81,7 @@ the images are the levels that they were drawn from. emoji-v2 draws emoji; the o
 saw photographs: expect textures, no objects."""
 _INTERPOLATE = """The model describes a picture by a latent, which holds its layout. On a line between those
 of two pictures, every point is a picture as well; the rest is drawn. Both are cropped to a square and
-shrunk to the {} x {} pixels of this model. It knows emoji on white, such as the examples that it draws."""
+shrunk to the {} x {} pixels of this model. emoji-v2 knows emoji on white, as the examples that it draws."""
 
 # small pictures are for looking at, and their pixels are what matters
 _STYLE = """.pixels img { width: 100%; object-fit: contain; image-rendering: pixelated }

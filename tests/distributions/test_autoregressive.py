@@ -8,10 +8,11 @@ from torch import Tensor
 
 import selfvae
 from selfvae.codec import Codec
-from selfvae.distributions.autoregressive import AutoregressiveMixture, Wave, waves
+from selfvae.distributions.autoregressive import AutoregressiveMixture
 from selfvae.distributions.pixels import PixelMixture
 from selfvae.export import DecoderPart
 from selfvae.model import SelfVAE, describe
+from selfvae.nn.autoregressive import Wave, waves
 from selfvae.operations import complete, enhance, generate
 
 SUBPIXEL = {"latents": "none", "backbone": "residual", "subpixel": True}

@@ -113,7 +113,7 @@ _CODINGS = 2 * _GRIDS + 1
 
 
 class InsufficientBits(Exception):  # noqa: N818 (not an error: the caller has an alternative)
-    """The stack holds too few bits to draw a latent, or a flow maps no integers, or maps them too far."""
+    """The stack holds too few bits to draw a latent, or a flow maps it beyond the coded range."""
 
 
 class Latent(NamedTuple):
@@ -466,9 +466,7 @@ def _code_by_flow(
 ) -> Latent:
     flow = prior.flow
     if not isinstance(flow, RealNVP):  # only couplings are maps of integers
-        if known is None:
-            raise CodecError("the file is damaged: its latent is coded as no model with this prior does")
-        raise InsufficientBits
+        raise CodecError("the file is damaged: its latent is coded as no model with this prior does")
     # the digits of a coarse grid are filled up to the finest one, since each coupling rounds
     fill = 0 if coding.mode is Mode.DRAWN else _GRIDS - 1 - coding.grid
     couple = _Integers(flow, prior.device, coding.step / 2**fill, math.prod(shape), stack, side)

@@ -33,12 +33,14 @@ from selfvae.codec.float64.latents import (
 )
 from selfvae.codec.float64.quantization import QuantizedMixture, SideInformation
 from selfvae.codec.tables import Words
-from selfvae.distributions.autoregressive import AutoregressiveMixture, Wave
+from selfvae.distributions.autoregressive import AutoregressiveMixture
 from selfvae.distributions.latents import DiagonalNormal, UnitUniform
 from selfvae.distributions.pixels import PixelMixture
+from selfvae.distributions.priors import AutoregressivePrior
 from selfvae.hub import fingerprint
 from selfvae.level import Level, Posterior
 from selfvae.model import SelfVAE
+from selfvae.nn.autoregressive import Wave
 from selfvae.operations import SamplingOptions, complete, infer, variables
 from selfvae.progress import Track, no_progress
 from selfvae.tiling import Tile, split, tiled
@@ -319,6 +321,7 @@ class Float64Codec:
             The latent, and the side information of the draw.
         """
         posterior, before = self._gaussian_posterior(k, known), stack.copy()
+        draw = draw and not isinstance(self.model.levels[k].prior_net, AutoregressivePrior)  # no integers
         for fine in FINE if draw else ():
             side = SideInformation()
             try:

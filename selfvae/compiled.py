@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
-__all__ = ["compiled", "is_fast"]
+__all__ = ["compiled", "is_fast", "wide_vectors"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,6 +45,32 @@ def _njit() -> Callable[..., Any] | None:
         )
         return None
     return numba.njit
+
+
+def wide_vectors() -> None:
+    """Ask for vectors of 512 bits in the marked function that calls this, where the processor has them.
+
+    LLVM prefers 256 bits, because the first of these processors ran slower with 512.
+    """
+
+
+@functools.cache
+def _wide_vectors() -> Any:
+    """Return `wide_vectors` for compiled functions: it gives its caller an attribute, and does nothing."""
+    from numba import types as numba_types
+    from numba.extending import intrinsic
+
+    @intrinsic
+    def mark(context: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            attributes = builder.function.attributes
+            if isinstance(attributes, set):  # whose own `add` refuses attributes of processors
+                set.add(attributes, '"prefer-vector-width"="512"')
+            return context.get_dummy_value()
+
+        return numba_types.void(), generate
+
+    return mark
 
 
 @functools.cache
@@ -86,6 +112,8 @@ class _Compiled:
         for name in self.function.__code__.co_names:
             if isinstance(names.get(name), _Compiled):
                 names[name] = names[name].fast
+            elif names.get(name) is wide_vectors:
+                names[name] = _wide_vectors()
         own = types.FunctionType(self.function.__code__, names, self.function.__name__)
         own.__qualname__ = self.function.__qualname__
         try:

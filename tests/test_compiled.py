@@ -7,11 +7,12 @@ import subprocess
 import sys
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 
 from selfvae import compiled as shim
-from selfvae.compiled import compiled
+from selfvae.compiled import compiled, wide_vectors
 
 
 @compiled
@@ -44,6 +45,21 @@ def test_compiled_functions_call_one_another_compiled() -> None:
     pytest.importorskip("numba")
     _hash(VALUES)
     assert _hash.fast.signatures and _hash.fast.py_func.__globals__["_step"] is _step.fast  # type: ignore[attr-defined]
+
+
+def test_wide_vectors_are_asked_for_where_a_function_says_so() -> None:
+    @compiled
+    def double(values: np.ndarray) -> None:
+        wide_vectors()
+        for i in range(len(values)):
+            values[i] += values[i]
+
+    values = VALUES.copy()
+    double(values)
+    assert np.array_equal(values, 2 * VALUES)
+    fresh = numba.njit(double.fast.py_func)  # type: ignore[attr-defined]  # cached code cannot be read
+    fresh(values)
+    assert '"prefer-vector-width"="512"' in next(iter(fresh.inspect_llvm().values()))
 
 
 def test_without_numba_a_warning_and_the_same_results(monkeypatch: pytest.MonkeyPatch) -> None:

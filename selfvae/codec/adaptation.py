@@ -34,6 +34,7 @@ from selfvae.codec.symbols import (
     CONTEXTS,
     FACTORS,
     NO_FACTOR,
+    TOGETHER,
     WEIGHT_BITS,
     Corrected,
     Ints,
@@ -43,7 +44,7 @@ from selfvae.codec.symbols import (
     cost,
     find_contexts,
 )
-from selfvae.compiled import compiled
+from selfvae.compiled import compiled, wide_vectors
 
 __all__ = ["Adaptation", "Collector", "Neighbours"]
 
@@ -57,8 +58,8 @@ _HEAVIEST = 1 << 14  # the weight of a position whose spread is 1/8 grey level
 _RIDGE, _PRIOR = 1e-5, 2e6  # of the diagonal: relative to it, and absolute
 _LARGEST = 2**15 - 1  # of a weight, in steps
 _TRIED = 3  # scales are also tried this many factors higher and lower
-_REGRESSED = 2  # every second position, on average, takes part in the regression
-_SAMPLE = 3  # every third of these decides about the factors
+_REGRESSED = 2  # every second row, on average, takes part in the regression
+_SAMPLE = 2  # every second of these decides about the factors
 _CHUNK = 1024  # positions at a time, which the fastest cache holds
 
 Floats = npt.NDArray[np.float64]
@@ -168,7 +169,7 @@ class Neighbours:
         return [len(_features(kept, channels, s)) for s in range(groups * channels)]
 
     def _whole(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return x.reshape(self.h, self.w)
+        return x[: self.h * self.w].reshape(self.h, self.w)
 
     def _places(self, features: list[_Feature]) -> tuple[npt.NDArray[np.int32], Ints]:
         """Return the images, flat, and each feature's image, distance and image to subtract: (N, 3)."""
@@ -179,27 +180,32 @@ class Neighbours:
         """Return what corrects the mixtures of the next step.
 
         Args:
-            moments: Means and spreads, (h w, 2).
+            moments: Means and spreads, (2, h w + `TOGETHER`).
             weights: Of the step's features.
             factors: Of its contexts.
         """
         inside = slice(1, -1)
-        self._images[_MEANS, inside, inside] = self._whole(moments[:, 0])
+        self._images[_MEANS, inside, inside] = self._whole(moments[0])
         total = np.zeros((self.h + 2, self.w + 2), np.int64)
         features = _features(self._kept, self._channels, self._step)[_CAUSAL:]
         _add_weighted(*self._places(features), weights[_CAUSAL:], self.w + 3, total.reshape(-1))
-        own = np.empty((self.h * self.w, 5), np.int64)
-        _fill_own(moments, total, self._energy, own)
-        seen = np.zeros((2, self.h + 1, self.w + 2), np.int64)
-        seen[1, 1:, 1:-1] = self._whole(moments[:, 1])
+        own = np.zeros((5, self.h * self.w + TOGETHER), np.int64)
+        own[:2] = moments
+        _fill_own(total, self._energy, own)
+        seen = np.zeros((2, (self.h + 1) * (self.w + 2) + TOGETHER), np.int64)
+        self.seen(seen[1])[:] = self._whole(moments[1])
         fit = np.concatenate([[self.w], weights[:_CAUSAL], factors])
-        return Corrected(own, seen.reshape(2, -1), fit)
+        return Corrected(own, seen, fit)
 
-    def add(self, values: Params, moments: Ints) -> Ints:
+    def seen(self, row: Ints) -> Ints:
+        """Return the positions in a row of `Corrected.seen`, (h, w)."""
+        return row[:-TOGETHER].reshape(self.h + 1, self.w + 2)[1:, 1:-1]
+
+    def add(self, values: Ints, moments: Ints) -> Ints:
         """Add the step that was corrected last: its values, (h w,); return the misses, (h w,)."""
         inside = slice(1, -1)
         own = self._whole(values).astype(np.int32) << self.bits
-        misses = own - self._whole(moments[:, 0])
+        misses = own - self._whole(moments[0])
         at = _KEPT + self._kept * self._channels + 2 * self._step
         image = self._images[at]
         image[inside, inside] = own
@@ -207,49 +213,44 @@ class Neighbours:
         image[:, 0], image[:, -1] = image[:, 1], image[:, -2]
         self._images[at + 1, inside, inside] = misses
         self._energy[0, inside, inside] += np.abs(misses)
-        self._energy[1, inside, inside] += self._whole(moments[:, 1])
+        self._energy[1, inside, inside] += self._whole(moments[1])
         self._step += 1
         return misses.reshape(-1)
 
-    def regress(self, which: Ints, misses: Ints, moments: Ints, squares: Floats, products: Floats) -> None:
+    def regress(self, rows: Ints, misses: Ints, moments: Ints, squares: Floats, products: Floats) -> None:
         """Add the sums of a regression of the step that was added last.
 
         Args:
-            which: Numbers of the positions that take part, (k,).
+            rows: Numbers of the rows that take part, (k,).
             misses: At all positions, (h w,).
-            moments: Means and spreads, (h w, 2).
+            moments: As for `correct`.
             squares: Receives the products of two features, (N, N).
             products: Receives the products of a feature and the miss, (N,).
         """
         images, table = self._places(_features(self._kept, self._channels, self._step - 1))
-        at, spreads, coarse = self._at(which), moments[which, 1], self.bits - _FINE
-        missed = torch.from_numpy(misses[which] >> coarse).double()
-        rough, weighted = np.empty((2, len(table), _CHUNK))
-        for i in range(0, len(which), _CHUNK):
-            n = min(_CHUNK, len(which) - i)
-            _fill(images, table, at[i : i + n], spreads[i : i + n], coarse, rough, weighted)
+        spreads, coarse = self._whole(moments[1])[rows], self.bits - _FINE
+        missed = torch.from_numpy(self._whole(misses)[rows] >> coarse).double()
+        each = max(_CHUNK // self.w, 1)  # rows at a time
+        rough, weighted = np.empty((2, len(table), each * self.w))
+        for i in range(0, len(rows), each):
+            _fill(images, table, rows[i : i + each], spreads[i : i + each], coarse, rough, weighted)
+            n = len(rows[i : i + each]) * self.w
             a, b = torch.from_numpy(weighted[:, :n]), torch.from_numpy(rough[:, :n])
             torch.from_numpy(squares).addmm_(a, b.T)
-            torch.from_numpy(products).addmv_(a, missed[i : i + n])
+            torch.from_numpy(products).addmv_(a, missed[i : i + each].flatten())
 
-    def _at(self, which: Ints) -> Ints:
-        """Return where positions stand in images with a border."""
-        return which + (which // self.w) * 2 + self.w + 3
-
-    def features(self, which: Ints) -> npt.NDArray[np.int32]:
-        """Return the features of the step that was added last at some positions.
+    def features(self, rows: Ints) -> npt.NDArray[np.int32]:
+        """Return the features of the step that was added last in some rows.
 
         Args:
-            which: Numbers of the positions, (k,).
+            rows: Numbers of the rows, (k,).
 
         Returns:
-            (N, k), the causal neighbours first.
+            (N, k w), the causal neighbours first.
         """
         images, table = self._places(_features(self._kept, self._channels, self._step - 1))
-        at = self._at(which)
-        out = np.empty((len(table), len(which)), np.int32)
-        for row, (image, distance, minus) in zip(out, table, strict=True):
-            np.subtract(images[image].take(at + distance), images[minus].take(at), out=row)
+        out = np.empty((len(table), len(rows) * self.w), np.int32)
+        _take(images, table, rows, out)
         return out
 
 
@@ -257,9 +258,9 @@ class _Sample(NamedTuple):
     """Some positions of a step: what `cost` takes, features (N, k), and numbers of contexts."""
 
     tables: Tables
-    parts: npt.NDArray[np.int32]
-    weights: npt.NDArray[np.int32]
-    values: Params
+    parts: Ints
+    weights: Ints
+    values: Ints
     moments: Ints
     features: npt.NDArray[np.int32]
     contexts: Ints
@@ -270,7 +271,9 @@ class _Sample(NamedTuple):
 
     def shifts(self, weights: Ints) -> Ints:
         """Return by how much weights shift the means: (k,)."""
-        return (weights @ self.features.astype(np.int64) + _HALF) >> WEIGHT_BITS
+        total = np.full(self.features.shape[1], _HALF)
+        _add_products(self.features, weights, total)
+        return total >> WEIGHT_BITS
 
 
 class Collector:
@@ -290,17 +293,19 @@ class Collector:
     def add(self, near: Neighbours, s: int, mixture: Mixture) -> None:
         """Add step s of a band, a channel of a mixture; add the step to `near` too."""
         moments = mixture.moments()
-        values = np.ascontiguousarray(mixture.values[:, mixture.channel])
+        values = mixture.known
         seen = near.correct(moments, np.zeros(len(self._products[s]), np.int64), _PLAIN)
         misses = near.add(values, moments)
-        which = _some(len(values), _REGRESSED)
-        near.regress(which, misses, moments, self._squares[s], self._products[s])
-        which = which[_some(len(which), _SAMPLE)]
-        seen.seen[0].reshape(near.h + 1, near.w + 2)[1:, 1:-1] = misses.reshape(near.h, near.w)
-        contexts = find_contexts(seen.own, seen.seen, near.w)
+        rows = _some(near.h, _REGRESSED)
+        near.regress(rows, misses, moments, self._squares[s], self._products[s])
+        rows = rows[_some(len(rows), _SAMPLE)]
+        which = (rows[:, None] * near.w + np.arange(near.w)).reshape(-1)
+        near.seen(seen.seen[0])[:] = misses.reshape(near.h, near.w)
+        contexts = find_contexts(seen.own, seen.seen, near.w, len(values))
+        room = np.concatenate([which, np.full(TOGETHER, which[-1])])
         sample = _Sample(
-            mixture.tables, mixture.parts[which].astype(np.int32), mixture.weights[which].astype(np.int32),
-            values[which], moments[which], near.features(which), contexts[which],
+            mixture.tables, mixture.parts[:, :, room], mixture.weights[:, room], values[which],
+            moments[:, which], near.features(rows), contexts[which],
         )  # fmt: skip
         self._samples[s].append(sample)
 
@@ -340,33 +345,68 @@ def _add_weighted(images: Any, table: Any, weights: Any, first: int, out: Any) -
 
 
 @compiled
-def _fill_own(moments: Any, total: Any, energy: Any, own: Any) -> None:
-    """Fill `Corrected.own` from moments (h w, 2) and, with a border, weighted sums and sums of misses."""
-    w, i = total.shape[1] - 2, 0
-    for row in range(1, total.shape[0] - 1):
-        for col in range(1, w + 1):
-            own[i, 0], own[i, 1], own[i, 2] = moments[i, 0], moments[i, 1], total[row, col]
-            for j in range(2):
-                near = energy[j, row, col - 1] + energy[j, row, col] + energy[j, row, col + 1]
-                own[i, 3 + j] = _AT_LEAST + near + energy[j, row - 1, col] + energy[j, row + 1, col]
-            i += 1
+def _fill_own(total: Any, energy: Any, own: Any) -> None:
+    """Fill the other rows of `Corrected.own` from weighted sums and sums of misses, both with a border."""
+    w = total.shape[1] - 2
+    for row in range(total.shape[0] - 2):
+        for col in range(w):
+            own[2, row * w + col] = total[row + 1, col + 1]
+        for j in range(2):
+            above, here, below = energy[j, row], energy[j, row + 1], energy[j, row + 2]
+            for col in range(w):
+                near = here[col] + here[col + 1] + here[col + 2]
+                own[3 + j, row * w + col] = _AT_LEAST + near + above[col + 1] + below[col + 1]
 
 
 @compiled
-def _fill(images: Any, table: Any, at: Any, spreads: Any, coarse: int, rough: Any, weighted: Any) -> None:
-    """Compute the features in a table at some positions, in steps 2^coarse times as wide, and weighted."""
-    for i in range(len(at)):
-        spread = max(spreads[i] >> coarse, 1)
-        spreads[i] = max(_HEAVIEST // (spread * spread), 1)
+def _fill(images: Any, table: Any, rows: Any, spreads: Any, coarse: int, rough: Any, weighted: Any) -> None:
+    """Compute the features in a table in some rows, in steps 2^coarse times as wide, and weighted.
+
+    spreads (k, w) become weights.
+    """
+    wide_vectors()
+    w = spreads.shape[1]
+    for j in range(len(rows)):
+        first, weight = (rows[j] + 1) * (w + 2) + 1, spreads[j]
+        for i in range(w):
+            spread = max(weight[i] >> coarse, 1)
+            weight[i] = max(_HEAVIEST // (spread * spread), 1)
+        for f in range(len(table)):
+            at = first + table[f, 1]
+            image, minus = images[table[f, 0], at : at + w], images[table[f, 2], first : first + w]
+            plain, heavy = rough[f, j * w : (j + 1) * w], weighted[f, j * w : (j + 1) * w]
+            for i in range(w):
+                plain[i] = (image[i] - minus[i]) >> coarse
+            for i in range(w):
+                heavy[i] = plain[i] * weight[i]
+
+
+@compiled
+def _add_products(features: Any, weights: Any, out: Any) -> None:
+    """Add features (N, k) times weights (N,) to out (k,)."""
+    wide_vectors()
+    for f in range(len(weights)):
+        feature, weight = features[f], weights[f]
+        for i in range(len(out)):
+            out[i] += weight * feature[i]
+
+
+@compiled
+def _take(images: Any, table: Any, rows: Any, out: Any) -> None:
+    """Compute the features in a table in some rows, into out (N, k w)."""
+    w = out.shape[1] // len(rows)
     for f in range(len(table)):
-        image, minus, distance = images[table[f, 0]], images[table[f, 2]], table[f, 1]
-        for i in range(len(at)):
-            rough[f, i] = (image[at[i] + distance] - minus[at[i]]) >> coarse
-            weighted[f, i] = rough[f, i] * spreads[i]
+        for j in range(len(rows)):
+            first = (rows[j] + 1) * (w + 2) + 1
+            at = first + table[f, 1]
+            image, minus = images[table[f, 0], at : at + w], images[table[f, 2], first : first + w]
+            found = out[f, j * w : (j + 1) * w]
+            for i in range(w):
+                found[i] = image[i] - minus[i]
 
 
 def _some(n: int, part: int) -> Ints:
-    """Return the numbers of about n / part positions, irregularly spread: a grid might follow columns."""
+    """Return the numbers of about n / part rows, irregularly spread: a grid might follow stripes."""
     return np.flatnonzero((np.arange(n) * 2654435761 >> 16) % part == 0)
 
 

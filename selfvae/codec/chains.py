@@ -227,7 +227,7 @@ class _LevelCoder:
             near = Neighbours(tall.numpy(), len(groups), t.bits)
         for g, (rows, at) in enumerate(groups):
             prediction = self._prediction(support, g, guess, v, steps, t)
-            values = np.ascontiguousarray(v[:, g].permute(0, 2, 3, 1).numpy()).reshape(n, -1)
+            values = v[:, g].transpose(0, 1).reshape(spec.channels, n).numpy()
             mixture = Mixture(rows, at, prediction, values, t)
             for c in range(spec.channels):
                 here = everything if mask is None else mask[:, g, c].reshape(-1).numpy()
@@ -246,11 +246,12 @@ class _LevelCoder:
                     by = near.correct(moments, adaptation.weights[step], adaptation.factors[step])
                 coder.code(mixture, *bounds, here, by)
                 if by is not None and near is not None:
-                    near.add(np.ascontiguousarray(values[:, c]), moments)
+                    near.add(values[c], moments)
                 if y is None and support.truncates:
-                    v[:, g, c] = torch.from_numpy(values[:, c]).view(b, h, w)
-            v[:, g] = torch.from_numpy(values).view(b, h, w, -1).permute(0, 3, 1, 2)
-        return support.merge(v).to(torch.uint8)
+                    v[:, g, c] = torch.from_numpy(values[c]).view(b, h, w)
+            if y is None:
+                v[:, g] = torch.from_numpy(values).view(-1, b, h, w).transpose(0, 1)
+        return support.merge(v.to(torch.uint8)) if y is None else y
 
     def _begin(
         self, support: Support, shape: tuple[int, ...], y: Tensor | None, mask: Tensor | None
@@ -265,24 +266,23 @@ class _LevelCoder:
     def _prediction(
         self, support: Support, g: int, guess: Tensor | None, v: Tensor, steps: Steps, t: Tables
     ) -> Ints:
-        """Return estimates of a group's entries, in steps of the means: (n, C); see `Support.refine`."""
+        """Return estimates of a group's entries, in steps of the means: (C, n); see `Support.refine`."""
         b, _, channels, h, w = v.shape
         if guess is None:
-            return np.full((b * h * w, channels), t.top << (t.bits - 1), np.int64)
+            return np.full((channels, b * h * w), t.top << (t.bits - 1), np.int64)
         if support.truncates:  # exact but for one division, which IEEE 754 defines
             unit = 1 << t.bits
             refined = support.refine_group(guess.double() / unit, v, g)
-            found = torch.round(refined * unit).long().permute(0, 2, 3, 1).numpy()
+            rounded = torch.round(refined * unit).long()
         else:
-            found = guess[:, g].permute(0, 2, 3, 1).numpy()
+            rounded = guess[:, g]
+        found = rounded.transpose(0, 1).contiguous().numpy()
         if g and self.weights:
-            misses = F.pad((v[:, 0] << t.bits) - guess[:, 0], (1, 0, 0, 1)).permute(0, 2, 3, 1).numpy()
-            weights = steps[..., steps.shape[3] - self.weights :].reshape(b, h, w, 4, channels)
-            found = found.copy()
-            for i in range(4):
-                near = misses[:, i // 2 : i // 2 + h, i % 2 : i % 2 + w]
-                found += t.weight(weights[:, :, :, i], near)
-        return np.ascontiguousarray(found).reshape(-1, channels)
+            misses = F.pad((v[:, 0] << t.bits) - guess[:, 0], (1, 0, 0, 1)).transpose(0, 1)
+            found = t.add_weighted(
+                found, steps[..., steps.shape[3] - self.weights :], misses.contiguous().numpy()
+            )
+        return found.reshape(channels, -1)
 
 
 class ChainCodec:

@@ -9,6 +9,7 @@ definition, and is used on GPUs and where nothing is compiled.
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfvae.compiled import compiled, is_fast
+from selfvae.compiled import compiled, is_fast, wide_vectors
 from selfvae.nn.integer import EXACT, FRACTION, LINES, IntegerActivation, IntegerConv
 from selfvae.nn.networks import Constant, Decoder, Shared
 
@@ -37,6 +38,7 @@ _PAIR = 128  # largest sum of two weights whose products with bytes can be added
 _MULTIPLE = 8  # of channels, for which kernels are fast
 _CACHED = 1 << 13  # positions that are convolved at a time
 _TALL = 12  # rows of these, at least
+_SHAPES = 32  # of inputs, for which weights are kept in the processor's layout
 _LONGEST = 1.5  # times as many channels, at most, are worth being convolved as bytes
 
 
@@ -54,29 +56,29 @@ def exact_arithmetic() -> Iterator[None]:
 
 @compiled
 def _activate(
-    sums: Any, out: Any, stream: Any, lines: Any, scale: Any, top: Any, zero: Any, adds: bool, keeps: bool
+    sums: Any, out: Any, stream: Any, lines: Any, unit: Any, top: Any, zero: Any, adds: bool, keeps: bool
 ) -> None:
     """Compute activations from sums in units of 2^-8; all flat, sums float32, out float32 or uint8.
 
-    adds: add `stream` to the rounded sums first; keeps: store the result in `stream`. lines (4, 2): slopes
-    and offsets in units of 2^-8. Activations are whole multiples of 2^-8 / scale, at most `top` of them;
-    out is that multiple plus `zero`.
+    adds: add `stream` to the rounded sums first; keeps: store the result in `stream`. Activations are whole
+    multiples of a step, at most `top` of them; out is that multiple plus `zero`. lines (4, 2): slopes and
+    offsets, in steps; unit: 2^-8, in steps.
     """
-    # without inner loops and branches, such that the compiler uses vector instructions
+    wide_vectors()
     (s0, t0), (s1, t1), (s2, t2), (s3, t3) = lines[0], lines[1], lines[2], lines[3]
     if adds:
         for i in range(len(sums)):
             x = np.rint(sums[i]) + stream[i]
             stream[i] = x
-            value = max(max(x, x * s0 + t0), max(x * s1 + t1, max(x * s2 + t2, x * s3 + t3)))
-            out[i] = min(np.rint(value * scale), top) + zero
+            value = max(max(x * unit, x * s0 + t0), max(x * s1 + t1, max(x * s2 + t2, x * s3 + t3)))
+            out[i] = np.rint(min(value, top)) + zero
     else:
         for i in range(len(sums)):
             x = np.rint(sums[i])
             if keeps:
                 stream[i] = x
-            value = max(max(x, x * s0 + t0), max(x * s1 + t1, max(x * s2 + t2, x * s3 + t3)))
-            out[i] = min(np.rint(value * scale), top) + zero
+            value = max(max(x * unit, x * s0 + t0), max(x * s1 + t1, max(x * s2 + t2, x * s3 + t3)))
+            out[i] = np.rint(min(value, top)) + zero
 
 
 @compiled
@@ -99,8 +101,8 @@ class _Activation:
     def __init__(self, activation: IntegerActivation) -> None:
         self.step, (lowest, highest) = float(activation.step), activation.bounds()
         lines = LINES[activation.name]
-        self._lines = np.array([*lines, *[lines[-1]] * (4 - len(lines))], np.float32)
-        self._scale = np.float32(1 / (self.step * _UNIT))
+        self._unit = np.float32(1 / (self.step * _UNIT))
+        self._lines = np.array([*lines, *[lines[-1]] * (4 - len(lines))], np.float32) * self._unit
         self._top, self.zero = np.float32(highest / self.step), round(-lowest / self.step)
         self.in_bytes = False
 
@@ -120,7 +122,7 @@ class _Activation:
         kept = np.empty(0, np.float32) if stream is None else stream.reshape(-1)
         zero = np.float32(self.zero if self.in_bytes else 0)
         _activate(
-            sums.reshape(-1), out.reshape(-1), kept, self._lines, self._scale, self._top, zero, adds, keeps
+            sums.reshape(-1), out.reshape(-1), kept, self._lines, self._unit, self._top, zero, adds, keeps
         )
         return out
 
@@ -201,17 +203,14 @@ class _ByteConvolution:
 
     def __init__(self, kernel: _Kernel, act: _Activation, unit: Tensor | float) -> None:
         unit = torch.as_tensor(unit, dtype=torch.float32).view(-1)
-        whole = kernel.whole.to(torch.int8)
+        self._whole = whole = kernel.whole.to(torch.int8)
         self._scales = unit * act.step / kernel.scale
         self._bias, self._zero = kernel.bias * unit, act.zero
         if not kernel.padding:  # without a border of zeros the bias can stand for them
             self._bias = self._bias - whole.sum((1, 2, 3)) * self._zero * self._scales
             self._zero = 0
         self.padding, self._zeros = kernel.padding, torch.zeros(len(whole), dtype=torch.int32)
-        self._packed = torch.ops.onednn.qconv_prepack(
-            whole, self._scales, 1.0, self._zero, [1, 1], [0, self.padding], [1, 1], 1,
-            [1, whole.shape[1], _TALL + 2 * self.padding, _CACHED // _TALL],
-        )  # fmt: skip
+        self._pack = functools.lru_cache(_SHAPES)(self._pack_for)
         largest = _BYTE * whole.abs().sum((1, 2, 3)) * self._scales + self._bias.abs()
         self._fits = bool((largest < EXACT * self._scales.clamp(max=1)).all())  # the bias is whole
         self._act, self._channels = act, whole.shape[1]
@@ -221,12 +220,19 @@ class _ByteConvolution:
         x = np.full((1, 9, 9, self._channels), _BYTE, np.uint8)
         return self._fits and np.array_equal(self(x), other(x.astype(np.float32) - self._act.zero))
 
+    def _pack_for(self, shape: torch.Size, padding: tuple[int, int]) -> Tensor:
+        """Return the weights in the layout for inputs (B, C, h, w) of a shape: another is slow."""
+        packed: Tensor = torch.ops.onednn.qconv_prepack(
+            self._whole, self._scales, 1.0, self._zero, [1, 1], padding, [1, 1], 1, shape
+        )
+        return packed
+
     def __call__(self, x: Bytes, margin: int = 0) -> Floats:
         """Map (B, h, w, C) to (B, h, w, C'), not rounded; x has rows beyond h, up to the padding."""
+        image, padding = torch.from_numpy(x).permute(0, 3, 1, 2), (self.padding - margin, self.padding)
         out: Tensor = torch.ops.onednn.qconv2d_pointwise(
-            torch.from_numpy(x).permute(0, 3, 1, 2), 1.0, self._zero, self._packed, self._scales,
-            self._zeros, self._bias, [1, 1], [self.padding - margin, self.padding], [1, 1], 1, 1.0, 0,
-            torch.float32, "none", [], "",
+            image, 1.0, self._zero, self._pack(image.shape, padding), self._scales, self._zeros, self._bias,
+            [1, 1], padding, [1, 1], 1, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
         return out.permute(0, 2, 3, 1).contiguous().numpy()
 

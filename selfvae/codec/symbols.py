@@ -26,13 +26,14 @@ import numpy.typing as npt
 
 from selfvae.codec import container
 from selfvae.codec.container import CodecError
-from selfvae.compiled import compiled
+from selfvae.compiled import compiled, wide_vectors
 from selfvae.distributions import pixels
 
 __all__ = [
     "CONTEXTS",
     "FACTORS",
     "NO_FACTOR",
+    "TOGETHER",
     "WEIGHT_BITS",
     "Bools",
     "Corrected",
@@ -59,7 +60,7 @@ _INVERSE = 26  # fractional bits of an inverse scale
 _COEFFICIENT = 14  # fractional bits of a coefficient
 _REACH = 20  # fractional bits of the width of a step of a mean
 _MEAN = 15  # bits of the range of means, that is, steps of 1/128 grey level for 256 values
-_FAR = 1408  # where the tail ends, in steps of the table
+_FAR, _MASK = 1408, 2047  # where the tail ends, in steps of the table, and a mask of its indices
 WEIGHT_BITS = 10  # fractional bits of the weights of corrections
 CONTEXTS = 16  # of the factors by which corrections multiply scales: 8 ratios times 2 spreads
 FACTORS = tuple(i / 10 for i in range(-7, 9))  # their logarithms
@@ -69,7 +70,7 @@ _RATIO = 8  # fractional bits of the ratios' borders
 _WIDE = 256  # the spread, in steps of the means of 256 values, from which the second contexts count
 _LOWEST = 1 << 31  # the lowest state of the coder
 _FARTHEST = 1 << 24  # the largest absolute value of a mean
-_TOGETHER = 64  # positions that are computed side by side
+TOGETHER = 64  # positions in a block, which are computed side by side
 
 
 class Tables(NamedTuple):
@@ -89,10 +90,18 @@ class Tables(NamedTuple):
     channels: int
     components: int
 
-    def weight(self, outputs: Params, x: Ints) -> Ints:
-        """Return x times the coefficients that a network's outputs stand for, rounded; all of one shape."""
-        coefficient = self.array[outputs.astype(np.int64) + (_COEFFICIENTS + 1023)]
-        return (coefficient * x + (1 << (_COEFFICIENT - 1))) >> _COEFFICIENT
+    def add_weighted(self, estimates: Ints, outputs: Params, misses: Ints) -> Ints:
+        """Return estimates plus what the four neighbours missed, times coefficients that a network gives.
+
+        Args:
+            estimates: (C, B, h, w).
+            outputs: The network's, which stand for coefficients of the misses on the left, at the place
+                itself, below left and below, of all channels each: (B, h, w, 4 C).
+            misses: With one more column on the left and one more row below: (C, B, h + 1, w + 1).
+        """
+        found = estimates.copy()
+        _add_weighted(found, outputs, misses, self.array)
+        return found
 
 
 def _softplus(x: Decimal) -> Decimal:
@@ -110,13 +119,26 @@ def _whole(values: Iterable[Decimal]) -> list[int]:
         return [int(value.to_integral_value()) for value in values]
 
 
+def _logistic() -> tuple[Ints, Ints]:
+    """Tabulate the tail of a logistic, and how much it falls from each entry to the next one."""
+    with localcontext(Context(prec=60)):
+        step, power, tail = (Decimal(1) / 2**_STEPS).exp(), Decimal(1), []
+        for _ in range(_FAR + 1):
+            tail.append(int((2**_MASS / (1 + power)).to_integral_value()))
+            power *= step
+    table = np.array(tail + [0] * (_MASK - _FAR))
+    return table, np.where(np.arange(_MASK + 1) < _FAR, table - np.roll(table, -1), 0)
+
+
+_TAIL, _FALL = _logistic()  # as constants of the compiled code, which can be looked up side by side
+
+
 @functools.cache
-def _curves() -> tuple[list[int], list[int], list[int]]:
-    """Tabulate the tail of a logistic, weights of components, and coefficients."""
+def _curves() -> tuple[list[int], list[int]]:
+    """Tabulate weights of components, and coefficients."""
     logit_bits, (coefficient_bits, most) = pixels.LOGIT[0], pixels.COEFFICIENT
     span = (Decimal(i) / 2**coefficient_bits for i in range(-most, most + 1))
     return (
-        _whole(2**_MASS / (1 + (Decimal(i) / 2**_STEPS).exp()) for i in range(_FAR + 1)),
         _whole(2**_MASS * (-Decimal(i) / 2**logit_bits).exp() for i in range(256)),
         _whole(2**_COEFFICIENT * _tanh(c) for c in span),
     )
@@ -154,11 +176,10 @@ def tables(num_values: int, channels: int, components: int, residual_mean: bool,
     array = np.zeros(_END, np.int64)
     step = round(Fraction(str(reach)) * half * 2 ** (bits + _REACH) / 2 ** pixels.MEAN[0])
     array[:6] = bits, num_values - 1, residual, channels, components, step
-    tail, weights, coefficients = _curves()
-    sections = (_TAIL, tail), (_WEIGHTS, weights), (_COEFFICIENTS, coefficients)
+    weights, coefficients = _curves()
+    sections = (_WEIGHTS, weights), (_COEFFICIENTS, coefficients)
     for at, values in (*sections, (_INVERSES, _inverse_scales(start, half))):
         array[at : at + len(values)] = values
-    array[_FALL : _FALL + _FAR] = -np.diff(array[_TAIL : _TAIL + _FAR + 1])
     # where (i + 1/2) / 1024 of a logistic's mass lies, and scales; only the speed depends on these
     share = (np.arange(1024) + 0.5) / 1024
     array[_SCALES:_END] = (1 << (bits + _INVERSE)) // np.maximum(array[_INVERSES:_COEFFICIENTS], 1)
@@ -167,29 +188,39 @@ def tables(num_values: int, channels: int, components: int, residual_mean: bool,
 
 
 # In the loops t is `Tables.array`, whose entries and sections these constants name; i is the number of a
-# position; c is scratch space, int64 (8, M), whose rows the last constants name. Few arrays are passed from
-# function to function, and no parts of arrays: both would cost more than what is computed.
+# position; c is scratch space for one position, int64 (8, M), whose rows the last constants name. Few
+# arrays are passed from function to function, and no parts of arrays: both would cost more than what is
+# computed.
 
 _BITS, _TOP, _RESIDUAL, _CHANNELS, _COMPONENTS, _STEP = range(6)
-_TAIL, _FALL, _LOGIT, _WEIGHTS, _INVERSES, _COEFFICIENTS, _SCALES, _END = (
-    8, 2056, 4104, 5128, 5384, 5896, 7944, 8456,
-)  # fmt: skip
+_LOGIT, _WEIGHTS, _INVERSES, _COEFFICIENTS, _SCALES, _END = 8, 1032, 1288, 1800, 3848, 4360
 _MEANS, _INV, _UNDER, _INSIDE, _BELOW, _ABOVE, _PARTS, _OLD = range(8)
+
+# Where all values are known, blocks of positions are computed side by side, by vector instructions. The
+# compiler uses these only if it can see that no store changes what is loaded next: s is scratch space for a
+# block, one flat array whose rows begin at these constants. A block may begin anywhere; arrays have
+# `TOGETHER` entries more than there are positions, so that the last block need not be shorter.
+
+(
+    _LOW, _CENTRE, _MOVED, _WIDE_BY, _NARROW_BY, _UNDER_ROW, _OVER_ROW, _PART, _TOTAL, _SHIFT, _RATE, _LEFT,
+    _MOST, _WHICH, _CODED, _SPREAD, _SHIFTED, _MISSED, _EXPECTED, _CONTEXT, _NUMBER, _DIGITS, _MEAN_ROW,
+    _S_END,
+) = range(0, 24 * TOGETHER, TOGETHER)  # fmt: skip
 
 
 @compiled
 def _mass(middle: int, mean: int, inverse: int, t: Any) -> int:
     """Return 2^30 times a logistic's mass below `middle`, in steps of the means."""
-    return _mass_at(((middle - mean) * inverse) >> (t[_BITS] + _INVERSE - _ARGUMENT), t)
+    return _mass_at(((middle - mean) * inverse) >> (t[_BITS] + _INVERSE - _ARGUMENT))
 
 
 @compiled
-def _mass_at(x: int, t: Any) -> int:
+def _mass_at(x: int) -> int:
     """Return 2^30 times a logistic's mass below an argument, in units of 2^-18."""
     far = min(abs(x), _FAR << (_ARGUMENT - _STEPS))
-    i = (far >> (_ARGUMENT - _STEPS)) & 2047  # the mask tells the compiler that i is not negative
+    i = (far >> (_ARGUMENT - _STEPS)) & _MASK  # tells the compiler that i is not negative
     rest = far & ((1 << (_ARGUMENT - _STEPS)) - 1)
-    tail = t[_TAIL + i] - ((t[_FALL + i] * rest) >> (_ARGUMENT - _STEPS))
+    tail = _TAIL[i] - ((_FALL[i] * rest) >> (_ARGUMENT - _STEPS))
     return tail if x < 0 else (1 << _MASS) - tail
 
 
@@ -216,7 +247,7 @@ def _slots(edge: int, lo: int, hi: int, weights: Any, i: int, c: Any, to: int, t
         for m in range(t[_COMPONENTS]):
             part = _mass(middle, c[_MEANS, m], c[_INV, m], t)
             c[to, m] = part
-            total += weights[i, m] * part
+            total += weights[m, i] * part
     else:
         for m in range(t[_COMPONENTS]):
             if c[_INSIDE, m] > 0:
@@ -225,7 +256,7 @@ def _slots(edge: int, lo: int, hi: int, weights: Any, i: int, c: Any, to: int, t
             else:  # in the far tail, without mass in the tables: uniform
                 part = ((edge - lo) << _MASS) // n
             c[to, m] = part
-            total += weights[i, m] * part
+            total += weights[m, i] * part
     return (((total >> _WEIGHT) * ((1 << _SLOTS) - n)) >> _MASS) + edge - lo
 
 
@@ -242,7 +273,7 @@ def _interval(value: int, lo: int, hi: int, weights: Any, i: int, c: Any, t: Any
     below, above, unit = 0, 0, 1 << t[_BITS]
     middle = (value << t[_BITS]) - (unit >> 1)
     for m in range(t[_COMPONENTS]):
-        mean, inverse, weight = c[_MEANS, m], c[_INV, m], weights[i, m]
+        mean, inverse, weight = c[_MEANS, m], c[_INV, m], weights[m, i]
         under = _mass(middle, mean, inverse, t) if value > 0 else 0
         over = _mass(middle + unit, mean, inverse, t) if value < t[_TOP] else 1 << _MASS
         c[_BELOW, m], c[_ABOVE, m] = under, over
@@ -260,75 +291,99 @@ def _ends(value: int, below: int, above: int, t: Any) -> tuple[int, int]:
 
 
 @compiled
-def _masses(
-    first: int, parts: Any, weights: Any, lowest: Any, centres: Any, moved: Any, wider: Any, narrower: Any,
-    t: Any, below: Any, above: Any, inside: Any,
-) -> None:  # fmt: skip
-    """Compute mixtures' masses at both edges of values, for some positions at a time.
+def _masses(first: int, parts: Any, weights: Any, t: Any, s: Any, inside: Any) -> None:
+    """Compute the masses of a block of mixtures at both edges of values.
 
-    As `_interval` does for one position, but in loops over positions, which takes half the time. Means are
-    moved and scales multiplied on the way, as by `_correct`.
+    As `_interval` does for one position. Means are moved and scales multiplied, as by `_correct`.
 
     Args:
-        first: The first position, of parts and weights. All other arrays begin with it.
+        first: The first position of the block.
         parts, weights: See `Mixture`.
-        lowest: The lower edge of each value, in steps of the means: (k,).
-        centres, moved: A mean m becomes moved + wider * (m - centres): (k,) each.
-        wider, narrower: Factors of scales and of inverse scales, in units of 2^-14: (k,).
         t: Of the tables.
-        below, above: Receive the sums of weighted masses: (k,).
-        inside: Receives the components' weighted masses of the value: (M, k).
+        s: Has the lower edge of each value, in steps of the means (`_LOW`); a mean m becomes `_MOVED` +
+            `_WIDE_BY` * (m - `_CENTRE`), and inverse scales are multiplied by `_NARROW_BY`; factors are in
+            units of 2^-14. Receives the sums of weighted masses, in `_UNDER_ROW` and `_OVER_ROW`.
+        inside: Receives the components' weighted masses of the value: (M, `TOGETHER`).
     """
-    unit = 1 << t[_BITS]
-    end, shift = t[_TOP] << t[_BITS], t[_BITS] + _INVERSE - _ARGUMENT
-    below[:] = 0
-    above[:] = 0
+    wide_vectors()
+    unit, end, shift = 1 << t[_BITS], t[_TOP] << t[_BITS], t[_BITS] + _INVERSE - _ARGUMENT
+    for k in range(TOGETHER):
+        s[_UNDER_ROW + k] = s[_OVER_ROW + k] = 0
     for m in range(len(inside)):
-        for k in range(len(lowest)):
-            mean = moved[k] + (((parts[first + k, 0, m] - centres[k]) * wider[k]) >> _FACTOR)
+        means, inverses = parts[0, m, first : first + TOGETHER], parts[1, m, first : first + TOGETHER]
+        own, found = weights[m, first : first + TOGETHER], inside[m]
+        for k in range(TOGETHER):
+            mean = s[_MOVED + k] + (((means[k] - s[_CENTRE + k]) * s[_WIDE_BY + k]) >> _FACTOR)
             mean = min(max(mean, -_FARTHEST), _FARTHEST)
-            inverse = max((parts[first + k, 1, m] * narrower[k]) >> _FACTOR, 1)
-            under = _mass_at(((lowest[k] - mean) * inverse) >> shift, t)
-            over = _mass_at(((lowest[k] + unit - mean) * inverse) >> shift, t)
-            under = under if lowest[k] > 0 else 0
-            over = over if lowest[k] + unit < end else 1 << _MASS
-            weight = weights[first + k, m]
-            below[k] += weight * under
-            above[k] += weight * over
-            inside[m, k] = weight * (over - under)
+            inverse = max((inverses[k] * s[_NARROW_BY + k]) >> _FACTOR, 1)
+            lowest = s[_LOW + k]
+            under = _mass_at(((lowest - mean) * inverse) >> shift)
+            over = _mass_at(((lowest + unit - mean) * inverse) >> shift)
+            under = under if lowest > 0 else 0
+            over = over if lowest + unit < end else 1 << _MASS
+            s[_UNDER_ROW + k] += own[k] * under
+            s[_OVER_ROW + k] += own[k] * over
+            s[_PART + k] = own[k] * (over - under)
+        for k in range(TOGETHER):
+            found[k] = s[_PART + k]
 
 
 @compiled
 def _components(
-    rows: Any, at: int, channel: int, prediction: Any, values: Any, means: Any, t: Any, parts: Any
+    rows: Any, at: int, channel: int, prediction: Any, values: Any, means: Any, t: Any, s: Any, parts: Any
 ) -> None:
-    """Compute the means and the inverse scales of a channel's components, into parts (n, 2, M).
+    """Compute the means and the inverse scales of a channel's components, into parts (2, M, n).
 
-    means (n, C, M): before coefficients act; those of the channel are filled in.
+    means (C, M, n): before coefficients act; those of the channel are filled in.
     """
+    wide_vectors()
     n, channels, residual = t[_COMPONENTS], t[_CHANNELS], t[_RESIDUAL]
     at_mean, at_scale = at + (1 + channel) * n, at + (1 + channels + channel) * n
     at_pair = at + (1 + 2 * channels + channel * (channel - 1) // 2) * n
-    for i in range(len(rows)):
+    step, bits, centre = t[_STEP], t[_BITS], t[_TOP] << (t[_BITS] - 1)
+    for first in range(0, len(rows), TOGETHER):
+        count = min(TOGETHER, len(rows) - first)
+        guess = prediction[channel, first : first + count]
         for m in range(n):
-            mean = prediction[i, channel] + (
-                (rows[i, at_mean + m] * t[_STEP] + (1 << (_REACH - 1))) >> _REACH
-            )
-            means[i, channel, m] = mean
+            new = means[channel, m, first : first + TOGETHER]
+            moved, inverses = parts[0, m, first : first + TOGETHER], parts[1, m, first : first + TOGETHER]
+            for k in range(count):
+                s[_LOW + k] = rows[first + k, at_mean + m]
+                inverses[k] = t[_INVERSES + ((255 + rows[first + k, at_scale + m]) & 511)]
+            for k in range(count):
+                s[_MEAN_ROW + k] = guess[k] + ((s[_LOW + k] * step + (1 << (_REACH - 1))) >> _REACH)
+            for k in range(TOGETHER):
+                new[k] = s[_MEAN_ROW + k]
             for j in range(channel):
-                coefficient = t[_COEFFICIENTS + ((1023 + rows[i, at_pair + j * n + m]) & 2047)]
-                centre = means[i, j, m] if residual else t[_TOP] << (t[_BITS] - 1)
-                known = (values[i, j] << t[_BITS]) - centre
-                mean += (coefficient * known + (1 << (_COEFFICIENT - 1))) >> _COEFFICIENT
-            parts[i, 0, m] = min(max(mean, -_FARTHEST), _FARTHEST)
-            parts[i, 1, m] = t[_INVERSES + ((255 + rows[i, at_scale + m]) & 511)]
+                value, before = values[j, first : first + count], means[j, m, first : first + TOGETHER]
+                for k in range(count):
+                    s[_PART + k] = t[_COEFFICIENTS + ((1023 + rows[first + k, at_pair + j * n + m]) & 2047)]
+                for k in range(count):
+                    known = (value[k] << bits) - (before[k] if residual else centre)
+                    s[_MEAN_ROW + k] += (s[_PART + k] * known + (1 << (_COEFFICIENT - 1))) >> _COEFFICIENT
+            for k in range(TOGETHER):
+                moved[k] = min(max(s[_MEAN_ROW + k], -_FARTHEST), _FARTHEST)
+
+
+@compiled
+def _add_weighted(found: Any, outputs: Any, misses: Any, t: Any) -> None:
+    """Add weighted misses to estimates, each rounded; see `Tables.add_weighted`."""
+    channels, pictures, height, width = found.shape
+    for c in range(channels):
+        for i in range(pictures):
+            for row in range(height):
+                for k in range(width):
+                    for j in range(4):
+                        at = _COEFFICIENTS + ((1023 + outputs[i, row, k, j * channels + c]) & 2047)
+                        product = t[at] * misses[c, i, row + (j >> 1), k + (j & 1)]
+                        found[c, i, row, k] += (product + (1 << (_COEFFICIENT - 1))) >> _COEFFICIENT
 
 
 @compiled
 def _load(parts: Any, i: int, c: Any) -> None:
     """Copy the components of a position to where the functions below look for them."""
-    for m in range(parts.shape[2]):
-        c[_MEANS, m], c[_INV, m] = parts[i, 0, m], parts[i, 1, m]
+    for m in range(parts.shape[1]):
+        c[_MEANS, m], c[_INV, m] = parts[0, m, i], parts[1, m, i]
 
 
 @compiled
@@ -352,29 +407,43 @@ _BORDERS = np.array([128, 161, 203, 256, 323, 406, 512])  # of the ratios: 1/2 t
 
 
 @compiled
-def _moments(rows: Any, scales_at: int, parts: Any, weights: Any, t: Any, own: Any) -> None:
-    """Compute each mixture's mean and spread, in steps of the means, into own (n, 2)."""
-    for i in range(len(parts)):
-        total = 1 << (_WEIGHT - 1)
+def _moments(rows: Any, scales_at: int, parts: Any, weights: Any, t: Any, s: Any, own: Any) -> None:
+    """Compute each mixture's mean and spread, in steps of the means, into own (2, n)."""
+    wide_vectors()
+    for first in range(0, len(rows), TOGETHER):
+        count = min(TOGETHER, len(rows) - first)
+        for k in range(TOGETHER):
+            s[_TOTAL + k] = 1 << (_WEIGHT - 1)
+            s[_SPREAD + k] = 0
         for m in range(t[_COMPONENTS]):
-            total += weights[i, m] * parts[i, 0, m]
-        mean = total >> _WEIGHT
-        total = 0
+            means, weight = parts[0, m, first : first + TOGETHER], weights[m, first : first + TOGETHER]
+            for k in range(TOGETHER):
+                s[_TOTAL + k] += weight[k] * means[k]
+        for k in range(TOGETHER):
+            s[_CENTRE + k] = s[_TOTAL + k] >> _WEIGHT
         for m in range(t[_COMPONENTS]):
-            scale = t[_SCALES + ((255 + rows[i, scales_at + m]) & 511)]
-            # values of a logistic are 1.39 scales from its mean, on average; in practice fewer
-            total += weights[i, m] * (abs(parts[i, 0, m] - mean) + ((scale * 307) >> 8))
-        own[i, 0], own[i, 1] = mean, (total >> _WEIGHT) + 19
+            means, weight = parts[0, m, first : first + TOGETHER], weights[m, first : first + TOGETHER]
+            for k in range(count):
+                s[_PART + k] = t[_SCALES + ((255 + rows[first + k, scales_at + m]) & 511)]
+            for k in range(TOGETHER):
+                # values of a logistic are 1.39 scales from its mean, on average; in practice fewer
+                distance = abs(means[k] - s[_CENTRE + k]) + ((s[_PART + k] * 307) >> 8)
+                s[_SPREAD + k] += weight[k] * distance
+        centres, spreads = own[0, first : first + TOGETHER], own[1, first : first + TOGETHER]
+        for k in range(TOGETHER):
+            centres[k] = s[_CENTRE + k]
+        for k in range(TOGETHER):
+            spreads[k] = (s[_SPREAD + k] >> _WEIGHT) + 19
 
 
 @compiled
 def _correct(i: int, own: Any, seen: Any, fit: Any, c: Any, t: Any) -> None:
     """Shift the means of a position and multiply its scales; see `Corrected`."""
-    mean, left = own[i, 0], _left(i, fit[0])
+    mean, left = own[0, i], _left(i, fit[0])
     above = left - fit[0] - 1
-    shift = own[i, 2] + fit[1] * seen[0, left] + fit[2] * seen[0, above]
+    shift = own[2, i] + fit[1] * seen[0, left] + fit[2] * seen[0, above]
     shift += fit[3] * seen[0, above - 1] + fit[4] * seen[0, above + 1]
-    shift = _limited((shift + _HALF) >> WEIGHT_BITS, own[i, 1])
+    shift = _limited((shift + _HALF) >> WEIGHT_BITS, own[1, i])
     factor = fit[5 + _context(i, own, seen, fit[0])] & 15
     for m in range(t[_COMPONENTS]):
         moved = mean + shift + (((c[_MEANS, m] - mean) * _WIDER[factor]) >> _FACTOR)
@@ -400,10 +469,10 @@ def _context(i: int, own: Any, seen: Any, columns: int) -> int:
     """Return the number of a position's context, by the misses and the spreads near by."""
     left = _left(i, columns)
     above = left - columns - 1
-    missed = own[i, 3] + abs(seen[0, left]) + abs(seen[0, above])
+    missed = own[3, i] + abs(seen[0, left]) + abs(seen[0, above])
     missed += abs(seen[0, above - 1]) + abs(seen[0, above + 1])
-    expected = own[i, 4] + seen[1, left] + seen[1, above] + seen[1, above - 1] + seen[1, above + 1]
-    context = 1 if own[i, 1] >= _WIDE else 0
+    expected = own[4, i] + seen[1, left] + seen[1, above] + seen[1, above - 1] + seen[1, above + 1]
+    context = 1 if own[1, i] >= _WIDE else 0
     for j in range(len(_BORDERS)):
         if (missed << _RATIO) >= _BORDERS[j] * expected:
             context += 2
@@ -411,41 +480,81 @@ def _context(i: int, own: Any, seen: Any, columns: int) -> int:
 
 
 @compiled
-def _find_contexts(own: Any, seen: Any, columns: int, out: Any) -> None:
+def _block_contexts(first: int, left: int, columns: int, own: Any, seen: Any, s: Any) -> None:
+    """Find the contexts of a block of positions in a row, as `_context` does for one, into `_CONTEXT`.
+
+    left: where the left neighbour of the first one stands in `Corrected.seen`.
+    """
+    wide_vectors()
+    above = left - columns - 1
+    spreads = own[1, first : first + TOGETHER]
+    missed, expected = own[3, first : first + TOGETHER], own[4, first : first + TOGETHER]
+    for k in range(TOGETHER):
+        s[_MISSED + k] = missed[k] << _RATIO
+        s[_EXPECTED + k] = expected[k]
+        s[_CONTEXT + k] = 1 if spreads[k] >= _WIDE else 0
+    for at in (left, above, above - 1, above + 1):
+        missed, expected = seen[0, at : at + TOGETHER], seen[1, at : at + TOGETHER]
+        for k in range(TOGETHER):
+            s[_MISSED + k] += abs(missed[k]) << _RATIO
+            s[_EXPECTED + k] += expected[k]
+    for border in _BORDERS:
+        for k in range(TOGETHER):
+            s[_CONTEXT + k] += 2 if s[_MISSED + k] >= border * s[_EXPECTED + k] else 0
+
+
+@compiled
+def _find_contexts(own: Any, seen: Any, columns: int, s: Any, out: Any) -> None:
     """Find the context of each position, from misses that are known (see `Corrected`)."""
-    for i in range(len(own)):
-        out[i] = _context(i, own, seen, columns)
+    for row in range(0, len(out), columns):
+        for first in range(row, row + columns, TOGETHER):
+            count = min(TOGETHER, row + columns - first)
+            _block_contexts(first, _left(first, columns), columns, own, seen, s)
+            for k in range(count):
+                out[first + k] = s[_CONTEXT + k]
 
 
 @compiled
 def _try(
-    parts: Any, weights: Any, values: Any, moments: Any, shifts: Any, factors: Any, t: Any, out: Any
+    parts: Any, weights: Any, values: Any, moments: Any, shifts: Any, factors: Any, t: Any, s: Any, out: Any
 ) -> None:
     """Compute what values cost with moved means and scales, in units of 2^-16 bits, into out (k,)."""
-    lowest, centres, moved, wider, narrower, below, above = np.empty((7, _TOGETHER), np.int64)
-    inside = np.empty((t[_COMPONENTS], _TOGETHER), np.int64)
-    for start in range(0, len(parts), _TOGETHER):
-        n = min(_TOGETHER, len(parts) - start)
-        for k in range(n):
-            i = start + k
-            lowest[k] = (np.int64(values[i]) << t[_BITS]) - (1 << (t[_BITS] - 1))
-            centres[k] = moments[i, 0]
-            moved[k] = moments[i, 0] + _limited(shifts[i], moments[i, 1])
-            wider[k], narrower[k] = _WIDER[factors[i] & 15], _NARROWER[factors[i] & 15]
-        _masses(start, parts, weights, lowest[:n], centres, moved, wider, narrower, t, below, above, inside)
-        for k in range(n):
-            number = _ends(values[start + k], below[k], above[k], t)[1]
-            digits = 0
-            while number >> digits > 1:
-                digits += 1
-            mantissa = ((number << 8) >> digits) & 255
-            out[start + k] = ((_SLOTS - digits) << 16) - _LOG2[mantissa]
+    inside = np.empty((len(weights), TOGETHER), np.int64)
+    for first in range(0, len(out), TOGETHER):
+        count = min(TOGETHER, len(out) - first)
+        for k in range(count):
+            i = first + k
+            s[_LOW + k] = (values[i] << t[_BITS]) - (1 << (t[_BITS] - 1))
+            s[_CENTRE + k] = moments[0, i]
+            s[_MOVED + k] = moments[0, i] + _limited(shifts[i], moments[1, i])
+            s[_WIDE_BY + k] = _WIDER[factors[i] & 15]
+            s[_NARROW_BY + k] = _NARROWER[factors[i] & 15]
+        _masses(first, parts, weights, t, s, inside)
+        for k in range(count):
+            s[_NUMBER + k] = _ends(values[first + k], s[_UNDER_ROW + k], s[_OVER_ROW + k], t)[1]
+        _costs(s)
+        for k in range(count):
+            out[first + k] = s[_PART + k]
+
+
+@compiled
+def _costs(s: Any) -> None:
+    """Compute the bits of values with `_NUMBER` slots each, in units of 2^-16, into `_PART`."""
+    wide_vectors()
+    for k in range(TOGETHER):
+        s[_DIGITS + k] = 0
+    for digits in range(1, _SLOTS + 1):
+        for k in range(TOGETHER):
+            s[_DIGITS + k] += 1 if s[_NUMBER + k] >> digits else 0
+    for k in range(TOGETHER):
+        mantissa = ((s[_NUMBER + k] << 8) >> s[_DIGITS + k]) & 255
+        s[_PART + k] = ((_SLOTS - s[_DIGITS + k]) << 16) - _LOG2[mantissa]
 
 
 @compiled
 def _remember(i: int, value: int, own: Any, seen: Any, fit: Any, t: Any) -> None:
     """Note by how much a value missed its mixture's mean."""
-    seen[0, _left(i, fit[0]) + 1] = (value << t[_BITS]) - own[i, 0]
+    seen[0, _left(i, fit[0]) + 1] = (value << t[_BITS]) - own[0, i]
 
 
 @compiled
@@ -454,118 +563,161 @@ def _share(weights: Any, i: int, total: int) -> None:
     shift = 16 if total >> 30 else 0
     factor = (1 << 46) // ((total >> shift) + 1)
     left, most = 1 << _WEIGHT, 0
-    for m in range(weights.shape[1]):
-        weights[i, m] = ((weights[i, m] >> shift) * factor) >> 30
-        left -= weights[i, m]
-        if weights[i, m] > weights[i, most]:
+    for m in range(len(weights)):
+        weights[m, i] = ((weights[m, i] >> shift) * factor) >> 30
+        left -= weights[m, i]
+        if weights[m, i] > weights[most, i]:
             most = m
-    weights[i, most] += left
+    weights[most, i] += left
 
 
 @compiled
-def _start(rows: Any, at: int, weights: Any, t: Any) -> None:
-    """Compute the components' weights before any channel is known: (n, M)."""
+def _start(rows: Any, at: int, weights: Any, t: Any, s: Any) -> None:
+    """Compute the components' weights before any channel is known: (M, n)."""
     n = t[_COMPONENTS]
-    for i in range(len(rows)):
-        most = rows[i, at]
-        for m in range(n):
-            most = max(most, rows[i, at + m])
-        total = 0
-        for m in range(n):
-            weights[i, m] = t[_WEIGHTS + min(most - rows[i, at + m], 255)]
-            total += weights[i, m]
-        _share(weights, i, total)
+    inside = np.zeros((n, TOGETHER), np.int64)
+    for first in range(0, len(rows), TOGETHER):
+        count = min(TOGETHER, len(rows) - first)
+        for k in range(count):
+            most = rows[first + k, at]
+            for m in range(n):
+                most = max(most, rows[first + k, at + m])
+            for m in range(n):
+                inside[m, k] = t[_WEIGHTS + min(most - rows[first + k, at + m], 255)]
+        for k in range(TOGETHER):
+            s[_CODED + k] = 1 if k < count else 0
+        _update(first, inside, s, weights)
 
 
 @compiled
 def _observe(weights: Any, i: int, c: Any) -> None:
     """Update the weights of a position by Bayes' rule, unless all masses of the value are 0."""
     total = 0
-    for m in range(weights.shape[1]):
-        c[_OLD, m] = weights[i, m] * (c[_ABOVE, m] - c[_BELOW, m])
+    for m in range(len(weights)):
+        c[_OLD, m] = weights[m, i] * (c[_ABOVE, m] - c[_BELOW, m])
         total += c[_OLD, m]
     if total > 0:
-        for m in range(weights.shape[1]):
-            weights[i, m] = c[_OLD, m]
+        for m in range(len(weights)):
+            weights[m, i] = c[_OLD, m]
         _share(weights, i, total)
 
 
 @compiled
-def _update(first: int, n: int, coded: Any, inside: Any, weights: Any) -> None:
-    """Do as `_observe` at n positions where `coded` is true, given what `_masses` found."""
-    for k in range(n):
-        total = 0
-        for m in range(len(inside)):
-            total += inside[m, k]
-        if total > 0 and coded[first + k]:
-            for m in range(len(inside)):
-                weights[first + k, m] = inside[m, k]
-            _share(weights, first + k, total)
+def _update(first: int, inside: Any, s: Any, weights: Any) -> None:
+    """Make a block's weights proportional to `inside` where `_CODED` is 1, as `_observe` does for one."""
+    wide_vectors()
+    for k in range(TOGETHER):
+        s[_TOTAL + k] = 0
+    for m in range(len(inside)):
+        part = inside[m]
+        for k in range(TOGETHER):
+            s[_TOTAL + k] += part[k]
+    for k in range(TOGETHER):
+        s[_TOTAL + k] = s[_TOTAL + k] if s[_CODED + k] > 0 else 0
+        s[_SHIFT + k] = 16 if s[_TOTAL + k] >> 30 else 0
+        # as in `_share`: float64 rounds no quotient of these numbers up to a whole number
+        s[_RATE + k] = np.int64(np.divide(2.0**46, (s[_TOTAL + k] >> s[_SHIFT + k]) + 1))
+        s[_LEFT + k], s[_MOST + k], s[_WHICH + k] = 1 << _WEIGHT, -1, 0
+    for m in range(len(inside)):
+        part = inside[m]
+        for k in range(TOGETHER):
+            weight = ((part[k] >> s[_SHIFT + k]) * s[_RATE + k]) >> 30
+            s[_PART + k] = weight
+            s[_LEFT + k] -= weight
+            s[_WHICH + k] = m if weight > s[_MOST + k] else s[_WHICH + k]
+            s[_MOST + k] = max(weight, s[_MOST + k])
+        for k in range(TOGETHER):
+            part[k] = s[_PART + k]
+    for m in range(len(inside)):
+        part, own = inside[m], weights[m, first : first + TOGETHER]
+        for k in range(TOGETHER):
+            s[_PART + k] = part[k] + (s[_LEFT + k] if s[_WHICH + k] == m else 0)
+        for k in range(TOGETHER):
+            own[k] = s[_PART + k] if s[_TOTAL + k] > 0 else own[k]
 
 
 @compiled
-def _learn(parts: Any, values: Any, coded: Any, weights: Any, t: Any) -> None:
+def _learn(parts: Any, values: Any, coded: Any, weights: Any, t: Any, s: Any) -> None:
     """Update the weights by the values (n,) of a channel, where these are coded."""
-    lowest, below, above = np.empty((3, _TOGETHER), np.int64)
-    inside = np.empty((t[_COMPONENTS], _TOGETHER), np.int64)
-    zero, one = np.zeros(_TOGETHER, np.int64), np.full(_TOGETHER, 1 << _FACTOR)
-    for start in range(0, len(parts), _TOGETHER):
-        n = min(_TOGETHER, len(parts) - start)
-        for k in range(n):
-            lowest[k] = (np.int64(values[start + k]) << t[_BITS]) - (1 << (t[_BITS] - 1))
-        _masses(start, parts, weights, lowest[:n], zero, zero, one, one, t, below, above, inside)
-        _update(start, n, coded, inside, weights)
+    inside = np.empty((len(weights), TOGETHER), np.int64)
+    for k in range(TOGETHER):
+        s[_CENTRE + k] = s[_MOVED + k] = 0
+        s[_WIDE_BY + k] = s[_NARROW_BY + k] = 1 << _FACTOR
+    for first in range(0, len(values), TOGETHER):
+        count = min(TOGETHER, len(values) - first)
+        for k in range(TOGETHER):
+            s[_CODED + k] = 0
+        for k in range(count):
+            s[_LOW + k] = (values[first + k] << t[_BITS]) - (1 << (t[_BITS] - 1))
+            s[_CODED + k] = coded[first + k]
+        _masses(first, parts, weights, t, s, inside)
+        _update(first, inside, s, weights)
 
 
 @compiled
 def _find_corrected(
-    parts: Any, channel: int, values: Any, coded: Any, weights: Any, t: Any, own: Any, seen: Any, fit: Any,
-    slots: Any,
+    parts: Any, values: Any, coded: Any, last: bool, weights: Any, t: Any, own: Any, seen: Any, fit: Any,
+    s: Any, slots: Any,
 ) -> int:  # fmt: skip
     """Find the slots of one channel's values with corrections, as `_find` does without."""
-    for i in range(len(parts)):
-        _remember(i, values[i, channel], own, seen, fit, t)
-    lowest, centres, moved, wider, narrower, below, above = np.empty((7, _TOGETHER), np.int64)
-    inside, found = np.empty((t[_COMPONENTS], _TOGETHER), np.int64), 0
-    for start in range(0, len(parts), _TOGETHER):
-        n = min(_TOGETHER, len(parts) - start)
-        for k in range(n):
-            i = start + k
-            left = _left(i, fit[0])
-            top = left - fit[0] - 1
-            shift = own[i, 2] + fit[1] * seen[0, left] + fit[2] * seen[0, top]
-            shift += fit[3] * seen[0, top - 1] + fit[4] * seen[0, top + 1]
-            factor = fit[5 + _context(i, own, seen, fit[0])] & 15
-            lowest[k] = (values[i, channel] << t[_BITS]) - (1 << (t[_BITS] - 1))
-            centres[k] = own[i, 0]
-            moved[k] = own[i, 0] + _limited((shift + _HALF) >> WEIGHT_BITS, own[i, 1])
-            wider[k], narrower[k] = _WIDER[factor], _NARROWER[factor]
-        _masses(start, parts, weights, lowest[:n], centres, moved, wider, narrower, t, below, above, inside)
-        for k in range(n):
-            if not coded[start + k]:
-                continue
-            slots[found, 0], slots[found, 1] = _ends(values[start + k, channel], below[k], above[k], t)
-            found += 1
-        if channel + 1 < t[_CHANNELS]:
-            _update(start, n, coded, inside, weights)
+    inside, found, columns = np.empty((len(weights), TOGETHER), np.int64), 0, fit[0]
+    for i in range(len(values)):
+        _remember(i, values[i], own, seen, fit, t)
+    for row in range(0, len(values), columns):
+        for first in range(row, row + columns, TOGETHER):
+            count, left = min(TOGETHER, row + columns - first), _left(first, columns)
+            _block_contexts(first, left, columns, own, seen, s)
+            _block_shifts(first, left, own, seen, fit, s)
+            for k in range(TOGETHER):
+                s[_CODED + k] = 0
+            for k in range(count):
+                factor = fit[5 + s[_CONTEXT + k]] & 15
+                s[_WIDE_BY + k], s[_NARROW_BY + k] = _WIDER[factor], _NARROWER[factor]
+                s[_LOW + k] = (values[first + k] << t[_BITS]) - (1 << (t[_BITS] - 1))
+                s[_CODED + k] = coded[first + k]
+            _masses(first, parts, weights, t, s, inside)
+            for k in range(count):
+                if s[_CODED + k] > 0:
+                    under, over = s[_UNDER_ROW + k], s[_OVER_ROW + k]
+                    slots[found, 0], slots[found, 1] = _ends(values[first + k], under, over, t)
+                    found += 1
+            if not last:
+                _update(first, inside, s, weights)
     return found
 
 
 @compiled
+def _block_shifts(first: int, left: int, own: Any, seen: Any, fit: Any, s: Any) -> None:
+    """Compute where corrections move the means of a block of positions in a row; see `_correct`."""
+    wide_vectors()
+    means, spreads = own[0, first : first + TOGETHER], own[1, first : first + TOGETHER]
+    shifts, above = own[2, first : first + TOGETHER], left - fit[0] - 1
+    for k in range(TOGETHER):
+        s[_SHIFTED + k] = shifts[k] + _HALF
+    for at, weight in ((left, fit[1]), (above, fit[2]), (above - 1, fit[3]), (above + 1, fit[4])):
+        missed = seen[0, at : at + TOGETHER]
+        for k in range(TOGETHER):
+            s[_SHIFTED + k] += weight * missed[k]
+    for k in range(TOGETHER):
+        s[_CENTRE + k] = means[k]
+        s[_MOVED + k] = means[k] + _limited(s[_SHIFTED + k] >> WEIGHT_BITS, spreads[k])
+
+
+@compiled
 def _find(
-    parts: Any, channel: int, values: Any, coded: Any, lo: Any, hi: Any, weights: Any, t: Any, slots: Any
+    parts: Any, values: Any, coded: Any, last: bool, lo: Any, hi: Any, weights: Any, t: Any, slots: Any
 ) -> int:
     """Find the slots of one channel's values: first and number, into slots (n, 2); return how many."""
     c, found = np.zeros((8, t[_COMPONENTS]), np.int64), 0
-    for i in range(len(parts)):
+    for i in range(len(values)):
         a, b = lo[i], hi[i]
         if not coded[i] or a == b:
             continue
         _load(parts, i, c)
         _limit(a, b, c, t)
-        slots[found, 0], slots[found, 1] = _interval(values[i, channel], a, b, weights, i, c, t)
+        slots[found, 0], slots[found, 1] = _interval(values[i], a, b, weights, i, c, t)
         found += 1
-        if channel + 1 < t[_CHANNELS]:
+        if not last:
             _observe(weights, i, c)
     return found
 
@@ -574,8 +726,8 @@ def _find(
 def _guess(slot: int, rows: Any, at: int, weights: Any, i: int, c: Any, lo: int, hi: int, t: Any) -> int:
     """Return a value near which that slot probably lies: of the heaviest component's distribution."""
     best = 0
-    for m in range(weights.shape[1]):
-        if weights[i, m] > weights[i, best]:
+    for m in range(len(weights)):
+        if weights[m, i] > weights[best, i]:
             best = m
     scale = t[_SCALES + ((255 + rows[i, at + best]) & 511)]
     distance = (t[_LOGIT + (slot >> (_SLOTS - 10))] * scale) >> _ARGUMENT
@@ -590,25 +742,25 @@ def _keep(c: Any, source: int, to: int) -> None:
 
 @compiled
 def _decode(
-    rows: Any, scales_at: int, parts: Any, channel: int, values: Any, coded: Any, lo: Any, hi: Any,
+    rows: Any, scales_at: int, parts: Any, values: Any, coded: Any, last: bool, lo: Any, hi: Any,
     weights: Any, t: Any, own: Any, seen: Any, fit: Any, words: Any, state: Any,
 ) -> bool:  # fmt: skip
     """Decode one channel's values; state: of the coder, and the next word. Return whether words last."""
     c = np.zeros((8, t[_COMPONENTS]), np.int64)
     x, at_word = state[0], state[1]
-    for i in range(len(parts)):
+    for i in range(len(values)):
         a, b = lo[i], hi[i]
         _load(parts, i, c)
-        if len(own):
+        if len(fit):
             _correct(i, own, seen, fit, c, t)
         else:
             _limit(a, b, c, t)
         if not coded[i]:
-            if len(own):
-                _remember(i, values[i, channel], own, seen, fit, t)
+            if len(fit):
+                _remember(i, values[i], own, seen, fit, t)
             continue
         if a == b:
-            values[i, channel] = a
+            values[i] = a
             continue
         slot = x & ((1 << _SLOTS) - 1)
         # find the value with first <= slot < end: in growing steps from a guess, then by interpolation
@@ -639,8 +791,8 @@ def _decode(
                 beyond, end = middle, edge
                 _keep(c, _PARTS, _ABOVE)
             middle = (value + beyond) >> 1
-        values[i, channel] = value
-        if len(own):
+        values[i] = value
+        if len(fit):
             _remember(i, value, own, seen, fit, t)
         x = (end - first) * (x >> _SLOTS) + slot - first
         if x < _LOWEST:
@@ -648,7 +800,7 @@ def _decode(
                 return False
             x = (x << 32) | words[at_word]
             at_word += 1
-        if channel + 1 < t[_CHANNELS]:
+        if not last:
             _observe(weights, i, c)
     state[0], state[1] = x, at_word
     return True
@@ -680,9 +832,11 @@ class SlotEncoder:
         m, t = mixture, mixture.tables.array
         slots = np.empty((len(m.rows), 2), np.int64)
         if by is None:
-            found = _find(m.parts, m.channel, m.values, coded, lo, hi, m.weights, t, slots)
+            found = _find(m.parts, m.known, coded, m.is_last, lo, hi, m.weights, t, slots)
         else:  # then all values are possible
-            found = _find_corrected(m.parts, m.channel, m.values, coded, m.weights, t, *by, slots)
+            found = _find_corrected(
+                m.parts, m.known, coded, m.is_last, m.weights, t, *by, _scratch(), slots
+            )
         self._slots.append(slots[:found])
 
     def finish(self, checksum: int) -> bytes:
@@ -718,7 +872,7 @@ class SlotDecoder:
         """
         m, by = mixture, by or _UNCORRECTED
         if not _decode(
-            m.rows, m.scales_at, m.parts, m.channel, m.values, coded, lo, hi, m.weights, m.tables.array,
+            m.rows, m.scales_at, m.parts, m.known, coded, m.is_last, lo, hi, m.weights, m.tables.array,
             *by, self._words, self._state,
         ):  # fmt: skip
             raise CodecError("the file is damaged: a stream of it ends too early")
@@ -738,9 +892,10 @@ class Corrected(NamedTuple):
 
     Attributes:
         own: Of each position its mean, its spread, 2^10 times the shift without causal neighbours, the sum
-            of absolute misses of earlier steps near by, and of spreads: (n, 5), in steps of the means.
+            of absolute misses of earlier steps near by, and of spreads: (5, n + `TOGETHER`), in steps of
+            the means.
         seen: Misses, which are filled in, and spreads, with a column of zeros on both sides and a row of
-            zeros above: (2, (rows + 1) (columns + 2)).
+            zeros above: (2, (rows + 1) (columns + 2) + `TOGETHER`).
         fit: Number of columns, weights of the neighbours left, above, above left and above right, in steps
             of 2^-10, and the number of the factor of each context: (5 + `CONTEXTS`,).
     """
@@ -750,7 +905,7 @@ class Corrected(NamedTuple):
     fit: Ints
 
 
-_UNCORRECTED = Corrected(np.zeros((0, 5), np.int64), np.zeros((2, 0), np.int64), np.zeros(0, np.int64))
+_UNCORRECTED = Corrected(np.zeros((5, 0), np.int64), np.zeros((2, 0), np.int64), np.zeros(0, np.int64))
 
 
 class Mixture:
@@ -759,33 +914,42 @@ class Mixture:
     Args:
         rows: Outputs of the network, in steps of their grids: int16 (n, P).
         at: Where those of the group begin.
-        prediction: Estimates of the values in steps of the means: int32 (n, C).
-        values: int16 (n, C): the known values, or where to put decoded ones.
+        prediction: Estimates of the values in steps of the means: int64 (C, n).
+        values: int64 (C, n): the known values, or where to put decoded ones.
         tables: Of the mixture.
 
     Attributes:
         channel: Of which the following are.
         parts: Means of the components, in their steps, and inverse scales, in units of 2^-26 per grey
-            level: int64 (n, 2, M).
-        weights: Of the components, in units of 2^-16, given earlier channels: int64 (n, M).
+            level: int64 (2, M, n + `TOGETHER`).
+        weights: Of the components, in units of 2^-16, given earlier channels: int64 (M, n + `TOGETHER`).
     """
 
-    def __init__(self, rows: Params, at: int, prediction: Ints, values: Params, tables: Tables) -> None:
+    def __init__(self, rows: Params, at: int, prediction: Ints, values: Ints, tables: Tables) -> None:
         self.rows, self.at, self.prediction, self.values, self.tables = rows, at, prediction, values, tables
-        n = len(rows)
         self.channel = 0
-        self.parts = np.empty((n, 2, tables.components), np.int64)
-        self.weights = np.empty((n, tables.components), np.int64)
-        self._means = np.empty((n, tables.channels, tables.components), np.int64)
-        _start(rows, at, self.weights, tables.array)
+        self.parts = _with_room((2, tables.components, len(rows)))
+        self.weights = _with_room((tables.components, len(rows)))
+        self._means = _with_room((tables.channels, tables.components, len(rows)))
+        _start(rows, at, self.weights, tables.array, _scratch())
 
     def begin(self, channel: int) -> None:
         """Compute the components of a channel: 0, 1, ..., each when the values before it are known."""
         self.channel = channel
         _components(
             self.rows, self.at, channel, self.prediction, self.values, self._means, self.tables.array,
-            self.parts,
+            _scratch(), self.parts,
         )  # fmt: skip
+
+    @property
+    def known(self) -> Ints:
+        """The channel's values, (n,)."""
+        return self.values[self.channel]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no channel follows."""
+        return self.channel + 1 == self.tables.channels
 
     @property
     def scales_at(self) -> int:
@@ -793,39 +957,49 @@ class Mixture:
         return self.at + (1 + self.tables.channels + self.channel) * self.tables.components
 
     def moments(self) -> Ints:
-        """Return the mean and the spread of each position's mixture, in steps of the means: (n, 2)."""
-        own = np.empty((len(self.rows), 2), np.int64)
-        _moments(self.rows, self.scales_at, self.parts, self.weights, self.tables.array, own)
+        """Return the mean and the spread of each mixture, in steps of the means: (2, n + `TOGETHER`)."""
+        own = _with_room((2, len(self.rows)))
+        _moments(self.rows, self.scales_at, self.parts, self.weights, self.tables.array, _scratch(), own)
         return own
 
     def learn(self, coded: Bools) -> None:
         """Update the weights by the channel's values where `coded` is true, as coding does."""
-        if self.channel + 1 < self.tables.channels:
-            values = np.ascontiguousarray(self.values[:, self.channel])
-            _learn(self.parts, values, coded, self.weights, self.tables.array)
+        if not self.is_last:
+            _learn(self.parts, self.known, coded, self.weights, self.tables.array, _scratch())
 
 
 def cost(
-    parts: npt.NDArray[np.int32], weights: npt.NDArray[np.int32], values: Params, moments: Ints,
-    shifts: Ints, factors: Ints, tables: Tables,
-) -> Ints:  # fmt: skip
-    """Return what values would cost with corrections, in units of 2^-16 bits.
+    parts: Ints, weights: Ints, values: Ints, moments: Ints, shifts: Ints, factors: Ints, tables: Tables
+) -> Ints:
+    """Return what k values would cost with corrections, in units of 2^-16 bits: (k,).
 
     Args:
-        parts, weights: Of k positions, see `Mixture`.
+        parts, weights: See `Mixture`: with room for `TOGETHER` more positions.
         values: (k,).
-        moments: See `Mixture.moments`: (k, 2).
+        moments: See `Mixture.moments`: (2, k) or more.
         shifts: Of the means, in their steps: (k,).
         factors: Numbers of the factors of the scales: (k,).
         tables: Of the mixture.
     """
-    out = np.empty(len(parts), np.int64)
-    _try(parts, weights, values, moments, shifts, factors, tables.array, out)
+    out = np.empty(len(values), np.int64)
+    _try(parts, weights, values, moments, shifts, factors, tables.array, _scratch(), out)
     return out
 
 
-def find_contexts(own: Ints, seen: Ints, columns: int) -> Ints:
-    """Return the number of the context of each position: (n,); arguments as in `Corrected`."""
-    out = np.empty(len(own), np.int64)
-    _find_contexts(own, seen, columns, out)
+def find_contexts(own: Ints, seen: Ints, columns: int, n: int) -> Ints:
+    """Return the number of the context of each of n positions: (n,); other arguments as in `Corrected`."""
+    out = np.empty(n, np.int64)
+    _find_contexts(own, seen, columns, _scratch(), out)
     return out
+
+
+def _scratch() -> Ints:
+    """Return scratch space for a block."""
+    return np.zeros(_S_END, np.int64)
+
+
+def _with_room(shape: tuple[int, ...]) -> Ints:
+    """Return an array for blocks that begin anywhere in the last dimension, zero beyond it."""
+    array = np.empty((*shape[:-1], shape[-1] + TOGETHER), np.int64)
+    array[..., shape[-1] :] = 0
+    return array

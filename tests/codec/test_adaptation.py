@@ -17,7 +17,7 @@ from selfvae import compiled
 from selfvae.codec import Codec, CodecError, adaptation, read_header, symbols
 from selfvae.codec.adaptation import Adaptation, Collector, Neighbours
 from selfvae.codec.chains import ChainCodec
-from selfvae.codec.symbols import CONTEXTS, FACTORS, NO_FACTOR, SlotEncoder
+from selfvae.codec.symbols import CONTEXTS, FACTORS, NO_FACTOR, TOGETHER, SlotEncoder
 from selfvae.data.crops import photo
 
 
@@ -115,7 +115,9 @@ def test_features_of_a_step_depend_on_earlier_steps_only() -> None:
     """Each step's corrections, with all later pixels changed."""
     rng = np.random.default_rng(1)
     kept, values = rng.integers(0, 256, (2, 3, 6, 7)), rng.integers(0, 256, (6, 42))
-    moments = np.stack([rng.integers(0, 255 << 7, (6, 42)), rng.integers(20, 999, (6, 42))], 2)
+    moments = np.zeros((6, 2, 42 + TOGETHER), np.int64)
+    moments[:, 0, :42] = rng.integers(0, 255 << 7, (6, 42))
+    moments[:, 1, :42] = rng.integers(20, 999, (6, 42))
     counts = Neighbours.counts(2, 2, 3)
     one, two = Neighbours(kept, 2, 7), Neighbours(kept, 2, 7)
     for s, n in enumerate(counts):
@@ -123,22 +125,22 @@ def test_features_of_a_step_depend_on_earlier_steps_only() -> None:
         a, b = (near.correct(moments[s], weights, factors) for near in (one, two))
         assert all(np.array_equal(i, j) for i, j in zip(a, b, strict=True))
         misses = one.add(values[s], moments[s])
-        assert np.array_equal(misses, (values[s] << 7) - moments[s, :, 0])
+        assert np.array_equal(misses, (values[s] << 7) - moments[s, 0, :42])
         two.add(values[s], moments[s])
         if s == 2:
             first, second = (one._images[adaptation._KEPT + 2 * 3 + 2 * i] for i in (0, 1))
             assert not np.array_equal(first, second)
     # what the regression sees is what the coder adds
-    near, which = Neighbours(kept, 2, 7), np.arange(42)
+    near, rows = Neighbours(kept, 2, 7), np.arange(6)
     for s, n in enumerate(counts):
         weights = rng.integers(-999, 999, n)
         corrected = near.correct(moments[s], weights, np.full(CONTEXTS, NO_FACTOR))
         own = near.add(values[s], moments[s])
-        features = near.features(which)
+        features = near.features(rows)
         assert len(features) == n
-        assert np.array_equal(corrected.own[:, 2], weights[4:] @ features[4:])
-        corrected.seen[0].reshape(7, 9)[1:, 1:-1] = own.reshape(6, 7)
-        before = corrected.seen[0].reshape(7, 9)
+        assert np.array_equal(corrected.own[2, :42], weights[4:] @ features[4:])
+        near.seen(corrected.seen[0])[:] = own.reshape(6, 7)
+        before = corrected.seen[0, :63].reshape(7, 9)
         assert np.array_equal(features[0].reshape(6, 7), before[1:, :-2])  # left
         assert np.array_equal(features[1].reshape(6, 7), before[:-1, 1:-1])  # above
 
@@ -162,10 +164,11 @@ def test_costs_are_those_of_the_coder() -> None:
 
     class Keeps(Collector):
         def add(self, near: Neighbours, s: int, mixture: symbols.Mixture) -> None:
-            values, moments = mixture.values[:, mixture.channel].copy(), mixture.moments()
+            values, moments = mixture.known, mixture.moments()
             none = np.zeros(len(values), np.int64)
-            parts, weights = mixture.parts.astype(np.int32), mixture.weights.astype(np.int32)
-            costs = symbols.cost(parts, weights, values, moments, none, none + NO_FACTOR, mixture.tables)
+            costs = symbols.cost(
+                mixture.parts, mixture.weights, values, moments, none, none + NO_FACTOR, mixture.tables
+            )
             seen.append(costs.sum() / 2**16)
             near.add(values, moments)
 

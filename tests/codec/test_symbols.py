@@ -34,11 +34,12 @@ class Drawn(NamedTuple):
     coded: np.ndarray
 
     def code(self, coder: SlotEncoder | SlotDecoder, values: np.ndarray) -> np.ndarray:
-        """Code all channels; values int16 (n, C) are read or filled in."""
-        mixture = Mixture(self.rows, 0, self.prediction, values, self.tables)
+        """Code all channels; values (n, C) are read or filled in."""
+        mixture = mixture_of(self, values)
         for c in range(self.tables.channels):
             mixture.begin(c)
             coder.code(mixture, *(np.ascontiguousarray(a[:, c]) for a in (self.lo, self.hi, self.coded)))
+        values[:] = mixture.values.T
         return values
 
     def encode(self) -> bytes:
@@ -52,6 +53,11 @@ class Drawn(NamedTuple):
         values = self.code(decoder, np.where(self.coded, 0, self.values).astype(np.int16))
         decoder.finish(crc(values))
         return values
+
+
+def mixture_of(d: Drawn, values: np.ndarray) -> Mixture:
+    planes = values.T.astype(np.int64, order="C")
+    return Mixture(d.rows, 0, np.ascontiguousarray(d.prediction.T), planes, d.tables)
 
 
 def crc(values: np.ndarray) -> int:
@@ -88,8 +94,7 @@ def drawn(
 
 def counts_of(d: Drawn) -> list[list[np.ndarray]]:
     """The slots of every value lo..hi, for each channel and position, given the values before it."""
-    m = Mixture(d.rows, 0, d.prediction, d.values, d.tables)
-    found = []
+    m, found = mixture_of(d, d.values), []
     for channel in range(d.tables.channels):
         m.begin(channel)
         c, own = np.zeros((8, d.tables.components), np.int64), []
@@ -108,7 +113,7 @@ def counts_of(d: Drawn) -> list[list[np.ndarray]]:
                 symbols._slots(value, a, b, m.weights, i, c, symbols._BELOW, d.tables.array)
                 symbols._slots(value + 1, a, b, m.weights, i, c, symbols._ABOVE, d.tables.array)
                 symbols._observe(m.weights, i, c)
-                assert m.weights[i].sum() == 1 << 16 and m.weights[i].min() >= 0
+                assert m.weights[:, i].sum() == 1 << 16 and m.weights[:, i].min() >= 0
         found.append(own)
     return found
 
@@ -295,18 +300,21 @@ class _Whole:
 
 def counts_of_plain(d: Drawn) -> list[list[np.ndarray]]:
     """`counts_of` in Python's integers, which never overflow."""
-    t = _Whole(d.tables.array)
-    rows, prediction, values = _Whole(d.rows), _Whole(d.prediction), _Whole(d.values)
+    t, s = _Whole(d.tables.array), _Whole(symbols._scratch())
+    rows, prediction, values = _Whole(d.rows), _Whole(d.prediction.T), _Whole(d.values.T)
     n, channels, components = len(d.rows), d.tables.channels, d.tables.components
-    means, weights = _Whole(np.zeros((n, channels, components))), _Whole(np.zeros((n, components)))
-    parts = _Whole(np.zeros((n, 2, components)))
+    room = n + symbols.TOGETHER
+    means, weights = _Whole(np.zeros((channels, components, room))), _Whole(np.zeros((components, room)))
+    parts = _Whole(np.zeros((2, components, room)))
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "PLAIN", True)
-        symbols._start(rows, 0, weights, t)
+        for name in ("_TAIL", "_FALL"):
+            patch.setattr(symbols, name, getattr(symbols, name).tolist())
+        symbols._start(rows, 0, weights, t, s)
         for channel in range(channels):
             c, own = _Whole(np.zeros((8, components))), []
-            symbols._components(rows, 0, channel, prediction, values, means, t, parts)
+            symbols._components(rows, 0, channel, prediction, values, means, t, s, parts)
             for i in range(n):
                 a, b = int(d.lo[i, channel]), int(d.hi[i, channel])
                 symbols._load(parts, i, c)
@@ -314,7 +322,7 @@ def counts_of_plain(d: Drawn) -> list[list[np.ndarray]]:
                 edges = [symbols._slots(v, a, b, weights, i, c, symbols._PARTS, t) for v in range(a, b + 2)]
                 own.append(np.diff(np.array(edges, object)))
                 if a < b:
-                    value = values[i, channel]
+                    value = values[channel, i]
                     symbols._slots(value, a, b, weights, i, c, symbols._BELOW, t)
                     symbols._slots(value + 1, a, b, weights, i, c, symbols._ABOVE, t)
                     symbols._observe(weights, i, c)

@@ -15,7 +15,7 @@ defines exactly. Convolutions in TF32 with wider numbers, bfloat16, Winograd's o
 exact: `codec.chains` checks a known answer before it uses a network.
 
 Training computes forward exactly as here, and backward as if nothing were rounded (the straight-through
-estimator); the steps 2^-j are learnt.
+estimator), with precision bf16-mixed in bfloat16; the steps 2^-j are learnt.
 
 Source: Balle et al. 2019, "Integer networks for data compression with latent-variable models"; Bengio et
 al. 2013, section 4 (straight-through); Esser et al. 2020, equation 3 (the gradient of a step), here of its
@@ -91,6 +91,35 @@ def round_to(x: Tensor, scale: Tensor) -> Tensor:
     return out
 
 
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor, padding: int, groups: int) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=padding, groups=groups)
+
+
+class _ExactConv(torch.autograd.Function):
+    """A convolution in float32, which is exact, with gradients in bfloat16, which need not be.
+
+    bfloat16 holds activations and weights of 8 bits, so that only the gradient of the output is rounded.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, padding: int, groups: int) -> Tensor:
+        ctx.save_for_backward(x.bfloat16(), weight.bfloat16())
+        ctx.padding, ctx.groups = [padding] * 2, groups
+        return _convolve(x, weight, bias, padding, groups)
+
+    @staticmethod
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        (grad,), (x, weight), needed = grads, ctx.saved_tensors, ctx.needs_input_grad
+        found = torch.ops.aten.convolution_backward(
+            grad.bfloat16(), x, weight, None, [1, 1], ctx.padding, [1, 1], False, [0, 0], ctx.groups,
+            [*needed[:2], False],
+        )  # fmt: skip
+        by_input, by_weight = (None if g is None else g.to(grad.dtype) for g in found[:2])
+        return by_input, by_weight, grad.sum((0, 2, 3)) if needed[2] else None, None, None
+
+
 class IntegerConv(Conv):
     """A convolution whose weights are n 2^-e, |n| <= 127, and whose output is rounded.
 
@@ -146,11 +175,13 @@ class IntegerConv(Conv):
         return round_to(self.bias, self.scale.view(-1))
 
     def _apply_weight(self, x: Tensor) -> Tensor:
+        mixed = torch.is_autocast_enabled(x.device.type) and torch.is_grad_enabled()
+        convolve = _ExactConv.apply if mixed else _convolve
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.bias.dtype)
             if self.round_input:
                 x = round_to(x, self.powers[_SHIFTS + FRACTION]).clamp(-1, 1)
-            out = F.conv2d(x, self.weight(), self.rounded_bias(), padding=self.padding, groups=self.groups)
+            out = convolve(x, self.weight(), self.rounded_bias(), self.padding, self.groups)
             out = round_to(out, self.scale)
             return out if self.limit is None else torch.maximum(torch.minimum(out, self.limit), -self.limit)
 
@@ -177,9 +208,11 @@ class _Activate(torch.autograd.Function):
         *lines, (_, lowest) = LINES[name]
         value = x.clamp(min=lowest / 2**FRACTION)
         for slope, offset in lines:
-            value = torch.maximum(value, x * slope + offset / 2**FRACTION)
+            start = torch.full((), offset / 2**FRACTION, dtype=x.dtype, device=x.device)
+            torch.maximum(value, torch.add(start, x, alpha=slope), out=value)
         top = (_VALUES - 1) * step + lowest / 2**FRACTION
-        out = torch.minimum(torch.round(value / step).mul_(step), top)
+        out = (value / step).round_().mul_(step)
+        torch.minimum(out, top, out=out)
         ctx.save_for_backward(value, out, step, top)
         ctx.name = name
         return out
@@ -187,12 +220,13 @@ class _Activate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, None]:
         (grad,), (value, out, step, top) = grads, ctx.saved_tensors
-        inside, lowest = value < top, LINES[ctx.name][-1][1] / 2**FRACTION
+        lowest, inside = LINES[ctx.name][-1][1] / 2**FRACTION, grad * (value < top)
+        # of the output by the logarithm of the step: its error, and beyond the top the number of steps
+        error = (out - value).mul_(inside).sum() + (_VALUES - 1) * step * (grad.sum() - inside.sum())
+        by_step = error * (math.log(2) / math.sqrt(_VALUES * grad.numel()))
         # the derivative of ELU is ELU + 1 below 0
-        slope = (value + 1).clamp(max=1) if ctx.name == "elu" else (value > lowest).to(grad.dtype)
-        error = torch.where(inside, (out - value) / step, _VALUES - 1)
-        scale = step * (math.log(2) / math.sqrt(_VALUES * grad.numel()))
-        return grad * slope * inside, None, (grad * error).sum() * scale, None
+        slope = (value + 1).clamp_(max=1) if ctx.name == "elu" else value > lowest
+        return inside * slope, None, by_step, None
 
 
 class IntegerActivation(nn.Module):

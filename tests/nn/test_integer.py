@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,41 @@ def test_activations(name: str) -> None:
             assert off <= (0.021 if name == "elu" else 0) + 2.0**-j
         act.log_step.fill_(-99.0)
         assert act.step == 2.0**-7
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_gradients_of_activations(name: str) -> None:
+    """By the input nearly those of the smooth function, by the step the error of rounding."""
+    act = IntegerActivation(name)
+    x = (torch.arange(-2048, 2049) / 256).requires_grad_()
+    with torch.no_grad():
+        act.log_step.fill_(-6)
+    out, grad = act(x), torch.linspace(-1, 1, len(x))
+    out.backward(grad)
+    value = torch.stack([x, *(x * slope + offset / 256 for slope, offset in LINES[name])]).amax(0)
+    inside = value < act.bounds()[1]
+    smooth = {"elu": x.exp().clamp(max=1), "hard_elu": (x > -1).float(), "clipped_relu": (x > 0).float()}
+    assert x.grad is not None and act.log_step.grad is not None
+    assert torch.allclose(x.grad, grad * smooth[name] * inside, atol=0.022)
+    assert inside.any() and not inside.all()
+    steps = torch.where(inside, (out - value) * 64, torch.tensor(255.0))
+    expected = (grad * steps).sum() / 64 * math.log(2) / math.sqrt(256 * len(x))
+    assert torch.isclose(act.log_step.grad, expected, rtol=1e-4)
+
+
+def test_mixed_precision_rounds_gradients_only() -> None:
+    conv = IntegerConv(16, 8)
+    x = ((torch.randn(2, 16, 8, 8) * 64).round() / 64).clamp(-1, 2).requires_grad_()
+    found = []
+    for mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            out = conv(x)
+        gradients = torch.autograd.grad(out.square().sum(), [x, *conv.parameters()])
+        found.append((out, gradients))
+    assert torch.equal(found[0][0], found[1][0])
+    for one, two in zip(found[0][1], found[1][1], strict=True):
+        assert two.dtype == torch.float32 and (one - two).norm() < 0.01 * one.norm()
+    assert not torch.equal(found[0][1][0], found[1][1][0])
 
 
 def test_rounding_is_half_to_even_with_a_straight_gradient() -> None:

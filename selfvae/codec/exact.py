@@ -56,11 +56,11 @@ def exact_arithmetic() -> Iterator[None]:
 
 @compiled
 def _activate(
-    sums: Any, out: Any, stream: Any, lines: Any, unit: Any, top: Any, zero: Any, adds: bool, keeps: bool
+    sums: Any, out: Any, stream: Any, lines: Any, unit: Any, top: Any, zero: Any, adds: bool
 ) -> None:
     """Compute activations from sums in units of 2^-8; all flat, sums float32, out float32 or uint8.
 
-    adds: add `stream` to the rounded sums first; keeps: store the result in `stream`. Activations are whole
+    adds: add the rounded sums to `stream` first, and take what is there then. Activations are whole
     multiples of a step, at most `top` of them; out is that multiple plus `zero`. lines (4, 2): slopes and
     offsets, in steps; unit: 2^-8, in steps.
     """
@@ -75,10 +75,30 @@ def _activate(
     else:
         for i in range(len(sums)):
             x = np.rint(sums[i])
-            if keeps:
-                stream[i] = x
             value = max(max(x * unit, x * s0 + t0), max(x * s1 + t1, max(x * s2 + t2, x * s3 + t3)))
             out[i] = np.rint(min(value, top)) + zero
+
+
+@compiled
+def _activate_twice(
+    sums: Any, out: Any, stream: Any, one: Any, unit: Any, top: Any, two: Any, next_unit: Any,
+    next_top: Any, zero: Any,
+) -> None:  # fmt: skip
+    """Store the activations of sums in `stream`, in units of 2^-8, and compute the next ones of these.
+
+    As `_activate` does with lines `one` and then `two`.
+    """
+    wide_vectors()
+    (s0, t0), (s1, t1), (s2, t2), (s3, t3) = one[0], one[1], one[2], one[3]
+    (a0, b0), (a1, b1), (a2, b2), (a3, b3) = two[0], two[1], two[2], two[3]
+    step = np.float32(1) / unit
+    for i in range(len(sums)):
+        x = np.rint(sums[i])
+        value = max(max(x * unit, x * s0 + t0), max(x * s1 + t1, max(x * s2 + t2, x * s3 + t3)))
+        x = np.rint(min(value, top)) * step
+        stream[i] = x
+        value = max(max(x * next_unit, x * a0 + b0), max(x * a1 + b1, max(x * a2 + b2, x * a3 + b3)))
+        out[i] = np.rint(min(value, next_top)) + zero
 
 
 @compiled
@@ -114,17 +134,24 @@ class _Activation:
         array[:, :margin] = array[:, h + margin :] = self.zero if self.in_bytes else 0
         return _Image(array, margin)
 
-    def __call__(
-        self, sums: Floats, out: Floats | Bytes, stream: Floats | None = None, *, adds: bool = False
-    ) -> Floats | Bytes:
-        """Write the activations of sums to out, all contiguous, and return it; see `_activate`."""
-        keeps = stream is not None
+    def __call__(self, sums: Floats, out: Floats | Bytes, stream: Floats | None = None) -> Floats | Bytes:
+        """Write the activations of sums to out, contiguous, and return it; of sums plus `stream` if given.
+
+        That sum is then stored in `stream`.
+        """
+        adds = stream is not None
         kept = np.empty(0, np.float32) if stream is None else stream.reshape(-1)
         zero = np.float32(self.zero if self.in_bytes else 0)
-        _activate(
-            sums.reshape(-1), out.reshape(-1), kept, self._lines, self._unit, self._top, zero, adds, keeps
-        )
+        _activate(sums.reshape(-1), out.reshape(-1), kept, self._lines, self._unit, self._top, zero, adds)
         return out
+
+    def then(self, following: _Activation, sums: Floats, out: Floats | Bytes, stream: Floats) -> None:
+        """Write activations of sums to `stream`, in units of 2^-8, and following ones of these to out."""
+        zero = np.float32(following.zero if following.in_bytes else 0)
+        _activate_twice(
+            sums.reshape(-1), out.reshape(-1), stream.reshape(-1), self._lines, self._unit, self._top,
+            following._lines, following._unit, following._top, zero,
+        )  # fmt: skip
 
 
 class _Kernel(NamedTuple):
@@ -379,18 +406,15 @@ class ExactNetwork:
         ]
         seen = _Image.of(x, self._stem.padding if by_rows else 0)
         stream, image = np.empty((b, h, w, width), np.float32), images[0]()
-        unit = np.float32(self._first.step * _UNIT)
         for tile in tiles:
             sums = self._stem(seen.around(tile), seen.margin)
-            first = self._first(sums, np.empty_like(sums))  # in place would not use vector instructions
-            first *= unit
-            acts[0](first, image.inside(tile), stream[tile])
+            self._first.then(acts[0], sums, image.inside(tile), stream[tile])
         for (_, wide, middle, narrow), act, new in zip(self._layers, acts[1:], images[1:], strict=True):
             found = new()
             for tile in tiles:
                 sums = wide(image.around(tile), image.margin)
                 out = np.empty(sums.shape, np.uint8 if middle.in_bytes else np.float32)
-                act(narrow(middle(sums, out)), found.inside(tile), stream[tile], adds=True)
+                act(narrow(middle(sums, out)), found.inside(tile), stream[tile])
             image = found
         steps = np.empty((b, h, w, self.params), np.int16)
         for tile in tiles:

@@ -468,12 +468,15 @@ class ChainCodec:
         size = x.shape[2], x.shape[3]
         fit = fit or Fit(b"", {}, self._images(x, size), {})
         images, joined, threads = fit.images, self.joined(size), torch.get_num_threads()
+        # the coarsest levels first: nothing else could be done beside them at the end
         jobs: list[tuple[int, Callable[[], list[bytes]]]] = [
+            (joined, lambda: [self.encode_together(images[joined:], size, verify)])
+        ]
+        jobs += [
             (k, partial(self._encode, k, strip, fit, size, verify))
             for k in range(joined)
             for strip in self._grid(k, size).strips(threads)
         ]
-        jobs.append((joined, lambda: [self.encode_together(images[joined:], size, verify)]))
         streams: dict[int, list[bytes]] = {k: [] for k in range(joined + 1)}
         with side_by_side(threads) as run:
             for (k, _), found in zip(jobs, run([job for _, job in jobs], track, "pixels"), strict=True):

@@ -204,7 +204,7 @@ _MEANS, _INV, _UNDER, _INSIDE, _BELOW, _ABOVE, _PARTS, _OLD = range(8)
 (
     _LOW, _CENTRE, _MOVED, _WIDE_BY, _NARROW_BY, _UNDER_ROW, _OVER_ROW, _PART, _TOTAL, _SHIFT, _RATE, _LEFT,
     _MOST, _WHICH, _CODED, _SPREAD, _SHIFTED, _MISSED, _EXPECTED, _CONTEXT, _NUMBER, _DIGITS, _MEAN_ROW,
-    _S_END,
+    _SCRATCH,
 ) = range(0, 24 * TOGETHER, TOGETHER)  # fmt: skip
 
 
@@ -995,7 +995,7 @@ def find_contexts(own: Ints, seen: Ints, columns: int, n: int) -> Ints:
 
 def _scratch() -> Ints:
     """Return scratch space for a block."""
-    return np.zeros(_S_END, np.int64)
+    return np.zeros(_SCRATCH, np.int64)
 
 
 def _with_room(shape: tuple[int, ...]) -> Ints:

@@ -167,8 +167,10 @@ def test_generate(page: Any, tmp_path: Path) -> None:
 
 def test_interpolate(page: Any, picture: Path, tmp_path: Path) -> None:
     tab = open_tab(page, "Interpolate")
-    tab.get_by_role("button", name="example").nth(0).click()
-    upload(tab, picture, -1)
+    upload(tab, picture)
+    for nth in range(2):
+        tab.get_by_role("button", name="example").nth(nth).click()
+        tab.locator('a[download="drawn.png"]').nth(nth).wait_for()
     tab.locator("img:visible").nth(1).wait_for()
     tab.get_by_role("button", name="Interpolate").click()
     tab.locator("img:visible").nth(2).wait_for()

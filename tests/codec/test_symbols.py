@@ -118,6 +118,24 @@ def counts_of(d: Drawn) -> list[list[np.ndarray]]:
     return found
 
 
+def test_blocks_and_single_positions_give_the_same_weights() -> None:
+    """What the fit computes side by side, the coder computes position by position."""
+    for seed in range(12):
+        d = drawn(seed, 150, 3, 5, 256, (bool(seed % 2), True), wild=(1.0, 0.2)[seed % 3 > 0])
+        d.lo[:], d.hi[:] = 0, 255
+        one, two = mixture_of(d, d.values), mixture_of(d, d.values)
+        for c in range(3):
+            coded = np.ascontiguousarray(d.coded[:, c])
+            one.begin(c)
+            two.begin(c)
+            one.learn(coded)
+            lo, hi = np.zeros(150, np.int64), np.full(150, 255)
+            SlotEncoder().code(two, lo, hi, coded)
+            assert np.array_equal(one.parts[..., :150], two.parts[..., :150])
+            assert np.array_equal(one.weights[:, :150], two.weights[:, :150])
+        assert (one.weights[:, :150].sum(0) == 1 << 16).all()
+
+
 CASES = st.tuples(
     st.integers(0, 2**32 - 1), st.just(6), st.sampled_from([1, 3, 4]), st.sampled_from([1, 2, 5, 10]),
     st.sampled_from([2, 3, 13, 128, 129, 256]), st.tuples(st.booleans(), st.booleans()),

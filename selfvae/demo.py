@@ -32,7 +32,7 @@ from selfvae.transforms import MeanDownscale
 
 __all__ = ["run_demo", "train_demo"]
 
-_CODEC, _EMOJI = "photos-v3", "emoji-v2"
+_EMOJI = "emoji-v2"
 
 
 def run_demo(
@@ -54,7 +54,7 @@ def run_demo(
         both, PSNR of the enlargements in dB, seconds.
     """
     began, out = time.monotonic(), Path(out)
-    codec, x2 = Codec(hub.load(_CODEC)), hub.load("photos-x2-v1")
+    codec, x2 = Codec(hub.load(hub.PHOTOS)), hub.load("photos-x2-v1")
     photos = {name: torch.from_numpy(photo(name, 2))[None] for name in ("coffee", "chelsea")}
     if fast:
         photos = {k: x[..., : x.shape[2] // 2, : x.shape[3] // 2].contiguous() for k, x in photos.items()}
@@ -66,7 +66,7 @@ def run_demo(
         file = codec.compress(x)
         write_atomic(out / f"{name}.svae", file)
         write(x[0], out / f"{name}.png")
-        sizes[name] = {_CODEC: len(file), **lossless_sizes(to_image(x[0]))}
+        sizes[name] = {hub.PHOTOS: len(file), **lossless_sizes(to_image(x[0]))}
         report(f"  {_comparison(sizes[name])}")
         if not rows:
             rows.append(_progressive(codec, file, name))
@@ -98,8 +98,8 @@ def run_demo(
 
 def _comparison(sizes: dict[str, int]) -> str:
     """Return the sizes of a picture in words."""
-    own, png = sizes[_CODEC], sizes["PNG"]
-    others = ", ".join(f"{name} {n / 1000:.1f} kB" for name, n in sizes.items() if name != _CODEC)
+    own, png = sizes[hub.PHOTOS], sizes["PNG"]
+    others = ", ".join(f"{name} {n / 1000:.1f} kB" for name, n in sizes.items() if name != hub.PHOTOS)
     missing = "" if "JPEG XL" in sizes else "; JPEG XL: pip install pillow-jxl-plugin"
     return f"{own / 1000:.1f} kB, {1 - own / png:.0%} less than PNG ({others}{missing})"
 

@@ -33,6 +33,7 @@ from selfvae.nn.networks import Constant, Shared
 from selfvae.presets import FORMAT, FORMER_FIELDS, ModelConfig, from_config
 
 __all__ = [
+    "PHOTOS",
     "about_rounding",
     "bundled",
     "card",
@@ -55,7 +56,7 @@ _FILES = ("config.json", "model.safetensors")
 _EXPONENTS = ".exponents"  # ends the names of what goes with weights that are stored as bytes
 _NEGATIVE_ZERO = -128  # no weight has it; the fingerprint tells -0.0 from 0.0
 _BUNDLED = Path(__file__).parent / "models"
-_USUAL = "photos-v3"  # the bundled model that compresses photographs
+PHOTOS = "photos-v4"  # the bundled model that compresses photographs
 _MODELS = "SELFVAE_MODELS"  # the environment variable
 # options that came later, as they were before: they leave the fingerprints of older models alone
 _PLAIN: dict[str, Any] = {
@@ -345,7 +346,7 @@ def find_writer(wanted: bytes) -> Path:
 def _searched() -> Iterator[tuple[str, Path]]:
     """Yield name and folder of the models that files may need, the likeliest first."""
     own = bundled()
-    yield from sorted(own.items(), key=lambda item: item[0] != _USUAL)  # stable: the others stay in order
+    yield from sorted(own.items(), key=lambda item: item[0] != PHOTOS)  # stable: the others stay in order
     if others := os.environ.get(_MODELS):
         if not Path(others).is_dir():
             raise FileNotFoundError(f"{_MODELS} must name a folder of models; {others} is none")

@@ -10,6 +10,7 @@ from PIL import Image
 import selfvae
 from selfvae import hub
 from selfvae.cli import main
+from selfvae.cli.codec import PHOTOS
 from selfvae.codec import fingerprint
 from selfvae.data import crops, sources
 from selfvae.data.batches import Images
@@ -31,7 +32,7 @@ def photo() -> torch.Tensor:
 
 
 def test_all_are_there_and_small() -> None:
-    assert tuple(hub.bundled()) == NAMES
+    assert tuple(hub.bundled()) == NAMES and str(PHOTOS) == hub.PHOTOS
     root = Path(__file__).parent.parent
     for folder, most in (("selfvae", 16e6), ("results", 30e6)):
         weights = root.glob(f"{folder}/models/*/*.safetensors")
@@ -83,11 +84,11 @@ def test_demo(tmp_path: Path) -> None:
     lines: list[str] = []
     result = run_demo(tmp_path, fast=True, report=lines.append)
     rates = result["bits_per_subpixel"]
-    assert rates["photos-v3"] < 0.97 * rates["WebP"] < rates["PNG"]
+    assert rates[hub.PHOTOS] < 0.97 * rates["WebP"] < rates["PNG"]
     assert all(score["photos-x2-v1"] > 25 for score in result["psnr"].values())
     assert Image.open(tmp_path / "figure.png").width > 600
     for name, sizes in result["bytes"].items():
-        assert (tmp_path / f"{name}.svae").stat().st_size == sizes["photos-v3"]
+        assert (tmp_path / f"{name}.svae").stat().st_size == sizes[hub.PHOTOS]
     assert "less than PNG" in lines[1]
 
 

@@ -313,16 +313,18 @@ def test_the_writer_of_a_file_is_found_by_its_fingerprint(
 
     whole = hub.load
     monkeypatch.setattr(hub, "load", load)
-    marks = {name: hub.fingerprint(whole(name)) for name in ("photos-v3", "cifar10-2m-v1")}
+    marks = {name: hub.fingerprint(whole(name)) for name in (hub.PHOTOS, "cifar10-2m-v1")}
     for _ in range(2):  # the codec's usual model first, each once
-        assert hub.find_writer(marks["photos-v3"]) == hub.bundled()["photos-v3"]
-    assert loaded == ["photos-v3"]
+        assert hub.find_writer(marks[hub.PHOTOS]) == hub.bundled()[hub.PHOTOS]
+    assert loaded == [hub.PHOTOS]
     assert hub.find_writer(marks["cifar10-2m-v1"]) == hub.bundled()["cifar10-2m-v1"]
-    assert loaded == ["photos-v3", "cifar10-2m-v1"]
+    assert loaded == [hub.PHOTOS, "cifar10-2m-v1"]
 
     model = selfvae.build("selfvae-halve", "tiny", (3, 8, 8), width=0.05)
     mark = hub.fingerprint(model)
-    message = f"fingerprint {mark.hex()}, which is none of photos-v3, cifar10-2m-v1, .*SELFVAE_MODELS names"
+    message = (
+        f"fingerprint {mark.hex()}, which is none of {hub.PHOTOS}, cifar10-2m-v1, .*SELFVAE_MODELS names"
+    )
     with pytest.raises(FileNotFoundError, match=message):
         hub.find_writer(mark)
     monkeypatch.setenv("SELFVAE_MODELS", str(tmp_path / "models"))
@@ -344,7 +346,7 @@ def test_the_writer_of_a_file_is_found_by_its_fingerprint(
         hub.find_writer(mark)
     (tmp_path / "cache/fingerprints.json").write_text("[")
     loaded.clear()
-    assert hub.find_writer(marks["photos-v3"]) and loaded == ["photos-v3"]
+    assert hub.find_writer(marks[hub.PHOTOS]) and loaded == [hub.PHOTOS]
 
 
 def test_rounding_makes_another_model_and_says_so(tmp_path: Path) -> None:

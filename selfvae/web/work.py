@@ -33,8 +33,8 @@ __all__ = [
 ]  # fmt: skip
 
 _GAPS = ("photos-x2-v1", "photos-x2-bicubic-v1", "photos-x2-jpeg-v1", "photos-deband-v1")
-_CODEC, _LATENT = "photos-v3", "emoji-v2"
-_GENERATORS = (_LATENT, "cifar10-2m-v1", _CODEC)
+_LATENT = "emoji-v2"
+_GENERATORS = (_LATENT, "cifar10-2m-v1", hub.PHOTOS)
 _REDUCED = {BicubicDownscale: "reduced by bicubic interpolation", Jpeg: "saved as JPEG"}
 _LEVELS = 6  # shown of a long chain
 
@@ -92,7 +92,7 @@ class Models:
             bundled = {name: hub.load(name) for name in (*_GAPS, *_GENERATORS)}
             gaps = tuple(Gap(bundled[name], 1) for name in _GAPS)
             generators = {name: bundled[name] for name in _GENERATORS}
-            return cls(gaps, Codec(bundled[_CODEC]), generators, bundled[_LATENT])
+            return cls(gaps, Codec(bundled[hub.PHOTOS]), generators, bundled[_LATENT])
         model = hub.load(path)
         gaps = tuple(Gap(model, k) for k in range(1, len(model.levels)))
         codec = Codec(model) if model.spec.num_values == 256 and model.spec.channels in (1, 3) else None

@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import selfvae
+from selfvae import hub
 from selfvae.cli import main
 from selfvae.codec import (
     Codec,
@@ -184,7 +185,7 @@ def test_the_model_is_found_when_it_is_not_named(
     assert main(["decompress", str(packed), str(tmp_path / "some"), *alone]) == 1
     told = capsys.readouterr().err
     assert "mine.svae: the file needs the model with the fingerprint " in told
-    assert "none of photos-v3," in told and "--model" in told and "SELFVAE_MODELS" in told
+    assert f"none of {hub.PHOTOS}," in told and "--model" in told and "SELFVAE_MODELS" in told
     assert main(["unpack", album, str(tmp_path / "out")]) == 2
     assert "the file needs the model" in capsys.readouterr().err
     monkeypatch.setenv("SELFVAE_MODELS", str(tmp_path / "models"))

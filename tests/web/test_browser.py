@@ -148,10 +148,11 @@ def test_compress(page: Any, picture: Path, tmp_path: Path) -> None:
 
 def test_open_a_file(page: Any, tmp_path: Path) -> None:
     import selfvae
+    from selfvae import hub
     from selfvae.codec import Codec
 
     x = selfvae.generate(selfvae.load("cifar10-2m-v1"), 1, seed=1)
-    (tmp_path / "a.svae").write_bytes(Codec(selfvae.load("photos-v3")).compress(x, verify=False))
+    (tmp_path / "a.svae").write_bytes(Codec(selfvae.load(hub.PHOTOS)).compress(x, verify=False))
     tab = open_tab(page, "Compress")
     upload(tab, tmp_path / "a.svae", -1)
     tab.get_by_role("button", name="Open").click()

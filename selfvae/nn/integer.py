@@ -98,7 +98,8 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor, padding: int, groups: int
 class _ExactConv(torch.autograd.Function):
     """A convolution in float32, which is exact, with gradients in bfloat16, which need not be.
 
-    bfloat16 holds activations and weights of 8 bits, so that only the gradient of the output is rounded.
+    bfloat16 holds activations and weights of 8 bits: only the gradient of the output is rounded, and the
+    input of a first layer, which has 9.
     """
 
     @staticmethod

@@ -24,7 +24,9 @@ logarithm.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ __all__ = [
     "IntegerActivation",
     "IntegerConv",
     "check_exact",
+    "choose_steps",
     "freeze",
     "grid_scale",
     "round_to",
@@ -326,6 +329,36 @@ def check_exact(decoder: nn.Module) -> None:
             else:
                 stream += out + 2.0**-FRACTION
                 check(name, _SLOPES * stream * 2**FRACTION)
+
+
+@torch.no_grad()
+def choose_steps(model: nn.Module, loss: Callable[[], float]) -> float:
+    """Choose the steps of all activations by the loss, each in turn, until no neighbouring step is better.
+
+    The step of the smallest squared error, with which an activation begins, can cost much more likelihood
+    than another, and training hardly leaves it.
+
+    Args:
+        model: Initialised; changed in place.
+        loss: Computes, on the same data each time, what shall be small.
+
+    Returns:
+        The loss with the chosen steps.
+    """
+    activations = [layer for layer in model.modules() if isinstance(layer, IntegerActivation)]
+    best, unchanged = loss(), 0
+    for layer in itertools.cycle(activations):
+        kept = float(layer.log_step)
+        for other in (kept - 1, kept + 1):
+            layer.log_step.fill_(other)
+            found = loss() if -_STEPS[1] <= other <= -_STEPS[0] else math.inf
+            if found < best:
+                best, kept, unchanged = found, other, 0
+        layer.log_step.fill_(kept)
+        unchanged += 1
+        if unchanged > len(activations):
+            break
+    return best
 
 
 def freeze(model: nn.Module) -> None:

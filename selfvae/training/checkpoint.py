@@ -317,7 +317,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 def take_weights(model: SelfVAE, start: SelfVAE) -> None:
     """Copy the weights of `start` into a model.
 
-    An integer model also takes those of its float twin; its steps are then left to the initialisation. A
+    An integer model also takes those of its float twin; its steps are then still to be chosen. A
     wider model (see `is_wider`), which must be initialised, then computes the same. One with another top
     (see `has_another_top`), which must be initialised too, takes those of the finest levels.
 

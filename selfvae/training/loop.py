@@ -32,6 +32,7 @@ from selfvae.data.sheets import save_grid
 from selfvae.distributed import accelerator, launch_fabric, make_fabric
 from selfvae.metrics.likelihood import check_values, evaluate
 from selfvae.model import SelfVAE
+from selfvae.nn.integer import choose_steps
 from selfvae.nn.layers import checkpoint_activations
 from selfvae.nn.precision import resolve
 from selfvae.presets import ModelConfig, from_config
@@ -52,6 +53,8 @@ from selfvae.training.guard import Guard
 from selfvae.training.optim import make_optimizer
 
 __all__ = ["make_step", "prepare", "train"]
+
+_STEP_IMAGES = 32  # on which the steps of an integer model's activations are chosen
 
 
 def _seed(*parts: int) -> None:
@@ -355,6 +358,9 @@ def _begin(
     model.initialise(data.train.take(chosen).to(fabric.device))
     if init_from is not None and partly:
         take_weights(model, init_from)
+    if init_from is not None and model_config.integer and not init_from.config.integer:
+        x = data.train.take(batch_indices(len(data.train), _STEP_IMAGES, 0, config.seed)).to(fabric.device)
+        choose_steps(model, lambda: model(x).elbo.mean().neg().item())
     return prepare(model, fabric, config)
 
 

@@ -21,7 +21,15 @@ import selfvae
 from selfvae import hub
 from selfvae.codec import Codec, CodecError, chains
 from selfvae.data import sources
-from selfvae.nn.integer import LINES, IntegerActivation, IntegerConv, check_exact, freeze, round_to
+from selfvae.nn.integer import (
+    LINES,
+    IntegerActivation,
+    IntegerConv,
+    check_exact,
+    choose_steps,
+    freeze,
+    round_to,
+)
 from selfvae.nn.networks import Constant, Decoder
 from selfvae.presets import from_config
 from selfvae.training.config import TrainConfig
@@ -268,6 +276,41 @@ def test_an_integer_model_starts_from_float_weights() -> None:
     assert abs(score - float_score) < 0.1
     with pytest.raises(ValueError, match="the weights to start from do not fit"):
         take_weights(plain, model)
+
+
+@torch.no_grad()
+def check_no_step_is_better(model: selfvae.SelfVAE, x: Tensor) -> None:
+    least = float(bits_per_dim(model, x))
+    for step in [m.log_step for m in model.modules() if isinstance(m, IntegerActivation)]:
+        kept = float(step)
+        assert kept in (-7, -6, -5, -4, -3)
+        for other in (max(-7, kept - 1), min(-3, kept + 1)):
+            step.fill_(other)
+            assert float(bits_per_dim(model, x)) >= least - 1e-6
+        step.fill_(kept)
+
+
+def test_steps_are_chosen_by_the_loss() -> None:
+    model, x = initialised()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, IntegerActivation):
+                module.log_step.fill_(-3)
+        before = float(bits_per_dim(model, x))
+        after = choose_steps(model, lambda: float(bits_per_dim(model, x)))
+        assert after == float(bits_per_dim(model, x)) < before
+    check_no_step_is_better(model, x)
+
+
+def test_training_from_float_weights_chooses_the_steps(tmp_path: Path) -> None:
+    plain, x = initialised(integer=False)
+    np.save(tmp_path / "x.npy", x[:1].repeat(40, 1, 1, 1).numpy())
+    config = dataclasses.replace(plain.config, integer=True)
+    still = TrainConfig(batch_size=4, steps=1, lr=1e-30, min_lr=0, ema=0, eval_images=1)
+    images = sources.load(tmp_path / "x.npy")
+    check_no_step_is_better(
+        train(config, images, tmp_path / "run", still, init_from=plain, quiet=True), x[:1]
+    )
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -49,7 +49,7 @@ def train(
         init_from: trained model whose weights and configuration the run begins with, a folder or a bundled
             model, in place of --model and --size; --options changes its settings. A wider model without
             latents begins at what a narrower one computes; one with other transforms or latents at the
-            top begins with the finest levels.
+            top begins with the finest levels; a mixture prior in place of another is fitted to the data.
         integer: train a network of whole numbers, which compresses fast; usually --init-from a float one.
         resume: continue the run in OUT; --steps and --max-seconds count over all calls together.
         devices: number of GPUs or processes on each node.

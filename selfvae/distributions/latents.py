@@ -159,14 +159,25 @@ class GaussianMixture:
         """ln of the components' weights, up to a constant (M,)."""
         return self.means.new_zeros(len(self.means))
 
+    def component_log_probs(self, mean: Tensor, var: Tensor | None = None) -> Tensor:
+        """Return the expectation of ln of each component's density over independent normal latents.
+
+        Args:
+            mean, var: of the latents, (B, C, h, w); without a variance the density is that at the mean.
+
+        Returns:
+            float64 (B, M), nats.
+        """
+        # matrix products, which need no tensor (B, M, C, h, w); in float64 because of cancellation
+        v, means, log_vars = (t.flatten(1).double() for t in (mean, self.means, self.log_vars))
+        precision = torch.exp(-log_vars)
+        second = v**2 if var is None else v**2 + var.flatten(1).double()
+        square = second @ precision.T - 2 * v @ (means * precision).T + (means**2 * precision).sum(1)
+        return -0.5 * (square + (log_vars + _LOG_2PI).sum(1))
+
     def log_prob(self, z: Tensor) -> Tensor:
         """Return ln p(z), nats (B,)."""
-        # matrix products, which need no tensor (B, M, C, h, w); in float64 because of cancellation
-        v, means, log_vars = (t.flatten(1).double() for t in (z, self.means, self.log_vars))
-        precision = torch.exp(-log_vars)
-        square = v**2 @ precision.T - 2 * v @ (means * precision).T + (means**2 * precision).sum(1)
-        each = -0.5 * (square + (log_vars + _LOG_2PI).sum(1))
-        out = torch.logsumexp(each, 1) - math.log(len(means))
+        out = torch.logsumexp(self.component_log_probs(z), 1) - math.log(len(self.means))
         return out.to(at_least_float32(z).dtype)
 
     def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:

@@ -38,6 +38,11 @@ __all__ = [
 ]
 
 
+_LEAST_VAR = math.exp(-7)  # of a component of `MixturePrior`
+_PSEUDO = 3.0  # posteriors that the common variance counts for when a mixture is fitted
+_FITTED = 1024  # posteriors at a time
+
+
 class LatentDistribution(Protocol):
     """The distribution of a latent z (B, C, h, w), as a prior returns it."""
 
@@ -100,8 +105,43 @@ class MixturePrior(_TopPrior):
                 f"{own[1] * self.stride} x {own[2] * self.stride} pixels; got {y.shape[2]} x {y.shape[3]}: "
                 "use prior='mog-local' or 'flow' for other sizes"
             )
-        log_vars = torch.log(F.softplus(self.raw_vars) + math.exp(-7))
-        return GaussianMixture(self.means, log_vars, shape[0])
+        return self._mixture(shape[0])
+
+    def _mixture(self, count: int) -> GaussianMixture:
+        return GaussianMixture(self.means, torch.log(F.softplus(self.raw_vars) + _LEAST_VAR), count)
+
+    @torch.no_grad()
+    def fit(self, mean: Tensor, var: Tensor, rounds: int = 10) -> None:
+        """Fit the mixture to normal posteriors, by expectation maximisation from random ones of them.
+
+        Args:
+            mean, var: of the posteriors, (N, C, h, w).
+            rounds: of the iteration.
+        """
+        n = len(self.means)
+        first = torch.randperm(len(mean), device=mean.device).repeat(-(-n // len(mean)))[:n]
+        equal = var.mean(0).expand_as(self.means)
+        self._set(mean[first], equal)
+        for i in range(rounds):
+            # sums over posteriors, by component: of weights, means and squares
+            total = mean.new_zeros(n, 1), torch.zeros_like(self.means), torch.zeros_like(self.means)
+            mixture = self._mixture(1)
+            for m, v in zip(mean.split(_FITTED), var.split(_FITTED), strict=True):
+                weights = torch.softmax(mixture.component_log_probs(m, v), 1).T.to(m.dtype)
+                for sums, values in zip(total, (torch.ones_like(m[:, 0, 0, :1]), m, m**2 + v), strict=True):
+                    sums += (weights @ values.flatten(1)).view_as(sums)
+            size = total[0].view(-1, 1, 1, 1)
+            means = torch.where(size > 0.5, total[1] / size, self.means)
+            spread = (total[2] - 2 * means * total[1] + means**2 * size).clamp(min=0)
+            # few posteriors do not tell a variance: that within all components counts like some more
+            common = spread.sum(0) / len(mean)
+            own = (spread + _PSEUDO * common) / (size + _PSEUDO)
+            self._set(means, own if i >= rounds // 2 else equal)  # equal ones divide more evenly
+
+    def _set(self, means: Tensor, var: Tensor) -> None:
+        self.means.copy_(means)
+        var = (var - _LEAST_VAR).clamp(min=1e-6)
+        self.raw_vars.copy_(var + torch.log(-torch.expm1(-var)))  # inverts softplus
 
 
 class LocalMixturePrior(_TopPrior):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import signal
 import time
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ from selfvae import hub
 from selfvae.data.batches import Dataset, augment, batch_indices
 from selfvae.data.sheets import save_grid
 from selfvae.distributed import accelerator, launch_fabric, make_fabric
+from selfvae.distributions.latents import DiagonalNormal
+from selfvae.distributions.priors import MixturePrior
 from selfvae.metrics.likelihood import check_values, evaluate
 from selfvae.model import SelfVAE
 from selfvae.nn.integer import choose_steps
@@ -55,6 +58,7 @@ from selfvae.training.optim import make_optimizer
 __all__ = ["make_step", "prepare", "train"]
 
 _STEP_IMAGES = 32  # on which the steps of an integer model's activations are chosen
+_PRIOR_IMAGES = 2**14  # to whose posteriors a mixture prior is fitted, at most
 
 
 def _seed(*parts: int) -> None:
@@ -109,7 +113,8 @@ def prepare(model: SelfVAE, fabric: Fabric, config: TrainConfig) -> tuple[Any, S
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     if config.activation_checkpointing:
         checkpoint_activations(model)
-    wrapped, optimizer = fabric.setup(model, make_optimizer(model.parameters(), config))
+    mixtures = [p for m in model.modules() if isinstance(m, MixturePrior) for p in m.parameters()]
+    wrapped, optimizer = fabric.setup(model, make_optimizer(model.parameters(), config, mixtures))
     state = State(model, ema, optimizer, Guard(config, fabric.device))
     if config.cuda_graphs and fabric.device.type == "cuda" and fabric.world_size == 1:
         state.graphed = GraphedPass(
@@ -340,6 +345,23 @@ def _check_levels(config: ModelConfig, model: SelfVAE, levels: tuple[int, int] |
         )
 
 
+@torch.no_grad()
+def _fit_mixture(model: SelfVAE, data: Dataset, config: TrainConfig, fabric: Fabric) -> None:
+    """Fit a mixture prior of the top latent to the posteriors of training images, flipped too if asked."""
+    chosen = batch_indices(len(data.train), min(len(data.train), _PRIOR_IMAGES), 0, config.seed)
+    mean, var = list[Tensor](), list[Tensor]()
+    for part in np.array_split(chosen, -(-len(chosen) // 64)):
+        x = data.train.take(part).to(fabric.device)
+        x = torch.cat([x, x.flip(3)]) if config.flip else x
+        q = model.levels[-1].posterior(model.pyramid(x)[-1])
+        assert isinstance(q, DiagonalNormal)
+        mean.append(q.mean)
+        var.append(q.log_var.exp())
+    prior = model.levels[-1].prior_net
+    assert isinstance(prior, MixturePrior)
+    prior.fit(torch.cat(mean), torch.cat(var))
+
+
 def _begin(
     model_config: ModelConfig, data: Dataset, config: TrainConfig, init_from: SelfVAE | None, fabric: Fabric
 ) -> tuple[Any, State]:
@@ -358,6 +380,9 @@ def _begin(
     model.initialise(data.train.take(chosen).to(fabric.device))
     if init_from is not None and partly:
         take_weights(model, init_from)
+        kind = operator.attrgetter("latents", "prior", "prior_components")
+        if model_config.prior == "mog" and kind(model_config) != kind(init_from.config):
+            _fit_mixture(model, data, config, fabric)
     if init_from is not None and model_config.integer and not init_from.config.integer:
         x = data.train.take(batch_indices(len(data.train), _STEP_IMAGES, 0, config.seed)).to(fabric.device)
         choose_steps(model, lambda: model(x).elbo.mean().neg().item())
@@ -406,8 +431,8 @@ def train(
         out: folder of the run.
         config: how it is trained.
         init_from: a trained model of the same structure whose weights a new run begins with, or a narrower
-            one without latents: the run begins at what that computes; or one with
-            another top: the run begins with its finest levels.
+            one without latents: the run begins at what that computes; or one with another top: the run
+            begins with its finest levels, and a mixture prior in place of another fitted to posteriors.
         resume: go on with the run in `out`; on the CPU the steps are those of a run without a break.
         fabric: devices and precision; by default one device as `distributed.accelerator` says.
         quiet: show no progress bar.

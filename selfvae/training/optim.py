@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ class Muon(torch.optim.Optimizer):
         momentum: of Muon's steps.
         adam: Adam's learning rate, as a fraction of `lr`.
         betas: Adam's.
+        adam_only: of the parameters, those that never get Muon's steps.
 
     Source: Jordan et al. 2024, Muon: an optimizer for hidden layers in neural networks.
     """
@@ -66,7 +67,9 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         adam: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.99),
+        adam_only: Iterable[nn.Parameter] = (),
     ) -> None:
+        self._adam_only = set(map(id, adam_only))
         super().__init__(params, {"lr": lr, "momentum": momentum, "adam": adam, "betas": betas})
 
     @torch.no_grad()
@@ -84,7 +87,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if p.ndim == 4 and p.shape[0] * p.shape[1] >= _SMALL:
+                if p.ndim == 4 and p.shape[0] * p.shape[1] >= _SMALL and id(p) not in self._adam_only:
                     matrices[p.shape].append(p)
                 else:
                     others.append(p)
@@ -133,12 +136,16 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_addcdiv_(params, mean, root, [-lr / (1 - beta1**step) for step in steps])
 
 
-def make_optimizer(params: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of a run, before its first step; `weight_decay` counts for "adamw" only."""
+def make_optimizer(
+    params: Iterable[nn.Parameter], config: TrainConfig, adam_only: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """The optimizer of a run, before its first step; `weight_decay` counts for "adamw" only.
+
+    adam_only: as for `Muon`.
+    """
     lr = config.rate(0)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(params, lr, weight_decay=config.weight_decay)
-    kind: Callable[..., torch.optim.Optimizer] = (
-        torch.optim.Adamax if config.optimizer == "adamax" else Muon
-    )
-    return kind(params, lr)
+    if config.optimizer == "adamax":
+        return torch.optim.Adamax(params, lr)
+    return Muon(params, lr, adam_only=adam_only)

@@ -392,6 +392,26 @@ def test_a_mixture_over_the_whole_latent() -> None:
         prior(torch.zeros(1, 0, 8, 8), None)
 
 
+def test_a_mixture_is_fitted_to_posteriors() -> None:
+    """Three clusters are found; their spreads include the posteriors' own."""
+    torch.manual_seed(1)
+    centres, spreads = 4 * torch.randn(3, 2, 2, 3), torch.rand(3, 2, 2, 3) + 0.3
+    which = torch.arange(600) % 3
+    mean = centres[which] + spreads[which] * torch.randn(600, 2, 2, 3)
+    var = torch.full_like(mean, 0.25)
+    prior = MixturePrior(2, 4, (2, 3), 3)
+    prior.fit(mean, var)
+    found = prior(torch.zeros(1, 0, 8, 12), None)
+    order = (found.means[:, None] - centres).flatten(2).norm(dim=2).argmin(0)
+    assert sorted(order.tolist()) == [0, 1, 2]
+    assert (found.means[order] - centres).abs().max() < 0.4
+    assert torch.allclose(found.log_vars[order].exp(), spreads**2 + 0.25, rtol=0.4)
+    # more components than posteriors: some remain alike, none fails
+    wide = MixturePrior(2, 4, (2, 3), 700)
+    wide.fit(mean, var)
+    assert wide(torch.zeros(1, 0, 8, 12), None).log_prob(mean).isfinite().all()
+
+
 def test_soft_limit() -> None:
     raw = torch.tensor([-1e6, -0.01, 0.0, 0.01, 1e6])
     assert torch.allclose(soft_limit(raw), torch.tensor([-7.0, -0.01, 0.0, 0.01, 7.0]), atol=1e-4)

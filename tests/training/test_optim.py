@@ -33,10 +33,14 @@ def test_orthogonalised_by_small_squares_equals_the_steps_written_out(shape: tup
 
 
 def test_what_is_no_kernel_is_adams() -> None:
-    """Biases and small kernels move as torch's Adam moves them, at a tenth of the rate."""
-    ours = [nn.Parameter(torch.randn(7)), nn.Parameter(torch.randn(3, 4, 3, 3))]
+    """Biases, small kernels and exceptions move as torch's Adam moves them, at a tenth of the rate."""
+    shapes = (7,), (3, 4, 3, 3), (20, 16, 2, 2)
+    ours = [nn.Parameter(torch.randn(*shape)) for shape in shapes]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    one, other = Muon(ours, lr=0.1), torch.optim.Adam(theirs, lr=0.01, betas=(0.9, 0.99))
+    one, other = (
+        Muon(ours, lr=0.1, adam_only=ours[2:]),
+        torch.optim.Adam(theirs, lr=0.01, betas=(0.9, 0.99)),
+    )
     for _ in range(5):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn_like(a)

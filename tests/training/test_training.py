@@ -637,6 +637,25 @@ def test_a_model_with_another_top_begins_with_the_finest_levels(
         take_weights(presets.from_config(replace(short, width=0.14)), start)
 
 
+def test_a_mixture_prior_begins_at_the_posteriors(tmp_path: Path, images: sources.Dataset) -> None:
+    """In exchange for another prior; one with as many components as the start's is kept."""
+    top = {"transforms": ("checkerboard", "staggered"), "latents": "top", "prior": "normal"}
+    config = replace(SHARED, shared=False, **top)
+    start = presets.from_config(config)
+    x = images.train.take(range(32))
+    start.initialise(x)
+    mixed = replace(config, prior="mog", prior_components=4)
+    still = settings(steps=1, lr=1e-30, ema=0.0)
+    fitted = train(mixed, images, tmp_path / "a", still, init_from=start, quiet=True)
+    random = presets.from_config(mixed).eval()
+    take_weights(random, start)
+    kl, other = (model(x).kl[-1].mean().item() for model in (fitted, random))
+    assert kl < 0.9 * other
+    again = train(mixed, images, tmp_path / "b", replace(still, seed=1), init_from=fitted, quiet=True)
+    one, two = (hub.unique_state_dict(model) for model in (fitted, again))
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
 def test_weights_to_start_from_must_fit(
     tmp_path: Path, images: sources.Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:

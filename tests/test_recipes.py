@@ -37,11 +37,14 @@ def test_recipe(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     came: list[Any] = []
     monkeypatch.setattr(loop, "train", lambda *args, **_: came.append(args))
     pixels = 64 if file.parent.name in ("64", "photos", "emoji") or file.stem.endswith("-64") else 32
-    if (start := yaml.safe_load(file.read_text()).get("init-from", "")).startswith("runs/"):
-        first = yaml.safe_load((file.parent / f"{Path(start).name}.yaml").read_text())
-        options = {key: yaml.safe_load(value) for key, value in (o.split("=") for o in first["options"])}
+    recipe, options = yaml.safe_load(file.read_text()), dict[str, Any]()
+    if (start := recipe.get("init-from", "")).startswith("runs/"):
+        while "model" not in recipe:
+            recipe = yaml.safe_load((file.parent / f"{Path(recipe['init-from']).name}.yaml").read_text())
+            own = (option.split("=") for option in recipe.get("options", ()))
+            options = {**{key: yaml.safe_load(value) for key, value in own}, **options}
         shape = (3, pixels, pixels)
-        selfvae.save(selfvae.build(first["model"], first["size"], shape, **options), tmp_path / start)
+        selfvae.save(selfvae.build(recipe["model"], recipe["size"], shape, **options), tmp_path / start)
     monkeypatch.chdir(tmp_path)
     np.save(tmp_path / "x.npy", np.zeros((8, 3, pixels, pixels), np.uint8))
     command = ["train", "--config", file, "--data", tmp_path / "x.npy", "--out", tmp_path / "run"]

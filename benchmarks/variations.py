@@ -1,6 +1,6 @@
 """Two sheets of a model with latents: interpolations in u, and variations at fixed u.
 
-    python -m benchmarks.variations emoji-v2 EMOJI --out FOLDER
+    python -m benchmarks.variations emoji-v3 EMOJI --out FOLDER
 
 Both begin with test images, chosen by the seed; the sheets show only what the model draws. A row of
 interpolations.png leads from the u of one image to that of another. A row of variations.png shows draws

@@ -32,7 +32,7 @@ from selfvae.transforms import MeanDownscale
 
 __all__ = ["run_demo", "train_demo"]
 
-_EMOJI = "emoji-v2"
+_EMOJI = "emoji-v3"
 
 
 def run_demo(

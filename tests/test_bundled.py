@@ -20,7 +20,7 @@ from selfvae.metrics.likelihood import evaluate
 from selfvae.transforms import MeanDownscale
 
 NAMES = (
-    "cifar10-2m-v1", "emoji-v2", "photos-deband-v1",
+    "cifar10-2m-v1", "emoji-v3", "photos-deband-v1",
     "photos-v2", "photos-v3", "photos-v4", "photos-x2-bicubic-v1", "photos-x2-jpeg-v1", "photos-x2-v1",
 )  # fmt: skip
 
@@ -46,7 +46,7 @@ def test_loads_and_has_a_card(name: str) -> None:
     card = (hub.bundled()[name] / "README.md").read_text()
     for part in ("## Data", "## Recipe", "## Numbers", "## Limits", fingerprint(model).hex()):
         assert part in card
-    assert selfvae.generate(model, 2, 32, 32, seed=0).shape == (2, 3, 32, 32)
+    assert selfvae.generate(model, 2, seed=0).shape == (2, *model.config.image_shape)
 
 
 def test_an_unknown_name_lists_the_known() -> None:

@@ -88,7 +88,7 @@ def test_bfloat16_scores_are_close() -> None:
     assert 2 < exact.item() < 5 and low.item() == pytest.approx(exact.item(), abs=0.05)
 
 
-@pytest.mark.parametrize("name", ["results/models/photos-v0", "emoji-v2", "photos-deband-v1"])
+@pytest.mark.parametrize("name", ["results/models/photos-v0", "emoji-v3", "photos-deband-v1"])
 def test_bundled_models_files_cross(name: str) -> None:
     """Written on the CPU and read on the GPU, and the other way: the same pixels."""
     model = selfvae.load(name)

@@ -61,6 +61,7 @@ _TRIED = 3  # scales are also tried this many factors higher and lower
 _REGRESSED = 2  # every second row, on average, takes part in the regression
 _SAMPLE = 2  # every second of these decides about the factors
 _CHUNK = 1024  # positions at a time, which the fastest cache holds
+_BLOCK = 48  # features at a time in a product of matrices
 
 Floats = npt.NDArray[np.float64]
 
@@ -224,7 +225,7 @@ class Neighbours:
             rows: Numbers of the rows that take part, (k,).
             misses: At all positions, (h w,).
             moments: As for `correct`.
-            squares: Receives the products of two features, (N, N).
+            squares: Receives the products of two features, (N, N), on and below the diagonal.
             products: Receives the products of a feature and the miss, (N,).
         """
         images, table = self._places(_features(self._kept, self._channels, self._step - 1))
@@ -236,7 +237,8 @@ class Neighbours:
             _fill(images, table, rows[i : i + each], spreads[i : i + each], coarse, rough, weighted)
             n = len(rows[i : i + each]) * self.w
             a, b = torch.from_numpy(weighted[:, :n]), torch.from_numpy(rough[:, :n])
-            torch.from_numpy(squares).addmm_(a, b.T)
+            for j in range(0, len(table), _BLOCK):  # leaves out most of what lies above the diagonal
+                torch.from_numpy(squares)[j:, j : j + _BLOCK].addmm_(a[j:], b[j : j + _BLOCK].T)
             torch.from_numpy(products).addmv_(a, missed[i : i + each].flatten())
 
     def features(self, rows: Ints) -> npt.NDArray[np.int32]:

@@ -77,11 +77,11 @@ _COMPRESS = """The file holds every pixel exactly, coarse to fine: its first par
 The model was trained on photographs; drawings, and pictures that have been JPEG files, may be smaller as
 they are."""
 _GENERATE = """New images, without any input. The model draws a coarse level first, then finer ones; below
-the images are the levels that they were drawn from. emoji-v2 draws emoji; the other models are small and
+the images are the levels that they were drawn from. emoji-v3 draws emoji; the other models are small and
 saw photographs: expect textures, no objects."""
 _INTERPOLATE = """The model describes a picture by a latent, which holds its layout. On a line between those
 of two pictures, every point is a picture as well; the rest is drawn. Both are cropped to a square and
-shrunk to the {} x {} pixels of this model. emoji-v2 knows emoji on white, as the examples that it draws."""
+shrunk to the {} x {} pixels of this model. emoji-v3 knows emoji on white, as the examples that it draws."""
 
 # small pictures are for looking at, and their pixels are what matters
 _STYLE = """.pixels img { width: 100%; object-fit: contain; image-rendering: pixelated }

@@ -33,7 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 _GAPS = ("photos-x2-v1", "photos-x2-bicubic-v1", "photos-x2-jpeg-v1", "photos-deband-v1")
-_LATENT = "emoji-v2"
+_LATENT = "emoji-v3"
 _GENERATORS = (_LATENT, "cifar10-2m-v1", hub.PHOTOS)
 _REDUCED = {BicubicDownscale: "reduced by bicubic interpolation", Jpeg: "saved as JPEG"}
 _LEVELS = 6  # shown of a long chain

@@ -30,6 +30,7 @@ import numpy.typing as npt
 import torch
 
 from selfvae.codec.container import CodecError
+from selfvae.codec.rice import RiceReader, rice_bits, to_bytes
 from selfvae.codec.symbols import (
     CONTEXTS,
     FACTORS,
@@ -57,6 +58,8 @@ _FINE = 3  # fractional bits of a grey level in the regression
 _HEAVIEST = 1 << 14  # the weight of a position whose spread is 1/8 grey level
 _RIDGE, _PRIOR = 1e-5, 2e6  # of the diagonal: relative to it, and absolute
 _LARGEST = 2**15 - 1  # of a weight, in steps
+_RICE = b"\x01"  # what corrections in a Rice code begin with; in zlib's format they begin with 0x78
+_WEIGHT, _FACTOR = 40, 2  # means that the code begins with
 _TRIED = 3  # scales are also tried this many factors higher and lower
 _REGRESSED = 2  # every second row, on average, takes part in the regression
 _SAMPLE = 2  # every second of these decides about the factors
@@ -80,14 +83,13 @@ class Adaptation:
 
     def to_bytes(self) -> bytes:
         """Return the corrections, packed."""
-        weights = np.concatenate(self.weights).astype("<i2")
-        zigzag = ((weights << 1) ^ (weights >> 15)).astype("<u2").view(np.uint8).reshape(-1, 2)
-        factors = np.concatenate(self.factors).astype(np.uint8)
-        return zlib.compress(zigzag.T.tobytes() + factors.tobytes(), 9)
+        weights, factors = (np.concatenate(part).tolist() for part in (self.weights, self.factors))
+        bits = rice_bits(weights, _WEIGHT) + rice_bits([f - NO_FACTOR for f in factors], _FACTOR)
+        return _RICE + to_bytes(bits)
 
     @classmethod
     def from_bytes(cls, data: bytes, counts: Sequence[int]) -> Adaptation:
-        """Return the corrections in what `to_bytes` returned.
+        """Return the corrections in what `to_bytes` returned, or earlier versions of it.
 
         Args:
             data: The bytes.
@@ -96,22 +98,31 @@ class Adaptation:
         Raises:
             CodecError: The data are damaged.
         """
-        n, tables = sum(counts), len(counts) * CONTEXTS
-        try:
-            unpacker = zlib.decompressobj()
-            raw = unpacker.decompress(data, 2 * n + tables + 1)
-        except zlib.error:
-            raw = b""
-        if len(raw) != 2 * n + tables or not unpacker.eof:
-            raise CodecError("the file is damaged: the corrections of a level cannot be read")
-        zigzag = np.frombuffer(raw[: 2 * n], np.uint8).reshape(2, n).astype(np.int64)
-        zigzag = zigzag[0] | zigzag[1] << 8
-        weights = (zigzag >> 1) ^ -(zigzag & 1)
-        factors = np.frombuffer(raw[2 * n :], np.uint8).astype(np.int64)
-        if factors.max() >= len(FACTORS):
+        if data.startswith(_RICE):
+            reader = RiceReader(data[len(_RICE) :])
+            weights = np.array(reader.take(sum(counts), _WEIGHT, _LARGEST), np.int64)
+            factors = NO_FACTOR + np.array(reader.take(len(counts) * CONTEXTS, _FACTOR, 99), np.int64)
+            reader.end()
+        else:
+            weights, factors = _unpack_zlib(data, sum(counts), len(counts) * CONTEXTS)
+        if not (factors.min() >= 0 and factors.max() < len(FACTORS)):
             raise CodecError("the file is damaged: a correction of a level makes no sense")
         ends = np.cumsum(counts)[:-1]
         return cls(tuple(np.split(weights, ends)), tuple(factors.reshape(-1, CONTEXTS)))
+
+
+def _unpack_zlib(data: bytes, n: int, contexts: int) -> tuple[Ints, Ints]:
+    """Return n weights and a factor per context from how the first files of format 3 hold them."""
+    try:
+        unpacker = zlib.decompressobj()
+        raw = unpacker.decompress(data, 2 * n + contexts + 1)
+    except zlib.error:
+        raw = b""
+    if len(raw) != 2 * n + contexts or not unpacker.eof:
+        raise CodecError("the file is damaged: the corrections of a level cannot be read")
+    zigzag = np.frombuffer(raw[: 2 * n], np.uint8).reshape(2, n).astype(np.int64)
+    zigzag = zigzag[0] | zigzag[1] << 8
+    return (zigzag >> 1) ^ -(zigzag & 1), np.frombuffer(raw[2 * n :], np.uint8).astype(np.int64)
 
 
 class _Feature(NamedTuple):

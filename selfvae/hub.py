@@ -56,7 +56,7 @@ _FILES = ("config.json", "model.safetensors")
 _EXPONENTS = ".exponents"  # ends the names of what goes with weights that are stored as bytes
 _NEGATIVE_ZERO = -128  # no weight has it; the fingerprint tells -0.0 from 0.0
 _BUNDLED = Path(__file__).parent / "models"
-PHOTOS = "photos-v4"  # the bundled model that compresses photographs
+PHOTOS = "photos-v5"  # the bundled model that compresses photographs
 _MODELS = "SELFVAE_MODELS"  # the environment variable
 # options that came later, as they were before: they leave the fingerprints of older models alone
 _PLAIN: dict[str, Any] = {

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from selfvae.model import SelfVAE
     from selfvae.progress import Track
 
-PHOTOS = Path("photos-v4")  # hub.PHOTOS; the command line starts without importing torch
+PHOTOS = Path("photos-v5")  # hub.PHOTOS; the command line starts without importing torch
 _ENDING, _ARCHIVE = ".svae", ".svaes"
 _LOSSLESS = (".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 

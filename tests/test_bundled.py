@@ -21,7 +21,8 @@ from selfvae.transforms import MeanDownscale
 
 NAMES = (
     "cifar10-2m-v1", "emoji-v3", "photos-deband-v1",
-    "photos-v2", "photos-v3", "photos-v4", "photos-v5", "photos-x2-bicubic-v1", "photos-x2-jpeg-v1", "photos-x2-v1",
+    "photos-v2", "photos-v3", "photos-v4", "photos-v5",
+    "photos-x2-bicubic-v1", "photos-x2-jpeg-v1", "photos-x2-v1",
 )  # fmt: skip
 
 

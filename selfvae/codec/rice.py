@@ -1,8 +1,8 @@
 """Whole numbers as bits, for few numbers of unknown size: a Golomb-Rice code that adapts.
 
-A number n becomes u = 2n, or -2n - 1 below 0. The code of u has u >> k zeros, a one, and the last k bits of
-u. k follows from 16 times a running mean m of the u before: it is the number of binary digits of m >> 5; then
-m grows by u - (m >> 4).
+A number n becomes u = 2n, or -2n - 1 below 0. The code of u has u >> k zeros, a one, and the last k bits
+of u. k is the number of binary digits of m >> 5, where m is 16 times a running mean of the u before: after
+each number it grows by u - (m >> 4).
 
 Source: Rice 1979; Weinberger, Seroussi, Sapiro 2000 (LOCO-I) adapt k to the numbers before.
 """

@@ -62,6 +62,7 @@ _RICE = b"\x01"  # what corrections in a Rice code begin with; in zlib's format 
 _WEIGHT, _FACTOR = 40, 2  # means that the code begins with
 _TRIED = 3  # scales are also tried this many factors higher and lower
 _REGRESSED = 3  # every third row, on average, takes part in the regression
+_FEW = 1 << 13  # positions of a band all of whose rows do
 _SAMPLE = 2  # every second of these decides about the factors
 _CHUNK = 1024  # positions at a time, which the fastest cache holds
 _BLOCK = 48  # features at a time in a product of matrices
@@ -302,6 +303,7 @@ class Collector:
         self._squares = [np.zeros((n, n)) for n in counts]
         self._products = [np.zeros(n) for n in counts]
         self._samples: list[list[_Sample]] = [[] for _ in counts]
+        self._positions = [0 for _ in counts]
 
     def add(self, near: Neighbours, s: int, mixture: Mixture) -> None:
         """Add step s of a band, a channel of a mixture; add the step to `near` too."""
@@ -309,7 +311,7 @@ class Collector:
         values = mixture.known
         seen = near.correct(moments, np.zeros(len(self._products[s]), np.int64), _PLAIN)
         misses = near.add(values, moments)
-        rows = _some(near.h, _REGRESSED)
+        rows = _some(near.h, _REGRESSED if len(values) > _FEW else 1)
         near.regress(rows, misses, moments, self._squares[s], self._products[s])
         rows = rows[_some(len(rows), _SAMPLE)]
         which = (rows[:, None] * near.w + np.arange(near.w)).reshape(-1)
@@ -321,24 +323,27 @@ class Collector:
             moments[:, which], near.features(rows), contexts[which],
         )  # fmt: skip
         self._samples[s].append(sample)
+        self._positions[s] += len(values)
 
     def join(self, other: Collector) -> None:
         """Add what another one collected."""
         for mine, more in ((self._squares, other._squares), (self._products, other._products)):
             for own, further in zip(mine, more, strict=True):
                 own += further
-        for samples, others in zip(self._samples, other._samples, strict=True):
-            samples += others
+        for s, others in enumerate(other._samples):
+            self._samples[s] += others
+            self._positions[s] += other._positions[s]
 
     def solve(self) -> tuple[Adaptation, float]:
         """Return the corrections, and how many bits they save at the positions seen, about."""
         weights, factors, saved = [], [], 0.0
-        for squares, products, samples in zip(self._squares, self._products, self._samples, strict=True):
+        sums = zip(self._squares, self._products, self._samples, self._positions, strict=True)
+        for squares, products, samples, positions in sums:
             own = _solve(squares, products)
             table, gain = _factors(samples, own)
             weights.append(own)
             factors.append(table)
-            saved += gain * _REGRESSED * _SAMPLE / 2**16
+            saved += gain * positions / sum(len(sample.values) for sample in samples) / 2**16
         return Adaptation(tuple(weights), tuple(factors)), saved
 
 

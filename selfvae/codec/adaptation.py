@@ -102,7 +102,8 @@ class Adaptation:
         if data.startswith(_RICE):
             reader = RiceReader(data[len(_RICE) :])
             weights = np.array(reader.take(sum(counts), _WEIGHT, _LARGEST), np.int64)
-            factors = NO_FACTOR + np.array(reader.take(len(counts) * CONTEXTS, _FACTOR, 99), np.int64)
+            numbers = reader.take(len(counts) * CONTEXTS, _FACTOR, len(FACTORS))
+            factors = NO_FACTOR + np.array(numbers, np.int64)
             reader.end()
         else:
             weights, factors = _unpack_zlib(data, sum(counts), len(counts) * CONTEXTS)

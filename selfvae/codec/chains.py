@@ -27,7 +27,7 @@ from torch import Tensor
 from selfvae.codec.adaptation import Adaptation, Collector, Neighbours
 from selfvae.codec.container import CodecError, Reader, varint
 from selfvae.codec.exact import ExactNetwork, Steps
-from selfvae.codec.symbols import Ints, Mixture, SlotDecoder, SlotEncoder, Tables, tables
+from selfvae.codec.symbols import Ints, Mixture, Params, SlotDecoder, SlotEncoder, Tables, tables
 from selfvae.distributions.pixels import param_count
 from selfvae.hub import known_answer
 from selfvae.level import Level
@@ -109,7 +109,7 @@ class _Outputs(NamedTuple):
 
     Attributes:
         rows: The rows of blocks.
-        steps: The network's outputs, int16 (B, h, w, P).
+        steps: The network's outputs, int16 (P, B, h, w).
         guess: The transform's estimate, float32 (B, C, H, W); None for a level without one.
         above: The image above, uint8.
     """
@@ -122,9 +122,9 @@ class _Outputs(NamedTuple):
     def part(self, rows: slice, grid: _Grid) -> _Outputs:
         """Return the outputs of some of the rows."""
         here = slice(rows.start - self.rows.start, rows.stop - self.rows.start)
-        n = self.steps.shape[1] // (self.rows.stop - self.rows.start)
+        n = self.steps.shape[2] // (self.rows.stop - self.rows.start)
         guess = None if self.guess is None else _rows(self.guess, here, grid.block[0])
-        steps = self.steps[:, here.start * n : here.stop * n]
+        steps = self.steps[:, :, here.start * n : here.stop * n]
         return _Outputs(rows, steps, guess, _rows(self.above, here, grid.above[0]))
 
 
@@ -201,17 +201,17 @@ class _LevelCoder:
             The pixels, uint8 (B, C, H, W).
         """
         level, spec, steps = self.level, self.level.spec, outputs.steps
-        b, h, w, _ = steps.shape
+        _, b, h, w = steps.shape
         if level.keeps:
             support = level.keeps.support(outputs.above, spec)
-            rows = steps.reshape(-1, steps.shape[3])
-            groups = [(rows, g * self.own) for g in range(support.groups)]
+            every = steps.reshape(len(steps), -1)
+            groups = [(every, g * self.own) for g in range(support.groups)]
         else:
             support = (level.transform.support if level.consistent else Support)(outputs.above, spec)
-            every = support.space_to_depth(torch.from_numpy(steps).permute(0, 3, 1, 2))
-            h, w = every.shape[3:]
-            per_group = every.permute(1, 0, 3, 4, 2).reshape(support.groups, -1, self.own)
-            groups = [(rows, 0) for rows in per_group.contiguous().numpy()]
+            by_group = support.space_to_depth(torch.from_numpy(steps).transpose(0, 1))
+            h, w = by_group.shape[3:]
+            by_group = by_group.permute(1, 2, 0, 3, 4).reshape(support.groups, self.own, -1)
+            groups = [(own, 0) for own in by_group.contiguous().numpy()]
         t = self.tables
         guess = None
         if outputs.guess is not None:
@@ -225,10 +225,10 @@ class _LevelCoder:
             kept = level.keeps.stack_kept(outputs.above).unflatten(1, (-1, spec.channels))
             tall = kept.permute(1, 2, 0, 3, 4).flatten(2, 3)  # pictures one above the other
             near = Neighbours(tall.numpy(), len(groups), t.bits)
-        for g, (rows, at) in enumerate(groups):
-            prediction = self._prediction(support, g, guess, v, steps, t)
+        for g, (own, at) in enumerate(groups):
+            prediction = self._prediction(support, g, guess, v, own, t)
             values = v[:, g].transpose(0, 1).reshape(spec.channels, n).numpy()
-            mixture = Mixture(rows, at, prediction, values, t)
+            mixture = Mixture(own, at, prediction, values, t)
             for c in range(spec.channels):
                 here = everything if mask is None else mask[:, g, c].reshape(-1).numpy()
                 if support.truncates:
@@ -264,7 +264,7 @@ class _LevelCoder:
         return torch.where(mask, 0, support.nearest().long())
 
     def _prediction(
-        self, support: Support, g: int, guess: Tensor | None, v: Tensor, steps: Steps, t: Tables
+        self, support: Support, g: int, guess: Tensor | None, v: Tensor, outputs: Params, t: Tables
     ) -> Ints:
         """Return estimates of a group's entries, in steps of the means: (C, n); see `Support.refine`."""
         b, _, channels, h, w = v.shape
@@ -279,9 +279,8 @@ class _LevelCoder:
         found = rounded.transpose(0, 1).contiguous().numpy()
         if g and self.weights:
             misses = F.pad((v[:, 0] << t.bits) - guess[:, 0], (1, 0, 0, 1)).transpose(0, 1)
-            found = t.add_weighted(
-                found, steps[..., steps.shape[3] - self.weights :], misses.contiguous().numpy()
-            )
+            weights = outputs[len(outputs) - self.weights :].reshape(-1, b, h, w)
+            found = t.add_weighted(found, weights, misses.contiguous().numpy())
         return found.reshape(channels, -1)
 
 
@@ -322,7 +321,7 @@ class ChainCodec:
         networks = {coder.level: coder.network for coder in self._levels}
 
         def evaluate(level: Level, context: Tensor) -> Tensor:
-            return torch.from_numpy(networks[level](context)).permute(0, 3, 1, 2)
+            return torch.from_numpy(networks[level](context)).transpose(0, 1)
 
         found = known_answer(model, evaluate)
         if found != model.answer:

@@ -38,6 +38,7 @@ _PAIR = 128  # largest sum of two weights whose products with bytes can be added
 _MULTIPLE = 8  # of channels, for which kernels are fast
 _CACHED = 3 << 13  # positions that are convolved at a time
 _TALL = 12  # rows of these, at least
+_BLOCK = 64  # positions whose outputs are transposed together
 _SHAPES = 32  # of inputs, for which weights are kept in the processor's layout
 _LONGEST = 1.5  # times as many channels, at most, are worth being convolved as bytes
 
@@ -102,11 +103,15 @@ def _activate_twice(
 
 
 @compiled
-def _finish(sums: Any, limits: Any, out: Any) -> None:
-    """Round sums (n, P) and limit their absolute values, to int16."""
-    for i in range(sums.shape[0]):
-        for p in range(sums.shape[1]):
-            out[i, p] = int(min(max(np.rint(sums[i, p]), -limits[p]), limits[p]))
+def _finish(sums: Any, limits: Any, out: Any, start: int) -> None:
+    """Round sums (n, P) and limit their absolute values, to columns of out int16 (P, N) from `start` on."""
+    wide_vectors()
+    for first in range(0, len(sums), _BLOCK):  # one block at a time: what is read stays in the cache
+        count = min(_BLOCK, len(sums) - first)
+        for p in range(len(out)):
+            limit, row = limits[p], out[p, start + first : start + first + count]
+            for k in range(count):
+                row[k] = np.int16(min(max(np.rint(sums[first + k, p]), -limit), limit))
 
 
 class _Activation:
@@ -386,12 +391,12 @@ class ExactNetwork:
             context: Float32 (B, C, h, w), see `Level.context`.
 
         Returns:
-            In steps of their grids, int16 (B, h, w, P).
+            In steps of their grids, int16 (P, B, h, w).
         """
         if isinstance(self._decoder, Constant) or context.is_cuda or not is_fast():
             with exact_arithmetic():
                 out = self._decoder(context, None) * self._scale
-            return np.ascontiguousarray(out.permute(0, 2, 3, 1).cpu().numpy().astype(np.int16))
+            return np.ascontiguousarray(out.transpose(0, 1).cpu().numpy().astype(np.int16))
         if isinstance(self._decoder, Shared):
             context = self._decoder.with_planes(context)
         x = np.rint(context.permute(0, 2, 3, 1).numpy() * np.float32(_UNIT)).clip(-_UNIT, _UNIT)
@@ -416,11 +421,12 @@ class ExactNetwork:
                 out = np.empty(sums.shape, np.uint8 if middle.in_bytes else np.float32)
                 act(narrow(middle(sums, out)), found.inside(tile), stream[tile])
             image = found
-        steps = np.empty((b, h, w, self.params), np.int16)
+        steps, start = np.empty((self.params, b * h * w), np.int16), 0
         for tile in tiles:
-            sums = self._head(image.around(tile), image.margin)
-            _finish(sums.reshape(-1, self.params), self._limits, steps[tile].reshape(-1, self.params))
-        return steps
+            sums = self._head(image.around(tile), image.margin).reshape(-1, self.params)
+            _finish(sums, self._limits, steps, start)
+            start += len(sums)
+        return steps.reshape(-1, b, h, w)
 
 
 class _Image(NamedTuple):

@@ -96,7 +96,7 @@ class Tables(NamedTuple):
         Args:
             estimates: (C, B, h, w).
             outputs: The network's, which stand for coefficients of the misses on the left, at the place
-                itself, below left and below, of all channels each: (B, h, w, 4 C).
+                itself, below left and below, of all channels each: (4 C, B, h, w).
             misses: With one more column on the left and one more row below: (C, B, h + 1, w + 1).
         """
         found = estimates.copy()
@@ -330,7 +330,7 @@ def _masses(first: int, parts: Any, weights: Any, t: Any, s: Any, inside: Any) -
 
 @compiled
 def _components(
-    rows: Any, at: int, channel: int, prediction: Any, values: Any, means: Any, t: Any, s: Any, parts: Any
+    outputs: Any, at: int, channel: int, prediction: Any, values: Any, means: Any, t: Any, s: Any, parts: Any
 ) -> None:
     """Compute the means and the inverse scales of a channel's components, into parts (2, M, n).
 
@@ -341,23 +341,24 @@ def _components(
     at_mean, at_scale = at + (1 + channel) * n, at + (1 + channels + channel) * n
     at_pair = at + (1 + 2 * channels + channel * (channel - 1) // 2) * n
     step, bits, centre = t[_STEP], t[_BITS], t[_TOP] << (t[_BITS] - 1)
-    for first in range(0, len(rows), TOGETHER):
-        count = min(TOGETHER, len(rows) - first)
+    for first in range(0, outputs.shape[1], TOGETHER):
+        count = min(TOGETHER, outputs.shape[1] - first)
         guess = prediction[channel, first : first + count]
         for m in range(n):
             new = means[channel, m, first : first + TOGETHER]
             moved, inverses = parts[0, m, first : first + TOGETHER], parts[1, m, first : first + TOGETHER]
             for k in range(count):
-                s[_LOW + k] = rows[first + k, at_mean + m]
-                inverses[k] = t[_INVERSES + ((255 + rows[first + k, at_scale + m]) & 511)]
+                s[_LOW + k] = outputs[at_mean + m, first + k]
+                inverses[k] = t[_INVERSES + ((255 + outputs[at_scale + m, first + k]) & 511)]
             for k in range(count):
                 s[_MEAN_ROW + k] = guess[k] + ((s[_LOW + k] * step + (1 << (_REACH - 1))) >> _REACH)
             for k in range(TOGETHER):
                 new[k] = s[_MEAN_ROW + k]
             for j in range(channel):
                 value, before = values[j, first : first + count], means[j, m, first : first + TOGETHER]
+                own = outputs[at_pair + j * n + m, first : first + count]
                 for k in range(count):
-                    s[_PART + k] = t[_COEFFICIENTS + ((1023 + rows[first + k, at_pair + j * n + m]) & 2047)]
+                    s[_PART + k] = t[_COEFFICIENTS + ((1023 + own[k]) & 2047)]
                 for k in range(count):
                     known = (value[k] << bits) - (before[k] if residual else centre)
                     s[_MEAN_ROW + k] += (s[_PART + k] * known + (1 << (_COEFFICIENT - 1))) >> _COEFFICIENT
@@ -374,7 +375,7 @@ def _add_weighted(found: Any, outputs: Any, misses: Any, t: Any) -> None:
             for row in range(height):
                 for k in range(width):
                     for j in range(4):
-                        at = _COEFFICIENTS + ((1023 + outputs[i, row, k, j * channels + c]) & 2047)
+                        at = _COEFFICIENTS + ((1023 + outputs[j * channels + c, i, row, k]) & 2047)
                         product = t[at] * misses[c, i, row + (j >> 1), k + (j & 1)]
                         found[c, i, row, k] += (product + (1 << (_COEFFICIENT - 1))) >> _COEFFICIENT
 
@@ -407,11 +408,11 @@ _BORDERS = np.array([128, 161, 203, 256, 323, 406, 512])  # of the ratios: 1/2 t
 
 
 @compiled
-def _moments(rows: Any, scales_at: int, parts: Any, weights: Any, t: Any, s: Any, own: Any) -> None:
+def _moments(outputs: Any, scales_at: int, parts: Any, weights: Any, t: Any, s: Any, own: Any) -> None:
     """Compute each mixture's mean and spread, in steps of the means, into own (2, n)."""
     wide_vectors()
-    for first in range(0, len(rows), TOGETHER):
-        count = min(TOGETHER, len(rows) - first)
+    for first in range(0, outputs.shape[1], TOGETHER):
+        count = min(TOGETHER, outputs.shape[1] - first)
         for k in range(TOGETHER):
             s[_TOTAL + k] = 1 << (_WEIGHT - 1)
             s[_SPREAD + k] = 0
@@ -424,7 +425,7 @@ def _moments(rows: Any, scales_at: int, parts: Any, weights: Any, t: Any, s: Any
         for m in range(t[_COMPONENTS]):
             means, weight = parts[0, m, first : first + TOGETHER], weights[m, first : first + TOGETHER]
             for k in range(count):
-                s[_PART + k] = t[_SCALES + ((255 + rows[first + k, scales_at + m]) & 511)]
+                s[_PART + k] = t[_SCALES + ((255 + outputs[scales_at + m, first + k]) & 511)]
             for k in range(TOGETHER):
                 # values of a logistic are 1.39 scales from its mean, on average; in practice fewer
                 distance = abs(means[k] - s[_CENTRE + k]) + ((s[_PART + k] * 307) >> 8)
@@ -572,18 +573,21 @@ def _share(weights: Any, i: int, total: int) -> None:
 
 
 @compiled
-def _start(rows: Any, at: int, weights: Any, t: Any, s: Any) -> None:
+def _start(outputs: Any, at: int, weights: Any, t: Any, s: Any) -> None:
     """Compute the components' weights before any channel is known: (M, n)."""
-    n = t[_COMPONENTS]
-    inside = np.zeros((n, TOGETHER), np.int64)
-    for first in range(0, len(rows), TOGETHER):
-        count = min(TOGETHER, len(rows) - first)
-        for k in range(count):
-            most = rows[first + k, at]
-            for m in range(n):
-                most = max(most, rows[first + k, at + m])
-            for m in range(n):
-                inside[m, k] = t[_WEIGHTS + min(most - rows[first + k, at + m], 255)]
+    wide_vectors()
+    inside = np.zeros((t[_COMPONENTS], TOGETHER), np.int64)
+    for first in range(0, outputs.shape[1], TOGETHER):
+        count = min(TOGETHER, outputs.shape[1] - first)
+        for k in range(TOGETHER):
+            s[_MOST + k] = -(1 << 15)
+        for m in range(len(inside)):
+            for k in range(count):
+                s[_MOST + k] = max(s[_MOST + k], outputs[at + m, first + k])
+        for m in range(len(inside)):
+            part = inside[m]
+            for k in range(count):
+                part[k] = t[_WEIGHTS + (min(s[_MOST + k] - outputs[at + m, first + k], 255) & 255)]
         for k in range(TOGETHER):
             s[_CODED + k] = 1 if k < count else 0
         _update(first, inside, s, weights)
@@ -723,13 +727,13 @@ def _find(
 
 
 @compiled
-def _guess(slot: int, rows: Any, at: int, weights: Any, i: int, c: Any, lo: int, hi: int, t: Any) -> int:
+def _guess(slot: int, outputs: Any, at: int, weights: Any, i: int, c: Any, lo: int, hi: int, t: Any) -> int:
     """Return a value near which that slot probably lies: of the heaviest component's distribution."""
     best = 0
     for m in range(len(weights)):
         if weights[m, i] > weights[best, i]:
             best = m
-    scale = t[_SCALES + ((255 + rows[i, at + best]) & 511)]
+    scale = t[_SCALES + ((255 + outputs[at + best, i]) & 511)]
     distance = (t[_LOGIT + (slot >> (_SLOTS - 10))] * scale) >> _ARGUMENT
     return min(max((c[_MEANS, best] + distance + (1 << (t[_BITS] - 1))) >> t[_BITS], lo), hi)
 
@@ -742,7 +746,7 @@ def _keep(c: Any, source: int, to: int) -> None:
 
 @compiled
 def _decode(
-    rows: Any, scales_at: int, parts: Any, values: Any, coded: Any, last: bool, lo: Any, hi: Any,
+    outputs: Any, scales_at: int, parts: Any, values: Any, coded: Any, last: bool, lo: Any, hi: Any,
     weights: Any, t: Any, own: Any, seen: Any, fit: Any, words: Any, state: Any,
 ) -> bool:  # fmt: skip
     """Decode one channel's values; state: of the coder, and the next word. Return whether words last."""
@@ -764,7 +768,7 @@ def _decode(
             continue
         slot = x & ((1 << _SLOTS) - 1)
         # find the value with first <= slot < end: in growing steps from a guess, then by interpolation
-        value = _guess(slot, rows, scales_at, weights, i, c, a, b, t)
+        value = _guess(slot, outputs, scales_at, weights, i, c, a, b, t)
         beyond = value + 1
         first = _slots(value, a, b, weights, i, c, _BELOW, t)
         end = _slots(beyond, a, b, weights, i, c, _ABOVE, t)
@@ -830,7 +834,7 @@ class SlotEncoder:
     def code(self, mixture: Mixture, lo: Ints, hi: Ints, coded: Bools, by: Corrected | None = None) -> None:
         """Add the values of the mixture's channel where `coded` is true."""
         m, t = mixture, mixture.tables.array
-        slots = np.empty((len(m.rows), 2), np.int64)
+        slots = np.empty((len(m.known), 2), np.int64)
         if by is None:
             found = _find(m.parts, m.known, coded, m.is_last, lo, hi, m.weights, t, slots)
         else:  # then all values are possible
@@ -872,7 +876,7 @@ class SlotDecoder:
         """
         m, by = mixture, by or _UNCORRECTED
         if not _decode(
-            m.rows, m.scales_at, m.parts, m.known, coded, m.is_last, lo, hi, m.weights, m.tables.array,
+            m.outputs, m.scales_at, m.parts, m.known, coded, m.is_last, lo, hi, m.weights, m.tables.array,
             *by, self._words, self._state,
         ):  # fmt: skip
             raise CodecError("the file is damaged: a stream of it ends too early")
@@ -912,7 +916,7 @@ class Mixture:
     """One group of a mixture at n positions, channel by channel as values become known.
 
     Args:
-        rows: Outputs of the network, in steps of their grids: int16 (n, P).
+        outputs: Of the network, in steps of their grids: int16 (P, n).
         at: Where those of the group begin.
         prediction: Estimates of the values in steps of the means: int64 (C, n).
         values: int64 (C, n): the known values, or where to put decoded ones.
@@ -925,19 +929,20 @@ class Mixture:
         weights: Of the components, in units of 2^-16, given earlier channels: int64 (M, n + `TOGETHER`).
     """
 
-    def __init__(self, rows: Params, at: int, prediction: Ints, values: Ints, tables: Tables) -> None:
-        self.rows, self.at, self.prediction, self.values, self.tables = rows, at, prediction, values, tables
-        self.channel = 0
-        self.parts = _with_room((2, tables.components, len(rows)))
-        self.weights = _with_room((tables.components, len(rows)))
-        self._means = _with_room((tables.channels, tables.components, len(rows)))
-        _start(rows, at, self.weights, tables.array, _scratch())
+    def __init__(self, outputs: Params, at: int, prediction: Ints, values: Ints, tables: Tables) -> None:
+        self.outputs, self.at, self.tables = outputs, at, tables
+        self.prediction, self.values, self.channel = prediction, values, 0
+        components, n = tables.components, outputs.shape[1]
+        self.parts = _with_room((2, components, n))
+        self.weights = _with_room((components, n))
+        self._means = _with_room((tables.channels, components, n))
+        _start(outputs, at, self.weights, tables.array, _scratch())
 
     def begin(self, channel: int) -> None:
         """Compute the components of a channel: 0, 1, ..., each when the values before it are known."""
         self.channel = channel
         _components(
-            self.rows, self.at, channel, self.prediction, self.values, self._means, self.tables.array,
+            self.outputs, self.at, channel, self.prediction, self.values, self._means, self.tables.array,
             _scratch(), self.parts,
         )  # fmt: skip
 
@@ -958,8 +963,8 @@ class Mixture:
 
     def moments(self) -> Ints:
         """Return the mean and the spread of each mixture, in steps of the means: (2, n + `TOGETHER`)."""
-        own = _with_room((2, len(self.rows)))
-        _moments(self.rows, self.scales_at, self.parts, self.weights, self.tables.array, _scratch(), own)
+        own = _with_room((2, len(self.known)))
+        _moments(self.outputs, self.scales_at, self.parts, self.weights, self.tables.array, _scratch(), own)
         return own
 
     def learn(self, coded: Bools) -> None:

@@ -34,14 +34,14 @@ def contexts(model: selfvae.SelfVAE, n: int = 1, side: int = 48) -> list[tuple[L
 
 
 def in_steps(level: Level, out: Tensor) -> np.ndarray:
-    """A network's outputs in steps of their grids: (B, h, w, P)."""
+    """A network's outputs in steps of their grids: (P, B, h, w)."""
     scale = ExactNetwork(level.decoder)._scale
-    return (out.detach() * scale.to(out.dtype)).permute(0, 2, 3, 1).cpu().numpy()
+    return (out.detach() * scale.to(out.dtype)).transpose(0, 1).cpu().numpy()
 
 
 @torch.no_grad()
 def reference(level: Level, context: Tensor) -> np.ndarray:
-    """What the decoder itself computes in float32, in steps: (B, h, w, P)."""
+    """What the decoder itself computes in float32, in steps: (P, B, h, w)."""
     out = in_steps(level, level.decoder(context, None))
     assert (out == np.rint(out)).all()
     return out
@@ -88,7 +88,7 @@ def test_the_same_numbers_however_they_are_computed() -> None:
                     for n in (1, 2, 4):
                         for x in (context, laid_out):
                             assert np.array_equal(network(x[:n]), expected[:n])
-                            assert np.array_equal(reference(level, x[:n]), expected[:n])
+                            assert np.array_equal(reference(level, x[:n]), expected[:, :n])
         torch.set_num_threads(1)
         wide = copy.deepcopy(level).double().decoder(context.double(), None)
         assert np.array_equal(in_steps(level, wide), expected)

@@ -57,7 +57,7 @@ class Drawn(NamedTuple):
 
 def mixture_of(d: Drawn, values: np.ndarray) -> Mixture:
     planes = values.T.astype(np.int64, order="C")
-    return Mixture(d.rows, 0, np.ascontiguousarray(d.prediction.T), planes, d.tables)
+    return Mixture(np.ascontiguousarray(d.rows.T), 0, np.ascontiguousarray(d.prediction.T), planes, d.tables)
 
 
 def crc(values: np.ndarray) -> int:
@@ -319,7 +319,7 @@ class _Whole:
 def counts_of_plain(d: Drawn) -> list[list[np.ndarray]]:
     """`counts_of` in Python's integers, which never overflow."""
     t, s = _Whole(d.tables.array), _Whole(symbols._scratch())
-    rows, prediction, values = _Whole(d.rows), _Whole(d.prediction.T), _Whole(d.values.T)
+    outputs, prediction, values = _Whole(d.rows.T), _Whole(d.prediction.T), _Whole(d.values.T)
     n, channels, components = len(d.rows), d.tables.channels, d.tables.components
     room = n + symbols.TOGETHER
     means, weights = _Whole(np.zeros((channels, components, room))), _Whole(np.zeros((components, room)))
@@ -329,10 +329,10 @@ def counts_of_plain(d: Drawn) -> list[list[np.ndarray]]:
         patch.setattr(compiled, "PLAIN", True)
         for name in ("_TAIL", "_FALL"):
             patch.setattr(symbols, name, getattr(symbols, name).tolist())
-        symbols._start(rows, 0, weights, t, s)
+        symbols._start(outputs, 0, weights, t, s)
         for channel in range(channels):
             c, own = _Whole(np.zeros((8, components))), []
-            symbols._components(rows, 0, channel, prediction, values, means, t, s, parts)
+            symbols._components(outputs, 0, channel, prediction, values, means, t, s, parts)
             for i in range(n):
                 a, b = int(d.lo[i, channel]), int(d.hi[i, channel])
                 symbols._load(parts, i, c)

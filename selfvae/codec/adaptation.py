@@ -185,6 +185,14 @@ class Neighbours:
     def _whole(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return x[: self.h * self.w].reshape(self.h, self.w)
 
+    def take(self, rows: Ints, x: Ints, room: int = 0) -> Ints:
+        """Return some rows (k,) of x (..., h w or more), and zeros behind them: (..., k w + room)."""
+        out = np.empty((*x.shape[:-1], len(rows) * self.w + room), np.int64)
+        out[..., len(rows) * self.w :] = 0
+        for i, row in enumerate(rows):
+            out[..., i * self.w : (i + 1) * self.w] = x[..., row * self.w : (row + 1) * self.w]
+        return out
+
     def _places(self, features: list[_Feature]) -> tuple[npt.NDArray[np.int32], Ints]:
         """Return the images, flat, and each feature's image, distance and image to subtract: (N, 3)."""
         table = [(f.image, f.down * (self.w + 2) + f.right, f.minus) for f in features]
@@ -217,19 +225,14 @@ class Neighbours:
 
     def add(self, values: Ints, moments: Ints) -> Ints:
         """Add the step that was corrected last: its values, (h w,); return the misses, (h w,)."""
-        inside = slice(1, -1)
-        own = self._whole(values).astype(np.int32) << self.bits
-        misses = own - self._whole(moments[0])
         at = _KEPT + self._kept * self._channels + 2 * self._step
+        misses = np.empty(self.h * self.w, np.int64)
+        _add_step(values, moments, self.bits, self._images[at], self._images[at + 1], self._energy, misses)
         image = self._images[at]
-        image[inside, inside] = own
         image[0], image[-1] = image[1], image[-2]
         image[:, 0], image[:, -1] = image[:, 1], image[:, -2]
-        self._images[at + 1, inside, inside] = misses
-        self._energy[0, inside, inside] += np.abs(misses)
-        self._energy[1, inside, inside] += self._whole(moments[1])
         self._step += 1
-        return misses.reshape(-1)
+        return misses
 
     def regress(self, rows: Ints, misses: Ints, moments: Ints, squares: Floats, products: Floats) -> None:
         """Add the sums of a regression of the step that was added last.
@@ -246,13 +249,14 @@ class Neighbours:
         missed = torch.from_numpy(self._whole(misses)[rows] >> coarse).double()
         each = max(_CHUNK // self.w, 1)  # rows at a time
         rough, weighted = np.empty((2, len(table), each * self.w))
+        sums, own = torch.from_numpy(squares), torch.from_numpy(products)
         for i in range(0, len(rows), each):
             _fill(images, table, rows[i : i + each], spreads[i : i + each], coarse, rough, weighted)
             n = len(rows[i : i + each]) * self.w
             a, b = torch.from_numpy(weighted[:, :n]), torch.from_numpy(rough[:, :n])
             for j in range(0, len(table), _BLOCK):  # leaves out most of what lies above the diagonal
-                torch.from_numpy(squares)[j:, j : j + _BLOCK].addmm_(a[j:], b[j : j + _BLOCK].T)
-            torch.from_numpy(products).addmv_(a, missed[i : i + each].flatten())
+                sums[j:, j : j + _BLOCK].addmm_(a[j:], b[j : j + _BLOCK].T)
+            own.addmv_(a, missed[i : i + each].flatten())
 
     def features(self, rows: Ints) -> npt.NDArray[np.int32]:
         """Return the features of the step that was added last in some rows.
@@ -315,13 +319,12 @@ class Collector:
         rows = _some(near.h, _REGRESSED if len(values) > _FEW else 1)
         near.regress(rows, misses, moments, self._squares[s], self._products[s])
         rows = rows[_some(len(rows), _SAMPLE)]
-        which = (rows[:, None] * near.w + np.arange(near.w)).reshape(-1)
         near.seen(seen.seen[0])[:] = misses.reshape(near.h, near.w)
         contexts = find_contexts(seen.own, seen.seen, near.w, len(values))
-        room = np.concatenate([which, np.full(TOGETHER, which[-1])])
+        take = functools.partial(near.take, rows)
         sample = _Sample(
-            mixture.tables, mixture.parts[:, :, room], mixture.weights[:, room], values[which],
-            moments[:, which], near.features(rows), contexts[which],
+            mixture.tables, take(mixture.parts, TOGETHER), take(mixture.weights, TOGETHER), take(values),
+            take(moments), near.features(rows), take(contexts),
         )  # fmt: skip
         self._samples[s].append(sample)
         self._positions[s] += len(values)
@@ -346,6 +349,25 @@ class Collector:
             factors.append(table)
             saved += gain * positions / sum(len(sample.values) for sample in samples) / 2**16
         return Adaptation(tuple(weights), tuple(factors)), saved
+
+
+@compiled
+def _add_step(
+    values: Any, moments: Any, bits: int, image: Any, missed: Any, energy: Any, misses: Any
+) -> None:
+    """Fill the images of a step's values and misses within their borders, and add to the sums of both."""
+    w = image.shape[1] - 2
+    for row in range(image.shape[0] - 2):
+        here = slice(row * w, (row + 1) * w)
+        value, mean, spread, miss = values[here], moments[0, here], moments[1, here], misses[here]
+        to, also, size, wide = image[row + 1], missed[row + 1], energy[0, row + 1], energy[1, row + 1]
+        for col in range(w):
+            to[col + 1] = value[col] << bits
+            miss[col] = (value[col] << bits) - mean[col]
+        for col in range(w):
+            also[col + 1] = miss[col]
+            size[col + 1] += abs(miss[col])
+            wide[col + 1] += spread[col]
 
 
 @compiled
@@ -440,25 +462,22 @@ def _solve(squares: Floats, products: Floats) -> Ints:
     return np.rint(found * 2**WEIGHT_BITS).clip(-_LARGEST, _LARGEST).astype(np.int64)
 
 
-def _factors(samples: list[_Sample], weights: Ints) -> tuple[Ints, int]:
-    """Return the factors of a step, and how much its corrections save at its samples."""
+def _factors(samples: list[_Sample], weights: Ints) -> tuple[Ints, float]:
+    """Return the factors of a step, and how much its corrections save at its samples, about."""
     sums, before = np.zeros((3, CONTEXTS), np.int64), 0
     tried = NO_FACTOR - _TRIED, NO_FACTOR, NO_FACTOR + _TRIED
-    shifts = [sample.shifts(weights) for sample in samples]
-    for sample, shift in zip(samples, shifts, strict=True):
+    for sample in samples:
+        shift = sample.shifts(weights)
         none = np.full(len(shift), NO_FACTOR)
         before += int(sample.bits(0 * shift, none).sum())
         for total, factor in zip(sums, tried, strict=True):
             np.add.at(total, sample.contexts, sample.bits(shift, none - NO_FACTOR + factor))
     # the lowest point of a parabola through the three, nearer to the middle where there are few values
-    bend = np.maximum(sums[0] - 2 * sums[1] + sums[2], 0) + (1 << 16)
-    best = _TRIED * ((sums[0] - sums[2]) / (2 * bend)).clip(-2, 2)
+    slope, bend = (sums[2] - sums[0]) / 2, np.maximum(sums[0] - 2 * sums[1] + sums[2], 0) + (1 << 16)
+    best = _TRIED * (-slope / bend).clip(-2, 2)
     table = (np.rint(best).astype(np.int64) + NO_FACTOR).clip(0, len(FACTORS) - 1)
-    after = sum(
-        int(sample.bits(shift, table[sample.contexts]).sum())
-        for sample, shift in zip(samples, shifts, strict=True)
-    )
-    return table, before - after
+    x = (table - NO_FACTOR) / _TRIED
+    return table, float(before - (sums[1] + slope * x + bend * x**2 / 2).sum())
 
 
 # Loops of float64 without vector instructions for sums: each operation is one of IEEE 754, in this order

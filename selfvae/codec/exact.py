@@ -106,12 +106,17 @@ def _activate_twice(
 def _finish(sums: Any, limits: Any, out: Any, start: int) -> None:
     """Round sums (n, P) and limit their absolute values, to columns of out int16 (P, N) from `start` on."""
     wide_vectors()
-    for first in range(0, len(sums), _BLOCK):  # one block at a time: what is read stays in the cache
+    block = np.empty((_BLOCK, len(out)), np.int16)
+    for first in range(0, len(sums), _BLOCK):
         count = min(_BLOCK, len(sums) - first)
+        for k in range(count):
+            own, rounded = sums[first + k], block[k]
+            for p in range(len(out)):
+                rounded[p] = np.int16(min(max(np.rint(own[p]), -limits[p]), limits[p]))
         for p in range(len(out)):
-            limit, row = limits[p], out[p, start + first : start + first + count]
+            row = out[p, start + first : start + first + count]
             for k in range(count):
-                row[k] = np.int16(min(max(np.rint(sums[first + k, p]), -limit), limit))
+                row[k] = block[k, p]
 
 
 class _Activation:

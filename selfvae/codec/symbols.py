@@ -330,7 +330,15 @@ def _masses(first: int, parts: Any, weights: Any, t: Any, s: Any, inside: Any) -
 
 @compiled
 def _components(
-    outputs: Any, at: int, channel: int, prediction: Any, values: Any, means: Any, t: Any, s: Any, parts: Any
+    outputs: Any,
+    at: int,
+    channel: int,
+    prediction: Any,
+    values: Any,
+    means: Any,
+    t: Any,
+    s: Any,
+    parts: Any,
 ) -> None:
     """Compute the means and the inverse scales of a channel's components, into parts (2, M, n).
 

@@ -57,7 +57,9 @@ class Drawn(NamedTuple):
 
 def mixture_of(d: Drawn, values: np.ndarray) -> Mixture:
     planes = values.T.astype(np.int64, order="C")
-    return Mixture(np.ascontiguousarray(d.rows.T), 0, np.ascontiguousarray(d.prediction.T), planes, d.tables)
+    return Mixture(
+        np.ascontiguousarray(d.rows.T), 0, np.ascontiguousarray(d.prediction.T), planes, d.tables
+    )
 
 
 def crc(values: np.ndarray) -> int:

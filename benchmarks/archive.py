@@ -22,6 +22,7 @@ import tyro
 from PIL import Image
 
 from selfvae.files import write_atomic
+from selfvae.hub import PHOTOS
 
 _FOLDER = 1000  # pictures in a folder
 
@@ -53,7 +54,7 @@ def command(*words: object) -> dict[str, float]:
 def main(
     pictures: int = 100_000,
     size: int = 32,
-    model: str = "photos-v3",
+    model: str = PHOTOS,
     out: Path = Path("results/archive.json"),
 ) -> None:
     """Measure.

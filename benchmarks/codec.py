@@ -1,6 +1,6 @@
 """Sizes and times of compressed photographs, beside JPEG XL and WebP in the same run.
 
-    python -m benchmarks.codec FOLDER [--models photos-v3 PATH ...] [--threads 1 2] [--repeats 3]
+    python -m benchmarks.codec FOLDER [--models photos-v5 PATH ...] [--threads 1 2] [--repeats 3]
                                [--limit N] [--others NAME ...] [--out results/codec]
 
 For every picture, number of threads, and model or format:
@@ -47,6 +47,7 @@ from selfvae.codec import Codec, chains, exact, read_header, symbols
 from selfvae.codec.format3 import NO_MODEL
 from selfvae.data.pictures import ENDINGS, LOSSLESS, encode, encode_lossless, from_image, read, to_image
 from selfvae.files import below, write_atomic
+from selfvae.hub import PHOTOS
 
 __all__ = ["measure", "parts", "table"]
 
@@ -309,7 +310,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "python -m benchmarks.codec", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="pictures; sub-folders are included")
-    parser.add_argument("--models", nargs="+", default=["photos-v3"], help="bundled models or folders")
+    parser.add_argument("--models", nargs="+", default=[PHOTOS], help="bundled models or folders")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="default: 1 2")
     parser.add_argument("--repeats", type=int, default=3, help="default: 3")
     parser.add_argument("--limit", type=int, help="number of pictures, the first by name; default: all")

@@ -1,6 +1,6 @@
 """Sizes of pictures that are no photographs, drawn here, as .svae, WebP, PNG and JPEG XL files.
 
-    python -m benchmarks.pictures [--model photos-v3] [--scale 1] [--json FILE]
+    python -m benchmarks.pictures [--model photos-v5] [--scale 1] [--json FILE]
 
 With a model, files are what `selfvae compress` writes; without, they contain WebP. Each file of format 3 is
 decoded and compared with its picture, and must be at most 64 bytes larger than the WebP file. The

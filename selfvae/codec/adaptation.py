@@ -23,7 +23,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,7 @@ _CHUNK = 1024  # positions at a time, which the fastest cache holds
 _BLOCK = 48  # features at a time in a product of matrices
 
 Floats = npt.NDArray[np.float64]
+T = TypeVar("T", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -185,9 +186,9 @@ class Neighbours:
     def _whole(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return x[: self.h * self.w].reshape(self.h, self.w)
 
-    def take(self, rows: Ints, x: Ints, room: int = 0) -> Ints:
+    def take(self, rows: Ints, x: npt.NDArray[T], room: int = 0) -> npt.NDArray[T]:
         """Return some rows (k,) of x (..., h w or more), and zeros behind them: (..., k w + room)."""
-        out = np.empty((*x.shape[:-1], len(rows) * self.w + room), np.int64)
+        out = np.empty((*x.shape[:-1], len(rows) * self.w + room), x.dtype)
         out[..., len(rows) * self.w :] = 0
         for i, row in enumerate(rows):
             out[..., i * self.w : (i + 1) * self.w] = x[..., row * self.w : (row + 1) * self.w]
@@ -233,30 +234,6 @@ class Neighbours:
         image[:, 0], image[:, -1] = image[:, 1], image[:, -2]
         self._step += 1
         return misses
-
-    def regress(self, rows: Ints, misses: Ints, moments: Ints, squares: Floats, products: Floats) -> None:
-        """Add the sums of a regression of the step that was added last.
-
-        Args:
-            rows: Numbers of the rows that take part, (k,).
-            misses: At all positions, (h w,).
-            moments: As for `correct`.
-            squares: Receives the products of two features, (N, N), on and below the diagonal.
-            products: Receives the products of a feature and the miss, (N,).
-        """
-        images, table = self._places(_features(self._kept, self._channels, self._step - 1))
-        spreads, coarse = self._whole(moments[1])[rows], self.bits - _FINE
-        missed = torch.from_numpy(self._whole(misses)[rows] >> coarse).double()
-        each = max(_CHUNK // self.w, 1)  # rows at a time
-        rough, weighted = np.empty((2, len(table), each * self.w))
-        sums, own = torch.from_numpy(squares), torch.from_numpy(products)
-        for i in range(0, len(rows), each):
-            _fill(images, table, rows[i : i + each], spreads[i : i + each], coarse, rough, weighted)
-            n = len(rows[i : i + each]) * self.w
-            a, b = torch.from_numpy(weighted[:, :n]), torch.from_numpy(rough[:, :n])
-            for j in range(0, len(table), _BLOCK):  # leaves out most of what lies above the diagonal
-                sums[j:, j : j + _BLOCK].addmm_(a[j:], b[j : j + _BLOCK].T)
-            own.addmv_(a, missed[i : i + each].flatten())
 
     def features(self, rows: Ints) -> npt.NDArray[np.int32]:
         """Return the features of the step that was added last in some rows.
@@ -317,14 +294,19 @@ class Collector:
         seen = near.correct(moments, np.zeros(len(self._products[s]), np.int64), _PLAIN)
         misses = near.add(values, moments)
         rows = _some(near.h, _REGRESSED if len(values) > _FEW else 1)
-        near.regress(rows, misses, moments, self._squares[s], self._products[s])
-        rows = rows[_some(len(rows), _SAMPLE)]
+        features, missed, spreads = (
+            near.features(rows),
+            near.take(rows, misses),
+            near.take(rows, moments[1]),
+        )
+        _regress(features, missed, spreads, near.bits - _FINE, self._squares[s], self._products[s])
         near.seen(seen.seen[0])[:] = misses.reshape(near.h, near.w)
         contexts = find_contexts(seen.own, seen.seen, near.w, len(values))
-        take = functools.partial(near.take, rows)
+        some = _some(len(rows), _SAMPLE)
+        take = functools.partial(near.take, rows[some])
         sample = _Sample(
             mixture.tables, take(mixture.parts, TOGETHER), take(mixture.weights, TOGETHER), take(values),
-            take(moments), near.features(rows), take(contexts),
+            take(moments), near.take(some, features), take(contexts),
         )  # fmt: skip
         self._samples[s].append(sample)
         self._positions[s] += len(values)
@@ -400,26 +382,28 @@ def _fill_own(total: Any, energy: Any, own: Any) -> None:
 
 
 @compiled
-def _fill(images: Any, table: Any, rows: Any, spreads: Any, coarse: int, rough: Any, weighted: Any) -> None:
-    """Compute the features in a table in some rows, in steps 2^coarse times as wide, and weighted.
+def _weigh(features: Any, spreads: Any, first: int, coarse: int, rough: Any, weighted: Any) -> None:
+    """Compute some positions' features, in steps 2^coarse times as wide, and these times weights.
 
-    spreads (k, w) become weights.
+    Args:
+        features: (N, k).
+        spreads: (k,); those of the positions become their weights.
+        first: The first of the positions.
+        coarse: A number of bits.
+        rough, weighted: Receive the features of the positions, and the weighted ones: (N, n or more).
     """
     wide_vectors()
-    w = spreads.shape[1]
-    for j in range(len(rows)):
-        first, weight = (rows[j] + 1) * (w + 2) + 1, spreads[j]
-        for i in range(w):
-            spread = max(weight[i] >> coarse, 1)
-            weight[i] = max(_HEAVIEST // (spread * spread), 1)
-        for f in range(len(table)):
-            at = first + table[f, 1]
-            image, minus = images[table[f, 0], at : at + w], images[table[f, 2], first : first + w]
-            plain, heavy = rough[f, j * w : (j + 1) * w], weighted[f, j * w : (j + 1) * w]
-            for i in range(w):
-                plain[i] = (image[i] - minus[i]) >> coarse
-            for i in range(w):
-                heavy[i] = plain[i] * weight[i]
+    weight = spreads[first : first + rough.shape[1]]
+    n = len(weight)
+    for i in range(n):
+        spread = max(weight[i] >> coarse, 1)
+        weight[i] = max(_HEAVIEST // (spread * spread), 1)
+    for f in range(len(features)):
+        feature, plain, heavy = features[f, first : first + n], rough[f], weighted[f]
+        for i in range(n):
+            plain[i] = feature[i] >> coarse
+        for i in range(n):
+            heavy[i] = plain[i] * weight[i]
 
 
 @compiled
@@ -449,6 +433,35 @@ def _take(images: Any, table: Any, rows: Any, out: Any) -> None:
 def _some(n: int, part: int) -> Ints:
     """Return the numbers of about n / part rows, irregularly spread: a grid might follow stripes."""
     return np.flatnonzero((np.arange(n) * 2654435761 >> 16) % part == 0)
+
+
+def _regress(
+    features: npt.NDArray[np.int32],
+    misses: Ints,
+    spreads: Ints,
+    coarse: int,
+    squares: Floats,
+    products: Floats,
+) -> None:
+    """Add the sums of a regression, in steps 2^coarse times as wide as those of what is given.
+
+    Args:
+        features: (N, k).
+        misses, spreads: (k,); the spreads are overwritten.
+        coarse: A number of bits.
+        squares: Receives the products of two features, (N, N), on and below the diagonal.
+        products: Receives the products of a feature and the miss, (N,).
+    """
+    missed = torch.from_numpy(misses >> coarse).double()
+    sums, own = torch.from_numpy(squares), torch.from_numpy(products)
+    rough, weighted = np.empty((2, len(features), _CHUNK))
+    for first in range(0, len(misses), _CHUNK):
+        n = min(_CHUNK, len(misses) - first)
+        _weigh(features, spreads, first, coarse, rough, weighted)
+        a, b = torch.from_numpy(weighted[:, :n]), torch.from_numpy(rough[:, :n])
+        for j in range(0, len(features), _BLOCK):  # leaves out most of what lies above the diagonal
+            sums[j:, j : j + _BLOCK].addmm_(a[j:], b[j : j + _BLOCK].T)
+        own.addmv_(a, missed[first : first + n])
 
 
 def _solve(squares: Floats, products: Floats) -> Ints:

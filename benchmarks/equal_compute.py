@@ -4,8 +4,9 @@
 
 A recipe is a YAML file with flags of `selfvae train`. Each one trains for the given time on one thread,
 with as many runs at a time as there are cores; then the averaged weights are scored on test images. An
-interrupted comparison continues when it is started again. Writes OUT/curves.png (validation bits/dim
-against seconds), OUT/result.json and OUT/result.md; the runs remain in OUT/runs.
+interrupted comparison continues when it is started again; what is trained and scored is not done twice.
+Writes OUT/curves.png (validation bits/dim against seconds), OUT/result.json and OUT/result.md, with means
+over seeds and their standard deviation; the runs, with their scores, remain in OUT/runs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import csv
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +37,18 @@ def command(*words: object) -> str:
     return done.stdout
 
 
+def score(folder: Path, data: str, limit: int, steps: int) -> dict[str, Any]:
+    """Return the scores of a run that has made some steps, from scores.json if they are there already."""
+    kept, asked = folder / "scores.json", {"data": data, "limit": limit, "steps": steps}
+    if kept.exists():
+        found: dict[str, Any] = json.loads(kept.read_text())
+        if found["asked"] == asked:
+            return found["scores"]  # type: ignore[no-any-return]
+    scores: dict[str, Any] = json.loads(command("eval", folder, "--data", data, "--limit", limit, "--json"))
+    write_atomic(kept, (json.dumps({"asked": asked, "scores": scores}) + "\n").encode())
+    return scores
+
+
 def run(
     recipe: Path, seed: int, data: str, seconds: float, clock: str, limit: int, out: Path
 ) -> dict[str, Any]:
@@ -51,8 +65,8 @@ def run(
         )  # fmt: skip
     curve = list(csv.DictReader((folder / "log.csv").open()))
     info = json.loads(command("info", folder, "--json"))
-    scores = json.loads(command("eval", folder, "--data", data, "--limit", limit, "--json"))
     last, key = curve[-1], "val_bits_per_dim"
+    scores = score(folder, data, limit, int(last["step"]))
     spent = "cpu_seconds" if clock == "cpu" else "seconds"
     return {
         "recipe": recipe.stem,
@@ -86,7 +100,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return a Markdown table with one line per run."""
+    """Return a Markdown table with one line per run, and one of means where a recipe has several seeds."""
     columns = "recipe, seed, parameters, steps, seconds (CPU), test ELBO (bits/dim), RE (nats), KL (nats)"
     lines = [f"| {columns.replace(', ', ' | ')} |", "|---" * 8 + "|"]
     for row in rows:
@@ -96,6 +110,18 @@ def table(rows: list[dict[str, Any]]) -> str:
         size = f"{row['parameters'] / 1e6:.2f} M"
         cells = [row["recipe"], str(row["seed"]), size, str(row["steps"]), spent, score, *terms]
         lines.append(f"| {' | '.join(cells)} |")
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["recipe"], []).append(row["bits_per_dim"])
+    if any(len(values) > 1 for values in found.values()):
+        lines += [
+            "",
+            "| recipe | seeds | test ELBO (bits/dim), mean ± standard deviation |",
+            "|---|---|---|",
+        ]
+        for recipe, values in found.items():
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            lines.append(f"| {recipe} | {len(values)} | {statistics.mean(values):.3f}{spread} |")
     return "\n".join(lines) + "\n"
 
 

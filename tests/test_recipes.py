@@ -1,5 +1,6 @@
 """Every recipe is one that `selfvae train` takes, and the table has a row for it with its parameters."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import yaml
 
 import selfvae
+from benchmarks import equal_compute
 from selfvae.cli import main
 from selfvae.presets import from_config
 from selfvae.training import loop
@@ -82,6 +84,36 @@ def test_the_three_priors_are_compared_with_the_same_networks() -> None:
         shapes.append([p.shape for net in (level.encoder, level.decoder) for p in net.parameters()])
         assert name != "vae-mog" or level.prior_net.means.shape[0] == 1000
     assert shapes[0] == shapes[1] == shapes[2]
+
+
+def test_equal_compute_continues_and_gives_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    def command(*words: Any) -> str:
+        called.append(f"{words[0]}{' again' if '--resume' in words else ''}")
+        if words[0] == "train":
+            folder = Path(words[words.index("--out") + 1])
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "checkpoint.safetensors").touch()
+            (folder / "log.csv").write_text("step,seconds,cpu_seconds,val_bits_per_dim\n9,2,1,5.5\n")
+        seed = int(str(words[1]).rpartition("-")[2]) if words[0] != "train" else 0
+        scores = {"bits_per_dim": 5 + seed, "bits_per_dim_stderr": 0.1, "re_nats": [1], "kl_nats": [2]}
+        return json.dumps({"parameters": 2_000_000} if words[0] == "info" else scores)
+
+    monkeypatch.setattr(equal_compute, "command", command)
+    what = {"data": "DATA", "out": tmp_path, "seeds": (0, 1, 2), "together": 1}
+    equal_compute.main((Path("vae.yaml"),), **what)
+    assert called == ["train", "info", "eval"] * 3
+    result = (tmp_path / "result.md").read_text()
+    assert "| vae | 2 | 2.00 M | 9 | 2 (1) | 7.000 ± 0.100 | 1 | 2 |" in result
+    assert result.endswith("| vae | 3 | 6.000 ± 1.000 |\n")
+    called.clear()
+    equal_compute.main((Path("vae.yaml"),), **what)
+    assert called == ["train again", "info"] * 3 and (tmp_path / "result.md").read_text() == result
+    called.clear()
+    equal_compute.main((Path("vae.yaml"),), **{**what, "seeds": (1,), "limit": 5})  # other images
+    assert called == ["train again", "info", "eval"]
+    assert "standard deviation" not in (tmp_path / "result.md").read_text()
 
 
 def test_equal_compute_is_at_equal_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -294,11 +294,8 @@ class Collector:
         seen = near.correct(moments, np.zeros(len(self._products[s]), np.int64), _PLAIN)
         misses = near.add(values, moments)
         rows = _some(near.h, _REGRESSED if len(values) > _FEW else 1)
-        features, missed, spreads = (
-            near.features(rows),
-            near.take(rows, misses),
-            near.take(rows, moments[1]),
-        )
+        features = near.features(rows)
+        missed, spreads = near.take(rows, misses), near.take(rows, moments[1])
         _regress(features, missed, spreads, near.bits - _FINE, self._squares[s], self._products[s])
         near.seen(seen.seen[0])[:] = misses.reshape(near.h, near.w)
         contexts = find_contexts(seen.own, seen.seen, near.w, len(values))
@@ -342,14 +339,15 @@ def _add_step(
     for row in range(image.shape[0] - 2):
         here = slice(row * w, (row + 1) * w)
         value, mean, spread, miss = values[here], moments[0, here], moments[1, here], misses[here]
-        to, also, size, wide = image[row + 1], missed[row + 1], energy[0, row + 1], energy[1, row + 1]
+        pixels, beside = image[row + 1], missed[row + 1]
+        total, spreads = energy[0, row + 1], energy[1, row + 1]
         for col in range(w):
-            to[col + 1] = value[col] << bits
+            pixels[col + 1] = value[col] << bits
             miss[col] = (value[col] << bits) - mean[col]
         for col in range(w):
-            also[col + 1] = miss[col]
-            size[col + 1] += abs(miss[col])
-            wide[col + 1] += spread[col]
+            beside[col + 1] = miss[col]
+            total[col + 1] += abs(miss[col])
+            spreads[col + 1] += spread[col]
 
 
 @compiled

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 # before torch is imported: threads of processes side by side would wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait leave the cores to other tests
 
 import pytest
 import torch

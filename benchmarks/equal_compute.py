@@ -37,16 +37,15 @@ def command(*words: object) -> str:
     return done.stdout
 
 
-def score(folder: Path, data: str, limit: int, steps: int) -> dict[str, Any]:
+def scores_of(folder: Path, data: str, limit: int, steps: int) -> Any:
     """Return the scores of a run that has made some steps, from scores.json if they are there already."""
-    kept, asked = folder / "scores.json", {"data": data, "limit": limit, "steps": steps}
-    if kept.exists():
-        found: dict[str, Any] = json.loads(kept.read_text())
-        if found["asked"] == asked:
-            return found["scores"]  # type: ignore[no-any-return]
-    scores: dict[str, Any] = json.loads(command("eval", folder, "--data", data, "--limit", limit, "--json"))
-    write_atomic(kept, (json.dumps({"asked": asked, "scores": scores}) + "\n").encode())
-    return scores
+    file, asked = folder / "scores.json", {"data": data, "limit": limit, "steps": steps}
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    if kept.get("asked") != asked:
+        found = json.loads(command("eval", folder, "--data", data, "--limit", limit, "--json"))
+        kept = {"asked": asked, "scores": found}
+        write_atomic(file, (json.dumps(kept) + "\n").encode())
+    return kept["scores"]
 
 
 def run(
@@ -66,7 +65,7 @@ def run(
     curve = list(csv.DictReader((folder / "log.csv").open()))
     info = json.loads(command("info", folder, "--json"))
     last, key = curve[-1], "val_bits_per_dim"
-    scores = score(folder, data, limit, int(last["step"]))
+    scores = scores_of(folder, data, limit, int(last["step"]))
     spent = "cpu_seconds" if clock == "cpu" else "seconds"
     return {
         "recipe": recipe.stem,

@@ -81,11 +81,11 @@ def test_the_same_numbers_however_they_are_computed() -> None:
         assert len(np.unique(expected)) > 200
         network = ExactNetwork(level.decoder)
         laid_out = context.contiguous(memory_format=torch.channels_last)
-        for threads in (1, 4):
+        for threads in (1, 2, 4):
             torch.set_num_threads(threads)
             for dnn in (True, False):
                 with torch.backends.mkldnn.flags(enabled=dnn):
-                    for n in (1, 4):
+                    for n in (1, 2, 4):
                         for x in (context, laid_out):
                             assert np.array_equal(network(x[:n]), expected[:, :n])
                             assert np.array_equal(reference(level, x[:n]), expected[:, :n])
